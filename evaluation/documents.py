@@ -1,0 +1,83 @@
+"""Documents to evaluate, and a budgeted sample of them from a token store."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalDocument:
+    """A document to score.
+
+    tokens     integer ids [n]
+    n_bytes    UTF-8 bytes of the text that `tokens` stand for (control tokens count none)
+    source     which source of the mixture it comes from
+    id         names it in messages
+    truncated  whether `tokens` are only the beginning of the document
+    """
+
+    tokens: np.ndarray
+    n_bytes: int
+    source: str = ""
+    id: str = ""
+    truncated: bool = False
+
+
+class StoredDocuments(Protocol):
+    """One split of a token store (`data.store.TokenStore.documents`)."""
+
+    def __len__(self) -> int: ...
+    def tokens(self, i: int) -> np.ndarray: ...
+    def n_bytes(self, i: int) -> int: ...
+    def source(self, i: int) -> str: ...
+
+
+def documents_from(
+    documents: StoredDocuments,
+    *,
+    limit: int | None = None,
+    max_tokens: int | None = None,
+    decode: Callable[[Sequence[int]], str] | None = None,
+    seed: int = 0,
+) -> list[EvalDocument]:
+    """A sample of a store's documents: whole ones in a seeded random order until a budget is spent.
+
+    limit       at most this many documents; None: all
+    max_tokens  at most this many tokens. The document that would exceed them is cut there when `decode` (a tokenizer's)
+                is given, so that its bytes can be counted, and left out otherwise
+    Returns them in the order of the store, each with its index as id. Raises ValueError when the budget admits none.
+    """
+    chosen: list[tuple[int, int]] = []
+    left = math.inf if max_tokens is None else max_tokens
+    for i in np.random.default_rng(seed).permutation(len(documents))[:limit]:
+        length = len(documents.tokens(int(i)))
+        take = length if length <= left else (int(left) if decode is not None else 0)
+        if take:
+            chosen.append((int(i), take))
+        if take < length:
+            break
+        left -= length
+    if not chosen and len(documents):
+        raise ValueError(
+            f"max_tokens={max_tokens}: the first document drawn has more tokens than that; raise max_tokens, "
+            "or pass decode so that a document may be cut"
+        )
+    return [_stored(documents, i, take, decode) for i, take in sorted(chosen)]
+
+
+def _stored(
+    documents: StoredDocuments, i: int, take: int, decode: Callable[[Sequence[int]], str] | None
+) -> EvalDocument:
+    tokens = np.asarray(documents.tokens(i))
+    truncated = take < len(tokens)
+    n_bytes = int(documents.n_bytes(i))
+    if truncated and decode is not None:
+        tokens = tokens[:take]
+        # A cut inside a multi-byte character decodes to U+FFFD, which is no part of the text.
+        n_bytes = len(decode(tokens.tolist()).rstrip("\ufffd").encode())
+    return EvalDocument(tokens=tokens, n_bytes=n_bytes, source=str(documents.source(i)), id=str(i), truncated=truncated)

@@ -1,0 +1,257 @@
+"""Sliding-window perplexity with exact accounting: every token of every document is scored once.
+
+The protocol. A document of n tokens gives n predictions when `bos` precedes it (n - 1 without one: its first token has
+nothing to be predicted from). A forward pass reads at most `window` tokens. The first window of a document scores all
+of its predictions; each later one advances by `stride`, reads the `window` tokens that end there and scores only the
+`stride` predictions not yet scored, so each of them has more than `window - stride` tokens before it. The last window
+ends with the document and stays full: fewer than `stride` new tokens never mean less context. `bos` stands once, at the
+start of the document, not in every window. The loss is the sum of all nll divided by their number: neither windows nor
+documents are averaged first, and perplexity is exp of that mean, never the mean of exps.
+
+Published scripts differ in each of these choices by more than the methods that they compare (docs/evaluation.md).
+
+Legend: B windows in a forward pass, T tokens in the longest of them, N scored predictions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longspan.kernels.attention import AttentionContext
+from longspan.kernels.cross_entropy import token_nll
+from longspan.model.config import DecoderConfig
+
+from .documents import EvalDocument
+from .result import PerplexityResult, ScoringProtocol, summarise
+
+Precision = Literal["fp32", "bf16"]
+
+
+class LanguageModel(Protocol):
+    """What scoring needs of a model: a `model.decoder.Decoder` has it."""
+
+    config: DecoderConfig
+    training: bool
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]: logits are hidden @ head_weight.T"""
+        ...
+
+    def hidden(self, tokens_BT: Tensor, context: AttentionContext | None = None) -> Tensor:
+        """Final hidden states [B, T, D]; a position sees itself and the ones before it."""
+        ...
+
+    def train(self, mode: bool = True) -> nn.Module: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One forward pass over the predictions [start, end) of a document, of which [scored, end) are new."""
+
+    document: int
+    start: int
+    scored: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenScores:
+    """The nll of every scored token, in document order.
+
+    nll       float32 [N], nats
+    document  int64 [N], index into `documents`
+    position  int64 [N], position of the token in its document, from 0
+    context   int64 [N], how many tokens the model saw before it, `bos` included
+    """
+
+    nll: np.ndarray
+    document: np.ndarray
+    position: np.ndarray
+    context: np.ndarray
+    documents: tuple[EvalDocument, ...]
+    protocol: ScoringProtocol
+
+    def summary(self, *, seed: int = 0) -> PerplexityResult:
+        """Token-weighted loss with everything derived from it; `seed` is the bootstrap's."""
+        return summarise(
+            self.nll,
+            self.document,
+            self.position,
+            n_bytes=[document.n_bytes for document in self.documents],
+            sources=[document.source for document in self.documents],
+            protocol=self.protocol,
+            seed=seed,
+        )
+
+
+def windows_of(n: int, *, window: int, stride: int, document: int = 0) -> Iterator[Window]:
+    """The windows that score n predictions of one document, each prediction in exactly one of them."""
+    end = min(n, window)
+    if n > 0:
+        yield Window(document, 0, 0, end)
+    while end < n:
+        scored, end = end, min(n, end + stride)
+        yield Window(document, end - window, scored, end)
+
+
+@torch.no_grad()
+def score(
+    model: LanguageModel,
+    documents: Sequence[EvalDocument],
+    *,
+    window: int,
+    stride: int,
+    bos: int | None,
+    batch: int,
+    device: torch.device | str,
+    precision: Precision = "fp32",
+    progress: Callable[[int, int], None] | None = None,
+    documents_available: int | None = None,
+) -> TokenScores:
+    """The nll of every token of `documents` under `model`, by the protocol at the top of this file.
+
+    window               tokens that a forward pass reads at most
+    stride               new tokens that each window but the first scores; `window`: disjoint windows
+    bos                  token that precedes each document; None: first tokens are context only
+    batch                windows in a forward pass. Windows of one length go together; shorter rows are padded on the
+                         right, where causal attention never looks
+    precision            "bf16": the forward pass runs under autocast; the nll is fp32 either way
+    progress             called with (tokens scored, tokens in all) after each forward pass
+    documents_available  for the protocol: how many documents these were drawn from
+
+    The model is evaluated in eval mode and returned to the mode that it had. Logits exist a chunk at a time only.
+    Raises ValueError when nothing can be scored, or a token id lies outside the model's vocabulary.
+    """
+    _check_request(model, documents, window=window, stride=stride, batch=batch, bos=bos)
+    inputs, targets = zip(*(_inputs_and_targets(document, bos) for document in documents))
+    counts_d = np.array([len(target) for target in targets])
+    offsets_d = np.concatenate([[0], np.cumsum(counts_d)])
+    n = int(offsets_d[-1])
+    if n == 0:
+        raise ValueError(
+            f"nothing to score: {len(documents):,} documents hold no token"
+            + ("" if bos is not None else " with another before it; give bos to score first tokens")
+        )
+    windows = [
+        piece
+        for document, count in enumerate(counts_d)
+        for piece in windows_of(int(count), window=window, stride=stride, document=document)
+    ]
+    windows.sort(key=lambda piece: piece.start - piece.end)  # the longest first; the sort is stable
+
+    nll_N = np.full(n, np.nan, dtype=np.float32)
+    context_N = np.zeros(n, dtype=np.int64)
+    done = 0
+    was_training = model.training
+    model.train(False)
+    try:
+        for first in range(0, len(windows), batch):
+            pieces = windows[first : first + batch]
+            at_N = np.concatenate([np.arange(p.scored, p.end) + offsets_d[p.document] for p in pieces])
+            context_N[at_N] = np.concatenate([np.arange(p.scored, p.end) - p.start + 1 for p in pieces])
+            nll_N[at_N] = _score_batch(model, pieces, inputs, targets, device=torch.device(device), precision=precision)
+            done += len(at_N)
+            if progress is not None:
+                progress(done, n)
+    finally:
+        model.train(was_training)
+
+    first_scored = 0 if bos is not None else 1
+    return TokenScores(
+        nll=nll_N,
+        document=np.repeat(np.arange(len(documents)), counts_d),
+        position=np.concatenate([np.arange(first_scored, first_scored + count) for count in counts_d]),
+        context=context_N,
+        documents=tuple(documents),
+        protocol=ScoringProtocol(
+            window=window,
+            stride=stride,
+            bos=bos,
+            precision="bf16 autocast" if precision == "bf16" else _dtype_name(model.head_weight.dtype),
+            documents=int((counts_d > 0).sum()),
+            documents_available=documents_available,
+            truncated=sum(document.truncated for document, count in zip(documents, counts_d) if count),
+        ),
+    )
+
+
+def _inputs_and_targets(document: EvalDocument, bos: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Prediction i reads inputs[: i + 1] and is asked for targets[i]."""
+    tokens = np.asarray(document.tokens, dtype=np.int64)
+    if bos is None:
+        return tokens[:-1], tokens[1:]
+    return np.concatenate([[bos], tokens[:-1]])[: len(tokens)], tokens
+
+
+def _score_batch(
+    model: LanguageModel,
+    pieces: Sequence[Window],
+    inputs: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray],
+    *,
+    device: torch.device,
+    precision: Precision,
+) -> np.ndarray:
+    """nll of the new predictions of each window, one after the other."""
+    length = max(piece.end - piece.start for piece in pieces)
+    tokens_BT = np.zeros((len(pieces), length), dtype=np.int64)
+    new_BT = np.zeros((len(pieces), length), dtype=bool)
+    documents_BT = np.full((len(pieces), length), -1, dtype=np.int64)
+    for row, piece in enumerate(pieces):
+        tokens_BT[row, : piece.end - piece.start] = inputs[piece.document][piece.start : piece.end]
+        new_BT[row, piece.scored - piece.start : piece.end - piece.start] = True
+        documents_BT[row, : piece.end - piece.start] = 0
+    targets_N = np.concatenate([targets[piece.document][piece.scored : piece.end] for piece in pieces])
+
+    context = None
+    if any(spec.documents for specs in model.config.attention.specs().values() for spec in specs):
+        context = AttentionContext(q_documents=torch.from_numpy(documents_BT).to(device))
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+    with autocast:
+        hidden_BTD = model.hidden(torch.from_numpy(tokens_BT).to(device), context)
+        hidden_ND = hidden_BTD[torch.from_numpy(new_BT).to(device)]
+        nll_N = token_nll(hidden_ND, model.head_weight, torch.from_numpy(targets_N).to(device))
+    return nll_N.float().cpu().numpy()
+
+
+def _check_request(
+    model: LanguageModel,
+    documents: Sequence[EvalDocument],
+    *,
+    window: int,
+    stride: int,
+    batch: int,
+    bos: int | None,
+) -> None:
+    if not documents:
+        raise ValueError("no documents to evaluate")
+    if window < 1:
+        raise ValueError(f"window={window}: a forward pass reads at least 1 token")
+    if not 1 <= stride <= window:
+        raise ValueError(
+            f"stride={stride} with window={window}: the stride is between 1 and the window, "
+            "or tokens would be skipped (equal: disjoint windows)"
+        )
+    if batch < 1:
+        raise ValueError(f"batch={batch}: at least 1 window per forward pass")
+    vocabulary = model.head_weight.shape[0]
+    if bos is not None and not 0 <= bos < vocabulary:
+        raise ValueError(f"bos={bos} is outside the model's vocabulary of {vocabulary:,} tokens")
+    for document in documents:
+        if len(document.tokens) and not 0 <= int(document.tokens.min()) <= int(document.tokens.max()) < vocabulary:
+            raise ValueError(
+                f"document '{document.id}' ({document.source}) holds token id {int(document.tokens.max())}, but the "
+                f"model's vocabulary has {vocabulary:,}: the text was tokenised with another tokenizer"
+            )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype))

@@ -1,0 +1,225 @@
+"""From the nll of single tokens to the numbers of an evaluation, each with the protocol that it was measured by.
+
+Legend: N scored tokens, d documents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+
+_BOOTSTRAP_RESAMPLES = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringProtocol:
+    """How a perplexity was measured: without these fields the number means nothing.
+
+    bos                  the token that the first one is conditioned on; None: the first token is not scored
+    precision            of the forward pass; the nll itself is always fp32
+    documents            how many were scored, `truncated` of them only in part
+    documents_available  how many they were drawn from; None: not stated
+    """
+
+    window: int
+    stride: int
+    bos: int | None
+    weighting: Literal["token"] = "token"
+    precision: str
+    documents: int
+    documents_available: int | None = None
+    truncated: int = 0
+
+    @property
+    def words(self) -> str:
+        """One sentence that lets somebody else reproduce the number."""
+        each = "every token but the first" if self.bos is None else f"every token (the first given token {self.bos})"
+        if self.stride == self.window:
+            windows = f"disjoint windows of at most {self.window:,} tokens"
+        else:
+            windows = f"windows of at most {self.window:,} tokens that advance by {self.stride:,}"
+        scope = f"{self.documents:,} documents"
+        if self.documents_available is not None:
+            scope = f"{self.documents:,} of {self.documents_available:,} documents"
+        cut = f"{self.truncated:,} of them truncated" if self.truncated else "none truncated"
+        return (
+            f"Each document alone, {each} scored exactly once, in {windows}; mean over tokens; "
+            f"{self.precision}; {scope}, {cut}."
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PositionBucket:
+    """Tokens at positions [start, end) of their documents.
+
+    `standard_error` of the loss, with documents as the independent draws; None with fewer than two of them.
+    """
+
+    start: int
+    end: int
+    loss: float
+    standard_error: float | None
+    tokens: int
+    documents: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceResult:
+    """One source's share of the documents."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    tokens: int
+    bytes: int
+    documents: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerplexityResult:
+    """The numbers of one evaluation and how they were measured.
+
+    loss            nats per token: sum of nll / tokens
+    loss_interval   95 % bootstrap interval of the loss over documents (seeded); None with fewer than two documents
+    perplexity      exp(loss)
+    bits_per_token  loss / ln 2
+    bits_per_byte   sum of nll / ln 2 / UTF-8 bytes of the scored documents; None when they have no bytes
+    """
+
+    protocol: ScoringProtocol
+    loss: float
+    loss_interval: tuple[float, float] | None
+    perplexity: float
+    bits_per_token: float
+    bits_per_byte: float | None
+    tokens: int
+    bytes: int
+    documents: int
+    by_position: tuple[PositionBucket, ...]
+    by_source: dict[str, SourceResult]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for JSON, with the protocol in words beside its fields."""
+        record = asdict(self)
+        record["protocol"]["words"] = self.protocol.words
+        return record
+
+
+def summarise(
+    nll_N: np.ndarray,
+    document_N: np.ndarray,
+    position_N: np.ndarray,
+    *,
+    n_bytes: Sequence[int],
+    sources: Sequence[str],
+    protocol: ScoringProtocol,
+    seed: int = 0,
+) -> PerplexityResult:
+    """The token-weighted loss and everything derived from it.
+
+    nll_N, document_N, position_N  nats, document index and position in the document of each scored token
+    n_bytes, sources               one entry a document; documents without a scored token count nowhere
+    seed                           of the bootstrap
+    """
+    nll_N = nll_N.astype(np.float64)
+    total_d = np.bincount(document_N, weights=nll_N, minlength=len(n_bytes))
+    count_d = np.bincount(document_N, minlength=len(n_bytes))
+    bytes_d = np.asarray(n_bytes, dtype=np.int64)
+    source_d = np.asarray(sources, dtype=object)
+    scored_d = count_d > 0
+    everything = _of_source(total_d[scored_d], count_d[scored_d], bytes_d[scored_d])
+    return PerplexityResult(
+        protocol=protocol,
+        loss=everything.loss,
+        loss_interval=_bootstrap(total_d[scored_d], count_d[scored_d], seed),
+        perplexity=everything.perplexity,
+        bits_per_token=everything.loss / math.log(2),
+        bits_per_byte=everything.bits_per_byte,
+        tokens=everything.tokens,
+        bytes=everything.bytes,
+        documents=everything.documents,
+        by_position=_by_position(nll_N, document_N, position_N),
+        by_source={
+            source: _of_source(total_d[chosen_d], count_d[chosen_d], bytes_d[chosen_d])
+            for source in sorted(set(source_d[scored_d]))
+            for chosen_d in [scored_d & (source_d == source)]
+        },
+    )
+
+
+def _by_position(nll_N: np.ndarray, document_N: np.ndarray, position_N: np.ndarray) -> tuple[PositionBucket, ...]:
+    edges = position_edges(int(position_N.max()) + 1)
+    bucket_N = np.searchsorted(edges, position_N, side="right") - 1
+    buckets = []
+    for bucket in np.unique(bucket_N):
+        inside_N = bucket_N == bucket
+        total_d = np.bincount(document_N[inside_N], weights=nll_N[inside_N])
+        count_d = np.bincount(document_N[inside_N])
+        total_d, count_d = total_d[count_d > 0], count_d[count_d > 0]
+        buckets.append(
+            PositionBucket(
+                start=int(edges[bucket]),
+                end=int(edges[bucket + 1]),
+                loss=float(total_d.sum() / count_d.sum()),
+                standard_error=_standard_error(total_d, count_d),
+                tokens=int(count_d.sum()),
+                documents=len(count_d),
+            )
+        )
+    return tuple(buckets)
+
+
+def position_edges(n: int) -> np.ndarray:
+    """Bucket edges 0, 1, 2, 4, 8, … the last one ≥ n; from 8 on each octave is halved (8, 12, 16, 24, 32, …)."""
+    edges = [0, 1]
+    while edges[-1] < n:
+        octave = 1 << (edges[-1].bit_length() - 1)
+        edges.append(octave + octave // 2 if edges[-1] == octave and octave >= 8 else 2 * octave)
+    return np.array(edges)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _bits_per_byte(nats: float, n_bytes: int) -> float | None:
+    return float(nats / math.log(2) / n_bytes) if n_bytes > 0 else None
+
+
+def _of_source(total_d: np.ndarray, count_d: np.ndarray, bytes_d: np.ndarray) -> SourceResult:
+    loss = float(total_d.sum() / count_d.sum())
+    return SourceResult(
+        loss=loss,
+        perplexity=_exp(loss),
+        bits_per_byte=_bits_per_byte(total_d.sum(), bytes_d.sum()),
+        tokens=int(count_d.sum()),
+        bytes=int(bytes_d.sum()),
+        documents=len(count_d),
+    )
+
+
+def _standard_error(total_d: np.ndarray, count_d: np.ndarray) -> float | None:
+    """Of the ratio Σ total / Σ count when documents are the independent draws (linearised)."""
+    n = len(count_d)
+    if n < 2:
+        return None
+    residual_d = total_d - total_d.sum() / count_d.sum() * count_d
+    return float(np.sqrt(n / (n - 1) * np.sum(residual_d**2)) / count_d.sum())
+
+
+def _bootstrap(total_d: np.ndarray, count_d: np.ndarray, seed: int) -> tuple[float, float] | None:
+    """95 % percentile interval of the token-weighted loss, resampling documents."""
+    n = len(count_d)
+    if n < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    losses = np.empty(_BOOTSTRAP_RESAMPLES)
+    for i in range(_BOOTSTRAP_RESAMPLES):
+        drawn = rng.integers(0, n, n)
+        losses[i] = total_d[drawn].sum() / count_d[drawn].sum()
+    low, high = np.quantile(losses, [0.025, 0.975])
+    return float(low), float(high)
