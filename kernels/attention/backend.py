@@ -129,7 +129,6 @@ class Capabilities:
     dtypes: dict[str, tuple[torch.dtype, ...]]  # device type -> dtypes
     max_head_dim: int | None = None
     head_dim_multiple: int = 1
-    requires: tuple[str, ...] = ()  # modules that must import
     notes: dict[Feature, str] | None = None  # why a missing feature is missing: "lse": "returns none"
 
 
@@ -153,7 +152,7 @@ class Rejection:
         return f"{self.backend} cannot run this attention: " + "; ".join(map(str, self.reasons)) + "."
 
 
-class UnsupportedAttention(NotImplementedError):
+class UnsupportedAttention(NotImplementedError):  # noqa: N818  # says what happened, as its users read it
     """No backend that was asked can run this attention; carries every backend tried with every reason."""
 
     def __init__(self, tried: Sequence[Rejection], *, able: Sequence[str] = (), asked_by: str = "") -> None:
@@ -196,6 +195,15 @@ class AttentionBackend(Protocol):
         params: AttentionParams,
         return_lse: bool = False,
     ) -> AttentionOutput: ...
+
+
+@runtime_checkable
+class PreparesContext(Protocol):
+    """A backend that derives something (a mask) from a context and can do so before the call: `registry.prepare`."""
+
+    def prepare(
+        self, context: AttentionContext, spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.device
+    ) -> None: ...
 
 
 def check(capabilities: Capabilities, spec: AttentionSpec, call: AttentionCall) -> tuple[Reason, ...]:

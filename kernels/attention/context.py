@@ -1,6 +1,6 @@
 """The per-batch tensors of attention, and `allowed`: the one definition of which key a query sees.
 
-Legend: B batch, T queries, S keys, q and kv the lengths of the requested slices.
+Legend: B batch, T queries, S keys, G key/value heads, D and E head dims; q and kv are slices into T and S.
 """
 
 from __future__ import annotations
@@ -37,57 +37,55 @@ class AttentionContext:
     kv_lengths: Tensor | None = None
     page_table: Tensor | None = None
     # Masks that backends derive from this context and one spec; a context is built per batch, so they die with it.
+    # Whoever changes a tensor of a context in place makes a new context instead, or empties this.
     derived: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
 
     # -- the definition ---------------------------------------------------------------------------------------------
 
-    def allowed(self, spec: AttentionSpec, q: slice, kv: slice, device: torch.device | None = None) -> Tensor:
+    def allowed(
+        self,
+        spec: AttentionSpec,
+        q: slice,
+        kv: slice,
+        *,
+        lengths: tuple[int, int] | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
         """Which of the keys in `kv` each query in `q` sees: bool, broadcastable to [B, q, kv].
 
-        `q` and `kv` are slices with explicit ends into the T queries and S keys. Where no tensor of the context tells
-        T or S, the slices' ends stand for them (positions are then bottom-right aligned to those ends).
+        `q` and `kv` are slices with explicit ends into the T queries and S keys. `lengths` is (T, S); without it, the
+        tensors of the context tell T and S, and where none does, the slices' ends stand for them (bottom-right
+        alignment is then to those ends). `device` is for contexts without tensors.
 
             visible = exists(k) ∧ same document ∧ (k ≤ q if causal)
                       ∧ ((in window ∧ in block layout) ∨ sink(k) ∨ global(k) ∨ global(q))
 
-        Raises ValueError when the spec needs a tensor that the context lacks.
+        Raises ValueError when the spec needs a tensor that the context lacks, or the tensors' lengths disagree.
         """
-        n_queries, n_keys = self.lengths(q.stop, kv.stop)
-        q_pos = _part(self.query_positions(n_queries, n_keys, device), q)[:, :, None]
-        kv_pos_all = self.key_positions(n_keys, device)
-        kv_pos = _part(kv_pos_all, kv)[:, None, :]
+        n_queries, n_keys = self._lengths(spec, q.stop, kv.stop) if lengths is None else lengths
+        q_pos = self.query_positions(n_queries, n_keys, device)[:, q, None]
+        kv_pos = self.key_positions(n_keys, device)[:, None, kv]
 
         visible = in_window(spec.window, q_pos, kv_pos)
         if spec.block_sparse is not None:
             visible = visible & in_layout(spec.block_sparse, q_pos, kv_pos)
         if spec.sink_tokens:
-            visible = visible | _part(self.sink_keys(spec, n_queries, n_keys, device), kv)[:, None, :]
+            visible = visible | self.sink_keys(spec, n_queries, n_keys, device)[:, None, kv]
         if spec.global_tokens and self.is_global is not None:
-            visible = visible | _part(self.is_global, kv)[:, None, :]
-            visible = visible | _part(self.global_queries(spec, n_queries, n_keys), q)[:, :, None]
+            visible = visible | self.is_global[:, None, kv]
+            visible = visible | self.global_queries(spec, n_queries, n_keys)[:, q, None]
 
-        visible = visible & (kv_pos >= 0)
-        if self.kv_lengths is not None:
-            index = torch.arange(kv.start or 0, kv.stop, device=kv_pos.device)
-            visible = visible & (index[None, None, :] < self.kv_lengths[:, None, None])
+        exists = self.existing_keys(n_keys)
+        if exists is not None:
+            visible = visible & exists[:, None, kv]
         if spec.causal:
             visible = visible & (kv_pos <= q_pos)
         if spec.documents:
             q_documents, kv_documents = self.documents(n_queries, n_keys)
-            visible = visible & (_part(q_documents, q)[:, :, None] == _part(kv_documents, kv)[:, None, :])
+            visible = visible & (q_documents[:, q, None] == kv_documents[:, None, kv])
         return visible
 
     # -- its parts, also used by backends that compile the definition instead of materialising it ---------------------
-
-    def lengths(self, n_queries: int, n_keys: int) -> tuple[int, int]:
-        """T and S as the tensors tell them; the arguments where none does."""
-        for tensor in (self.q_positions, self.q_documents):
-            if tensor is not None:
-                n_queries = tensor.shape[1]
-        for tensor in (self.kv_positions, self.kv_documents, self.is_global):
-            if tensor is not None:
-                n_keys = tensor.shape[1]
-        return n_queries, n_keys
 
     def query_positions(self, n_queries: int, n_keys: int, device: torch.device | None = None) -> Tensor:
         """[B or 1, T] absolute positions of the queries."""
@@ -100,13 +98,23 @@ class AttentionContext:
                     "stand before the first key have no position; pass q_positions"
                 )
             return self.kv_positions[:, n_keys - n_queries :]
-        return torch.arange(n_keys - n_queries, n_keys, device=self._device(device))[None, :]
+        return torch.arange(n_keys - n_queries, n_keys, device=self.device(device))[None, :]
 
     def key_positions(self, n_keys: int, device: torch.device | None = None) -> Tensor:
         """[B or 1, S] absolute positions of the keys."""
         if self.kv_positions is not None:
             return self.kv_positions
-        return torch.arange(n_keys, device=self._device(device))[None, :]
+        return torch.arange(n_keys, device=self.device(device))[None, :]
+
+    def existing_keys(self, n_keys: int) -> Tensor | None:
+        """[B, S] bool: slots that hold a key (within kv_lengths, no negative position); None: all of them."""
+        exists = None
+        if self.kv_positions is not None:
+            exists = self.kv_positions >= 0
+        if self.kv_lengths is not None:
+            within = torch.arange(n_keys, device=self.kv_lengths.device)[None, :] < self.kv_lengths[:, None]
+            exists = within if exists is None else exists & within
+        return exists
 
     def documents(self, n_queries: int, n_keys: int) -> tuple[Tensor, Tensor]:
         """Document ids of queries [B, T] and keys [B, S]."""
@@ -131,45 +139,79 @@ class AttentionContext:
             return (kv_pos >= 0) & (kv_pos < spec.sink_tokens)
         _, kv_documents = self.documents(n_queries, n_keys)
         kv_pos = kv_pos.expand(kv_documents.shape)
-        # Relabel ids to 0…S-1 a row so that one scatter finds each document's first position, whatever the ids are.
-        _, label = torch.unique(kv_documents, return_inverse=True)
-        offset = torch.arange(kv_pos.shape[0], device=kv_pos.device)[:, None] * (label.max() + 1)
-        flat = (label + offset).flatten()
-        far = torch.iinfo(kv_pos.dtype).max
-        candidates = torch.where(kv_pos >= 0, kv_pos, far).flatten()
-        first = torch.full((kv_pos.shape[0] * int(label.max() + 1),), far, dtype=kv_pos.dtype, device=kv_pos.device)
-        first = first.scatter_reduce(0, flat, candidates, "amin")
-        start = first[flat].view(kv_pos.shape)
-        return (kv_pos >= 0) & (kv_pos - start < spec.sink_tokens)
+        exists = self.existing_keys(n_keys)
+        exists = torch.ones_like(kv_pos, dtype=torch.bool) if exists is None else exists
+        # Relabel the ids to 0 … S-1 in each row (sorted runs), so that one scatter finds every document's start
+        # whatever the ids are; all shapes are static, so this traces.
+        ids, order = kv_documents.sort(dim=1)
+        run = torch.zeros_like(order)
+        run[:, 1:] = (ids[:, 1:] != ids[:, :-1]).cumsum(dim=1)
+        label = torch.empty_like(order).scatter(1, order, run)
+        far = torch.iinfo(kv_pos.dtype).max // 2
+        start = torch.full_like(kv_pos, far).scatter_reduce(1, label, torch.where(exists, kv_pos, far), "amin")
+        return exists & (kv_pos - start.gather(1, label) < spec.sink_tokens)
 
     def global_queries(self, spec: AttentionSpec, n_queries: int, n_keys: int) -> Tensor:
         """[B, T] bool: queries whose own key (same position, and same document under `spec.documents`) is global."""
         if self.is_global is None:
             raise ValueError("the context has no is_global")
-        device = self.is_global.device
-        q_pos = self.query_positions(n_queries, n_keys, device)
-        kv_pos = self.key_positions(n_keys, device)
-        own = q_pos[:, :, None] == kv_pos[:, None, :]
+        exists = self.existing_keys(n_keys)
+        is_global = self.is_global if exists is None else self.is_global & exists
         if spec.documents:
             q_documents, kv_documents = self.documents(n_queries, n_keys)
-            own = own & (q_documents[:, :, None] == kv_documents[:, None, :])
-        if self.kv_lengths is not None:
-            own = own & (torch.arange(n_keys, device=device)[None, None, :] < self.kv_lengths[:, None, None])
-        return (own & self.is_global[:, None, :]).any(dim=-1)
+        else:
+            q_documents = kv_documents = None
 
-    def _device(self, device: torch.device | None) -> torch.device | None:
-        for tensor in (
-            self.q_positions,
-            self.kv_positions,
-            self.q_documents,
-            self.kv_documents,
-            self.is_global,
-            self.kv_lengths,
-            self.page_table,
-        ):
+        if self.q_positions is None and self.kv_positions is None:  # query i's own key is key S - T + i
+            before = max(0, n_queries - n_keys)  # queries that stand before the first key
+            own = slice(max(0, n_keys - n_queries), n_keys)
+            flags = is_global[:, own]
+            if q_documents is not None and kv_documents is not None:
+                flags = flags & (q_documents[:, before:] == kv_documents[:, own])
+            return torch.nn.functional.pad(flags, (before, 0))
+
+        own_key = (
+            self.query_positions(n_queries, n_keys)[:, :, None]
+            == self.key_positions(n_keys, is_global.device)[:, None, :]
+        )
+        if q_documents is not None and kv_documents is not None:
+            own_key = own_key & (q_documents[:, :, None] == kv_documents[:, None, :])
+        return (own_key & is_global[:, None, :]).any(dim=-1)
+
+    def without_empty_slots(self, k_BSGD: Tensor, v_BSGE: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v with zeros in the slots that hold no key. What lies there may be anything, and 0 · NaN is NaN, so a
+        weight of zero does not keep it out."""
+        exists = self.existing_keys(k_BSGD.shape[1])
+        if exists is None:
+            return k_BSGD, v_BSGE
+        gone = ~exists[:, :, None, None]
+        return k_BSGD.masked_fill(gone, 0), v_BSGE.masked_fill(gone, 0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are given, by name."""
+        return {name: tensor for name in _TENSORS if (tensor := getattr(self, name)) is not None}
+
+    def device(self, default: torch.device | None = None) -> torch.device | None:
+        """Where the context lives; `default` when it has no tensors."""
+        for tensor in self.tensors().values():
+            return tensor.device
+        return default
+
+    def _lengths(self, spec: AttentionSpec, n_queries: int, n_keys: int) -> tuple[int, int]:
+        """T and S as the tensors tell them; the arguments where none does."""
+        documents = (self.q_documents, self.kv_documents) if spec.documents else (None, None)
+        for tensor in (self.q_positions, documents[0]):
             if tensor is not None:
-                return tensor.device
-        return device
+                n_queries = tensor.shape[1]
+        for tensor in (self.kv_positions, documents[1], self.is_global):
+            if tensor is not None:
+                n_keys = tensor.shape[1]
+        if spec.documents and (documents[0] is None) != (documents[1] is None):  # one serves both
+            n_queries = n_keys = next(ids.shape[1] for ids in documents if ids is not None)
+        return n_queries, n_keys
+
+
+_TENSORS = ("q_positions", "kv_positions", "q_documents", "kv_documents", "is_global", "kv_lengths", "page_table")
 
 
 def in_window(window: Window, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
@@ -187,10 +229,15 @@ def in_window(window: Window, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
 
 
 def in_layout(layout: BlockLayout, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
-    """Elementwise: does the block pattern let the query at `q_pos` look at the key at `kv_pos`?"""
+    """Elementwise: does the block pattern let the query at `q_pos` look at the key at `kv_pos`?
+
+    Raises ValueError for a position past the pattern (under torch.compile, where values cannot be looked at, the
+    gather itself fails)."""
     pattern = torch.tensor(layout.pattern, dtype=torch.bool, device=q_pos.device)
     q_block, kv_block = q_pos // layout.q_block, kv_pos // layout.kv_block
-    if int(q_block.max()) >= pattern.shape[0] or int(kv_block.max()) >= pattern.shape[1]:
+    if not torch.compiler.is_compiling() and (
+        int(q_block.max()) >= pattern.shape[0] or int(kv_block.max()) >= pattern.shape[1]
+    ):
         raise ValueError(
             f"block_sparse covers {pattern.shape[0] * layout.q_block} query and {pattern.shape[1] * layout.kv_block} "
             f"key positions, but the call reaches {int(q_pos.max()) + 1} and {int(kv_pos.max()) + 1}"
@@ -198,8 +245,3 @@ def in_layout(layout: BlockLayout, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
     # Negative positions (queries before the first key, empty key slots) lie in no block.
     inside = pattern[q_block.clamp(min=0), kv_block.clamp(min=0)]
     return inside & (q_pos >= 0) & (kv_pos >= 0)
-
-
-def _part(rows: Tensor, part: slice) -> Tensor:
-    """Columns `part` of [B or 1, N]."""
-    return rows[:, part]

@@ -38,7 +38,7 @@ class Window:
 
     @classmethod
     def causal_keys(cls, n_keys: int) -> Window:
-        """The query itself and the `n_keys - 1` keys before it (Mistral's and Hugging Face's causal `sliding_window`)."""
+        """The query and the `n_keys - 1` keys before it (Mistral's and Hugging Face's causal `sliding_window`)."""
         if n_keys < 1:
             raise ValueError(f"Window.causal_keys({n_keys}): a causal window holds at least the query's own key")
         return cls(left=n_keys - 1, right=0)
@@ -97,7 +97,7 @@ class AttentionSpec:
     window         which neighbours an ordinary query sees
     global_tokens  keys flagged by the context are seen by all and, as queries, see all (still causal if `causal`)
     documents      never attend across document ids
-    alibi          add `-slope[h] * |q_position - k_position|` to the scaled scores (Press et al. 2022, arXiv 2108.12409)
+    alibi          add `-slope[h] * |q_position - k_position|` to the scores (Press et al. 2022, arXiv 2108.12409)
     softcap        c: scaled scores become `c * tanh(score / c)` before biases (Gemma 2)
     sink_tokens    the first n keys of each document (of the sequence without documents) are always visible
                    (Xiao et al. 2024, arXiv 2309.17453)

@@ -1,0 +1,383 @@
+"""Which backend runs an attention call: registration, choice, refusals with reasons, and `attend`, the one entry point.
+
+Legend: B batch, T queries, S keys, H query heads, G key/value heads (H % G == 0), D head dim of q and k, E of v.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from .backend import (
+    AttentionBackend,
+    AttentionCall,
+    AttentionOutput,
+    AttentionParams,
+    Capabilities,
+    Feature,
+    Phase,
+    PreparesContext,
+    Reason,
+    Rejection,
+    UnsupportedAttention,
+    needed,
+    short,
+)
+from .context import AttentionContext
+from .spec import AttentionSpec
+
+logger = logging.getLogger(__name__)
+
+Factory = Callable[[], AttentionBackend]
+Choice = str | Sequence[str]  # "auto", one backend, or backends in order of preference
+
+
+# -- registration ------------------------------------------------------------------------------------------------------
+
+
+def _builtin(module: str, name: str) -> Factory:
+    """A factory that imports `module` of this package on first use."""
+    return lambda: getattr(import_module(f".{module}", __package__), name)()
+
+
+_factories: dict[str, Factory] = {
+    "reference": _builtin("reference", "Reference"),
+    "sdpa": _builtin("sdpa", "SDPA"),
+}
+_loaded: dict[str, AttentionBackend] = {}
+_chosen: dict[tuple[Choice, AttentionSpec, AttentionCall], AttentionBackend] = {}  # what `attend` resolved before
+_CHOSEN_LIMIT = 4096  # decoding asks with a new n_keys at every token
+_logged: set[Rejection] = set()
+
+
+def register(name: str, factory: Factory, *, replace: bool = False) -> None:
+    """Make a backend known under `name`; `factory` runs on first use, so what it needs is imported only then.
+
+    Raises ValueError when the name is taken (unless `replace`) or means something else here.
+    """
+    if name == "auto":
+        raise ValueError("register('auto', …): 'auto' means the preference order; choose another name")
+    if name in _factories and not replace:
+        raise ValueError(f"register({name!r}, …): this name is taken; pass replace=True to replace that backend")
+    _factories[name] = factory
+    _loaded.pop(name, None)
+    _chosen.clear()
+
+
+def get(name: str) -> AttentionBackend:
+    """The backend of that name, loaded on first use. Raises ValueError for an unknown one."""
+    backend = _loaded.get(name)
+    if backend is None:
+        if name not in _factories:
+            near = get_close_matches(name, [*_factories, "auto"], n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            known = ", ".join(sorted(_factories))
+            raise ValueError(f"unknown attention backend {name!r}: {hint}registered are {known}; or 'auto'")
+        try:
+            backend = _factories[name]()
+        except ImportError as error:
+            backend = _NotImportable(name, str(error))
+        _loaded[name] = backend
+    return backend
+
+
+class _NotImportable:
+    """Stands for a backend whose module does not import here: it can be asked about, and refuses everything."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        self.name = name
+        self.problem = problem
+        self.capabilities = Capabilities(features=frozenset(), phases=frozenset(), dtypes={})
+
+    def unsupported(self, spec: AttentionSpec, call: AttentionCall) -> tuple[Reason, ...]:
+        return (Reason("import", self.problem),)
+
+    def __call__(
+        self,
+        q_BTHD: Tensor,
+        k_BSGD: Tensor,
+        v_BSGE: Tensor,
+        /,
+        *,
+        spec: AttentionSpec,
+        context: AttentionContext,
+        params: AttentionParams,
+        return_lse: bool = False,
+    ) -> AttentionOutput:
+        raise UnsupportedAttention([Rejection(self.name, (Reason("import", self.problem),))])
+
+
+@torch.compiler.assume_constant_result
+def _load_all() -> bool:
+    """Imports cannot be traced, and a traced dict does not see what is added to it: load before it is looked at."""
+    for name in _factories:
+        get(name)
+    return True
+
+
+def available() -> dict[str, Capabilities]:
+    """Every registered backend's capabilities; one that does not import here has none. Never fails."""
+    return {name: get(name).capabilities for name in _factories}
+
+
+# -- choice ------------------------------------------------------------------------------------------------------------
+
+_SHAPES_THE_MASK = frozenset(
+    {
+        Feature.WINDOW,
+        Feature.DILATION,
+        Feature.GLOBAL_TOKENS,
+        Feature.DOCUMENTS,
+        Feature.BLOCK_SPARSE,
+        Feature.POSITIONS,
+        Feature.KV_LENGTHS,
+        Feature.ALIBI,
+    }
+)
+
+
+def preference(spec: AttentionSpec, call: AttentionCall) -> tuple[str, ...]:
+    """What "auto" tries, in order: a pure function of the device, the spec and the call.
+
+    CPU            sdpa, reference
+    CUDA           sdpa for plain causal and full attention and for decoding (its fused kernels; one query's mask is
+                   small); flex first for everything that shapes the mask, because it skips what is masked
+    another device reference
+    """
+    if call.device == "cpu":
+        return ("sdpa", "reference")
+    if call.device == "cuda":
+        # The places of the kernels to come: "hopper", "triton" before these, "decode" before them in the decode phase.
+        if call.phase == Phase.DECODE or _SHAPES_THE_MASK.isdisjoint(needed(spec, call)):
+            return ("sdpa", "flex", "reference")
+        return ("flex", "sdpa", "reference")
+    return ("reference",)
+
+
+def resolve(choice: Choice, spec: AttentionSpec, call: AttentionCall, *, asked_by: str = "") -> AttentionBackend:
+    """The backend that runs this attention.
+
+    `choice` is one name (that backend or an error: an explicit choice never falls back), a sequence of names (the
+    first that can; every refusal on the way is logged once), or "auto" (the first of `preference` that can).
+    `asked_by` names the asker in the error, e.g. "layer pattern 'local'".
+
+    Raises UnsupportedAttention, with every reason of every backend that was asked; ValueError for an unknown name.
+    """
+    if choice == "auto":
+        names: Sequence[str] = preference(spec, call)
+    else:
+        names = (choice,) if isinstance(choice, str) else choice
+        if not names:
+            raise ValueError("attention backend: an empty list; name at least one, or 'auto'")
+    tried = []
+    for name in names:
+        backend = get(name)
+        reasons = backend.unsupported(spec, call)
+        if not reasons:
+            if choice != "auto":
+                _log_once(tried, used=name)
+            return backend
+        tried.append(Rejection(name, reasons))
+    able = [name for name in _factories if name not in names and not get(name).unsupported(spec, call)]
+    raise UnsupportedAttention(tried, able=able, asked_by=asked_by)
+
+
+def _log_once(refused: Sequence[Rejection], *, used: str) -> None:
+    for rejection in refused:
+        if not torch.compiler.is_compiling() and rejection not in _logged:
+            _logged.add(rejection)
+            logger.warning("%s Using %s.", rejection, used)
+
+
+def explain(spec: AttentionSpec, call: AttentionCall) -> str:
+    """A table for people: which backends can run this attention, which cannot and why, and what "auto" takes."""
+    features = [words for feature, words in needed(spec, call).items() if feature != Feature.BACKWARD]
+    length = "" if call.n_keys is None else f", {call.n_queries} queries × {call.n_keys} keys"
+    asked = (
+        f"{', '.join(features) or 'full attention'}; {call.phase}{' with gradients' if call.needs_grad else ''} "
+        f"on {call.device} in {short(call.dtype)}, {call.n_heads} heads of {call.head_dim}{length}"
+    )
+    reasons = {name: get(name).unsupported(spec, call) for name in _factories}
+    auto = next((name for name in preference(spec, call) if not reasons[name]), None)
+    width = max(map(len, reasons))
+    rows = []
+    for name, why in sorted(reasons.items(), key=lambda item: bool(item[1])):
+        can = "can" + (" (auto)" if name == auto else "") if not why else "cannot: " + "; ".join(map(str, why))
+        rows.append(f"  {name:<{width}}  {can}")
+    return "\n".join([asked, *rows])
+
+
+# -- the call ----------------------------------------------------------------------------------------------------------
+
+
+def attend(
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGE: Tensor,
+    *,
+    spec: AttentionSpec,
+    context: AttentionContext | None = None,
+    params: AttentionParams | None = None,
+    backend: Choice = "auto",
+    return_lse: bool = False,
+) -> AttentionOutput:
+    """Softmax attention as `spec` and `context` define it (`AttentionContext.allowed`), by the backend chosen.
+
+    q [B, T, H, D], k [B, S, G, D], v [B, S, G, E]; query head h reads key/value head h // (H // G). With a page table
+    k and v are pools [n_pages, page, G, …]. Returns out [B, T, H, E] in q's dtype and, if asked for, lse [B, H, T] in
+    fp32 (fp64 for fp64 inputs), natural log of the softmax's denominator. A query that sees no key gets zeros, lse -inf
+    and finite gradients. Under autocast the inputs are cast as torch's own attention casts them. `spec.dropout` always
+    applies: in evaluation pass a spec without it.
+
+    Raises UnsupportedAttention when the backend cannot, ValueError when shapes, dtypes or devices do not fit.
+    """
+    context = AttentionContext() if context is None else context
+    params = AttentionParams() if params is None else params
+    device = q_BTHD.device.type
+    if torch.is_autocast_enabled(device) and q_BTHD.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        q_BTHD, k_BSGD, v_BSGE = q_BTHD.to(dtype), k_BSGD.to(dtype), v_BSGE.to(dtype)
+    call = _describe(q_BTHD, k_BSGD, v_BSGE, context, params, return_lse)
+    _check_inputs(q_BTHD, k_BSGD, v_BSGE, spec, context, params, call)
+    return _choose(backend, spec, call)(
+        q_BTHD, k_BSGD, v_BSGE, spec=spec, context=context, params=params, return_lse=return_lse
+    )
+
+
+def prepare(
+    context: AttentionContext,
+    spec: AttentionSpec,
+    call: AttentionCall,
+    *,
+    device: torch.device | None = None,
+    backend: Choice = "auto",
+) -> None:
+    """Derive now what the backend of this call would derive from `context` (a dense mask, a block mask), so that
+    layers share it and a compiled region finds it done. `call` needs n_queries and n_keys; `device` where q will be.
+
+    Raises what `attend` would raise.
+    """
+    if call.n_queries is None or call.n_keys is None:
+        raise ValueError("prepare: the call has no n_queries and n_keys; masks depend on them")
+    chosen = _choose(backend, spec, call)
+    if isinstance(chosen, PreparesContext):
+        chosen.prepare(
+            context, spec, call.n_queries, call.n_keys, torch.device(call.device) if device is None else device
+        )
+
+
+def _choose(choice: Choice, spec: AttentionSpec, call: AttentionCall) -> AttentionBackend:
+    """`resolve`, remembering: the question is the same in every layer and step."""
+    choice = choice if isinstance(choice, str) else tuple(choice)
+    if torch.compiler.is_compiling():
+        _load_all()
+        return resolve(choice, spec, call)  # answered once, while tracing
+    backend = _chosen.get((choice, spec, call))
+    if backend is None:
+        backend = resolve(choice, spec, call)
+        if len(_chosen) >= _CHOSEN_LIMIT:
+            _chosen.clear()
+        _chosen[choice, spec, call] = backend
+    return backend
+
+
+def _describe(
+    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, context: AttentionContext, params: AttentionParams, return_lse: bool
+) -> AttentionCall:
+    """The facts of this call. Raises ValueError where the tensors have no shape to speak of."""
+    for name, tensor in (("q", q_BTHD), ("k", k_BSGD), ("v", v_BSGE)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; attention takes [batch, time, heads, head_dim]")
+    n_queries, n_keys = q_BTHD.shape[1], k_BSGD.shape[1]
+    if context.page_table is not None:
+        n_keys *= context.page_table.shape[1]
+    learned = (params.alibi_slopes, params.sink_logits)
+    needs_grad = torch.is_grad_enabled() and (
+        q_BTHD.requires_grad
+        or k_BSGD.requires_grad
+        or v_BSGE.requires_grad
+        or any(tensor is not None and tensor.requires_grad for tensor in learned)
+    )
+    if needs_grad:
+        phase = Phase.TRAIN
+    else:
+        phase = Phase.DECODE if n_queries == 1 and n_keys > 1 else Phase.PREFILL
+    return AttentionCall(
+        phase=phase,
+        device=q_BTHD.device.type,
+        dtype=q_BTHD.dtype,
+        head_dim=q_BTHD.shape[3],
+        value_dim=v_BSGE.shape[3],
+        n_heads=q_BTHD.shape[2],
+        n_kv_heads=k_BSGD.shape[2],
+        n_queries=n_queries,
+        n_keys=n_keys,
+        needs_grad=needs_grad,
+        needs_lse=return_lse,
+        positions=context.q_positions is not None or context.kv_positions is not None,
+        kv_lengths=context.kv_lengths is not None,
+        paged=context.page_table is not None,
+    )
+
+
+def _check_inputs(
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGE: Tensor,
+    spec: AttentionSpec,
+    context: AttentionContext,
+    params: AttentionParams,
+    call: AttentionCall,
+) -> None:
+    B, T, H, D = q_BTHD.shape
+    S, G = call.n_keys, k_BSGD.shape[2]
+    if k_BSGD.shape[:3] != v_BSGE.shape[:3]:
+        raise ValueError(f"k is {list(k_BSGD.shape)} and v is {list(v_BSGE.shape)}: all but the last size must agree")
+    if k_BSGD.shape[3] != D:
+        raise ValueError(f"q has head_dim {D} and k has {k_BSGD.shape[3]}: they must be equal")
+    if G == 0 or H % G:
+        raise ValueError(f"{H} query heads cannot share {G} key/value heads: {H} is not a multiple of {G}")
+    if context.page_table is None and k_BSGD.shape[0] != B:
+        raise ValueError(f"q has a batch of {B} and k, v one of {k_BSGD.shape[0]}")
+    if not q_BTHD.dtype == k_BSGD.dtype == v_BSGE.dtype:
+        dtypes = ", ".join(f"{n} {short(x.dtype)}" for n, x in (("q", q_BTHD), ("k", k_BSGD), ("v", v_BSGE)))
+        raise ValueError(f"q, k and v have different dtypes: {dtypes}")
+    if not q_BTHD.device == k_BSGD.device == v_BSGE.device:
+        raise ValueError(f"q, k and v are on different devices: {q_BTHD.device}, {k_BSGD.device}, {v_BSGE.device}")
+
+    tensors = context.tensors()
+    expected = {"q_positions": T, "q_documents": T, "kv_positions": S, "kv_documents": S, "is_global": S}
+    for name, tensor in tensors.items():
+        if tensor.device != q_BTHD.device:
+            raise ValueError(f"context.{name} is on {tensor.device}, but q, k and v are on {q_BTHD.device}")
+        if name in expected and (
+            tensor.dim() != 2 or tensor.shape[0] not in (1, B) or tensor.shape[1] != expected[name]
+        ):
+            raise ValueError(f"context.{name} has shape {list(tensor.shape)}; it must be [{B}, {expected[name]}]")
+    if context.kv_lengths is not None and context.kv_lengths.shape != (B,):
+        raise ValueError(f"context.kv_lengths has shape {list(context.kv_lengths.shape)}; it must be [{B}]")
+    if context.page_table is not None and (context.page_table.dim() != 2 or context.page_table.shape[0] != B):
+        raise ValueError(f"context.page_table has shape {list(context.page_table.shape)}; it must be [{B}, pages]")
+    if context.is_global is not None and context.is_global.dtype != torch.bool:
+        raise ValueError(f"context.is_global has dtype {short(context.is_global.dtype)}; it must be bool")
+    if spec.documents:
+        context.documents(T, call.n_keys or 0)
+
+    for asks, name, tensor in (
+        (spec.alibi, "alibi_slopes", params.alibi_slopes),
+        (spec.learned_sink, "sink_logits", params.sink_logits),
+    ):
+        if not asks:
+            continue
+        feature = "alibi" if name == "alibi_slopes" else "learned_sink"
+        if tensor is None:
+            raise ValueError(f"spec.{feature}=True needs params.{name}, one number for each of the {H} query heads")
+        if tensor.shape != (H,):
+            raise ValueError(f"params.{name} has shape {list(tensor.shape)}; it must be [{H}], one for each query head")
+        if tensor.device != q_BTHD.device:
+            raise ValueError(f"params.{name} is on {tensor.device}, but q, k and v are on {q_BTHD.device}")
