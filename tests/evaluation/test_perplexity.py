@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from longspan.evaluation.documents import documents_from
 from longspan.evaluation.perplexity import EvalDocument, TokenScores, score, windows_of
 from longspan.evaluation.result import position_edges
-from longspan.kernels.attention import AttentionSpec, Window
+from longspan.kernels.attention import AttentionContext, AttentionSpec, Window
 from longspan.model.config import AttentionPlan, DecoderConfig
-from torch import Tensor, nn
 
 CPU = torch.device("cpu")
 few = settings(max_examples=25, deadline=None)
@@ -33,7 +34,7 @@ class ContextCounter(nn.Module):
 
     def hidden(self, tokens_BT: Tensor, context=None) -> Tensor:
         assert context is None
-        self.shapes.append(tuple(tokens_BT.shape))
+        self.shapes.append((tokens_BT.shape[0], tokens_BT.shape[1]))
         nll_T = torch.tensor([self.f(t + 1) for t in range(tokens_BT.shape[1])], dtype=torch.float64)
         # softmax([0, x])[1] = exp(-nll)  <=>  x = -log(exp(nll) - 1)
         logits_T2 = torch.stack([torch.zeros_like(nll_T), -torch.log(torch.expm1(nll_T))], dim=-1).float()
@@ -58,8 +59,10 @@ class RunningMean(nn.Module):
         return self.dropout(embedded_BTD.cumsum(1) / steps_T1 + embedded_BTD)
 
 
-def document(tokens, **fields) -> EvalDocument:
-    return EvalDocument(tokens=np.asarray(tokens, dtype=np.uint16), **({"n_bytes": 2 * len(tokens)} | fields))
+def document(tokens, *, n_bytes: int | None = None, source="", id="", truncated=False) -> EvalDocument:
+    tokens = np.asarray(tokens, dtype=np.uint16)
+    n_bytes = 2 * len(tokens) if n_bytes is None else n_bytes
+    return EvalDocument(tokens=tokens, n_bytes=n_bytes, source=source, id=id, truncated=truncated)
 
 
 def ones(*lengths: int) -> list[EvalDocument]:
@@ -298,8 +301,8 @@ def test_protocol_in_words() -> None:
     docs = [document([1, 1]), document([1, 1, 1], truncated=True)]
     words = run(ContextCounter(), docs, window=4, stride=2, documents_available=9).summary().protocol.words
     assert words == (
-        "Each document alone, every token (the first given token 0) scored exactly once, in windows of at most 4 tokens "
-        "that advance by 2; mean over tokens; fp32; 2 of 9 documents, 1 of them truncated."
+        "Each document alone, every token (the first given token 0) scored exactly once, in windows of at most 4 "
+        "tokens that advance by 2; mean over tokens; fp32; 2 of 9 documents, 1 of them truncated."
     )
     assert "disjoint windows" in run(ContextCounter(), docs, window=4, stride=4).protocol.words
 
@@ -406,16 +409,16 @@ SMALL = {
 
 
 @pytest.mark.parametrize(
-    ("name", "attention"),
+    ("name", "spec"),
     [
-        ("gpt-tiny", AttentionPlan()),
-        ("llama-tiny", AttentionPlan()),
-        ("llama-tiny", AttentionPlan(patterns={"local": AttentionSpec(causal=True, window=Window.causal_keys(5))}, layers=("local",))),
-        ("llama-tiny", AttentionPlan(patterns={"full": AttentionSpec(causal=True, documents=True)})),
+        ("gpt-tiny", AttentionSpec(causal=True)),
+        ("llama-tiny", AttentionSpec(causal=True)),
+        ("llama-tiny", AttentionSpec(causal=True, window=Window.causal_keys(5))),
+        ("llama-tiny", AttentionSpec(causal=True, documents=True)),
     ],
-)  # fmt: skip
-def test_decoder_equals_the_naive_loop(name: str, attention: AttentionPlan) -> None:
-    from longspan.kernels.attention import AttentionContext
+)
+def test_decoder_equals_the_naive_loop(name: str, spec: AttentionSpec) -> None:
+    attention = AttentionPlan(patterns={"full": spec})
     from longspan.model import zoo
 
     decoder = zoo.build(name, SMALL | {"n_kv_heads": 4, "attention": attention}, seed=0)
