@@ -1,0 +1,278 @@
+"""What a model costs, exactly: parameters, floating-point operations, bytes. (No torch here.)
+
+Conventions
+  * FLOPs are those of matrix products: a multiplication and an addition are two. Norms, softmax, rotation, embedding
+    look-ups and the optimizer are not counted.
+  * Attention counts the (query, key) pairs that the spec allows, each 4 * head_dim per head (scores and values).
+    `causal_halved=False` counts what older reports count: every query is charged for the whole row (all keys, or
+    the whole window), as in the MFU of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+  * Global tokens are a property of a batch, not of a config; they are not counted.
+  * Training is forward + 2 x forward; recomputation (activation checkpointing) is overhead, not work: MFU, not HFU.
+
+Legend: D model width, F MLP width, H query heads, G key/value heads, K head dim, V vocabulary, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+from longspan.kernels.attention.spec import AttentionSpec
+
+from .config import DecoderConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    DType = torch.dtype | str
+
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_PRECISION = {"fp32": "float32", "bf16-mixed": "bfloat16", "bf16-true": "bfloat16"}
+
+# -- parameters -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterCount:
+    """Parameters by part; `blocks` is `attention + mlp + norms` of all layers, `head` is 0 when tied."""
+
+    embedding: int
+    positions: int
+    attention: int
+    mlp: int
+    norms: int
+    final_norm: int
+    head: int
+
+    @property
+    def blocks(self) -> int:
+        return self.attention + self.mlp + self.norms
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.positions + self.blocks + self.final_norm + self.head
+
+    @property
+    def non_embedding(self) -> int:
+        """Without token and position tables (the N of Kaplan et al. 2020, arXiv 2001.08361)."""
+        return self.total - self.embedding - self.positions
+
+
+def parameters(config: DecoderConfig) -> ParameterCount:
+    D, F, V = config.d_model, config.d_ff, config.vocab_size
+    q_width, kv_width = config.n_heads * config.dim_per_head, config.kv_heads * config.dim_per_head
+    bias = int(config.bias)
+    attention = D * (q_width + 2 * kv_width) + q_width * D + bias * (q_width + 2 * kv_width + D)
+    attention += 2 * config.dim_per_head if config.qk_norm else 0
+    sinks = sum(
+        group.heads
+        for layer in range(config.n_layers)
+        for group in config.head_groups(layer)
+        if group.spec.learned_sink
+    )
+    mlp = 3 * D * F + bias * (2 * F + D) if config.mlp == "swiglu" else 2 * D * F + bias * (F + D)
+    norm = D * (2 if config.norm == "layernorm" and config.bias else 1)
+    return ParameterCount(
+        embedding=V * D,
+        positions=config.max_positions * D if config.positions == "learned" else 0,
+        attention=config.n_layers * attention + sinks,
+        mlp=config.n_layers * mlp,
+        norms=config.n_layers * 2 * norm,
+        final_norm=norm,
+        head=0 if config.tied_head else V * D,
+    )
+
+
+# -- floating-point operations ----------------------------------------------------------------------------------------
+
+
+def forward_flops(
+    config: DecoderConfig, *, length: int, documents: Sequence[int] | None = None, causal_halved: bool = True
+) -> int:
+    """FLOPs of one forward pass over one sequence of `length` tokens, head included.
+
+    `documents` are the lengths of the documents packed into it; only layers whose spec separates documents care.
+    Raises ValueError when they do not add up to `length`.
+    """
+    if documents is not None and sum(documents) != length:
+        raise ValueError(f"documents of {list(documents)} tokens add up to {sum(documents)}, not to length={length}")
+    D, F = config.d_model, config.d_ff
+    q_width, kv_width = config.n_heads * config.dim_per_head, config.kv_heads * config.dim_per_head
+    matrices = D * (q_width + 2 * kv_width) + q_width * D + (3 if config.mlp == "swiglu" else 2) * D * F
+    flops = 2 * length * (config.n_layers * matrices + D * config.vocab_size)
+    for layer in range(config.n_layers):
+        for group in config.head_groups(layer):
+            pairs = attention_pairs(group.spec, length, documents=documents, causal_halved=causal_halved)
+            flops += 4 * config.dim_per_head * group.heads * pairs
+    return flops
+
+
+def training_flops_per_token(
+    config: DecoderConfig, *, length: int, documents: Sequence[int] | None = None, causal_halved: bool = True
+) -> float:
+    """FLOPs of forward and backward per token of a sequence: three forward passes, two of them for the gradients."""
+    return 3 * forward_flops(config, length=length, documents=documents, causal_halved=causal_halved) / length
+
+
+def attention_pairs(
+    spec: AttentionSpec, length: int, *, documents: Sequence[int] | None = None, causal_halved: bool = True
+) -> int:
+    """How many (query, key) pairs one head of a causal spec computes over one sequence; see the conventions above."""
+    lengths = (length,) if documents is None or not spec.documents else tuple(documents)
+    bare = replace(spec, alibi=False, softcap=None, scale=None, dropout=0.0, learned_sink=False)  # these change no pair
+    total = start = 0
+    for count in lengths:
+        if not causal_halved:
+            total += count * _row_width(bare, count)
+        elif bare.block_sparse is None:
+            total += _causal_pairs(bare, 0, count)  # only block patterns depend on where a document starts
+        else:
+            total += _causal_pairs(bare, start, count)
+        start += count
+    return total
+
+
+def _row_width(spec: AttentionSpec, length: int) -> int:
+    if spec.window.left is None:
+        return -(-length // spec.window.dilation)
+    return min(length, spec.window.left + 1 + spec.sink_tokens)
+
+
+@lru_cache(maxsize=1024)
+def _causal_pairs(spec: AttentionSpec, start: int, length: int) -> int:
+    """Allowed pairs of a document at positions start … start + length - 1, counted query by query."""
+    window, sinks = spec.window, spec.sink_tokens
+    if window.left is None and window.dilation == 1 and spec.block_sparse is None:
+        return length * (length + 1) // 2
+    total = 0
+    for query in range(start, start + length):
+        seen = query - start + 1
+        total += min(sinks, seen)
+        first = start + sinks  # the window's keys, sinks aside: they are counted
+        if window.left is not None:
+            first = max(first, query - window.left * window.dilation)
+        if first > query:
+            continue
+        if spec.block_sparse is None:
+            total += (query - first) // window.dilation + 1
+            continue
+        layout = spec.block_sparse
+        for block, visible in enumerate(layout.pattern[query // layout.q_block]):
+            low = max(first, block * layout.kv_block)
+            high = min(query, (block + 1) * layout.kv_block - 1)
+            if visible and low <= high:  # keys query - m * dilation with low <= key <= high
+                total += (query - low) // window.dilation - -(-(query - high) // window.dilation) + 1
+    return total
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def kv_bytes_per_token(config: DecoderConfig, dtype: DType = "bfloat16") -> int:
+    """Cache bytes per token and sequence: 2 (keys, values) * layers * G * K * bytes."""
+    return 2 * config.n_layers * config.kv_heads * config.dim_per_head * bytes_of(dtype)
+
+
+def bytes_of(dtype: DType) -> int:
+    """Bytes of one element; `torch.bfloat16` or "bfloat16". Raises ValueError for a dtype that no model uses."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in _BYTES:
+        raise ValueError(f"dtype={name}: it is one of {', '.join(_BYTES)}")
+    return _BYTES[name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on one device at the peak of a training step; see `training_memory` for the terms."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def training_memory(
+    config: DecoderConfig,
+    *,
+    micro_batch: int,
+    length: int,
+    precision: Literal["fp32", "bf16-mixed", "bf16-true"],
+    optimizer: Literal["adamw"] = "adamw",
+    activation_checkpointing: bool = False,
+    loss_chunk: int = 4096,
+) -> MemoryEstimate:
+    """What one device holds at the peak of a training step, without the allocator's overhead and dense masks.
+
+    With P parameters, N = micro_batch * length tokens, c bytes of the compute dtype, r bytes of a weight and of the
+    residual stream (bf16-mixed: c = 2, r = 4):
+
+    weights      P * r, under bf16-mixed also autocast's copies of the matrices, P * 2
+    gradients    P * r
+    optimizer    adamw: two moments, P * 2r
+    activations  what backward reads, per token and layer:
+                   2 D * (r + c)                   inputs and outputs of the two norms
+                   (2 HK + 2 GK) * c + 4 H         rotated q and k, v, attention's output, its lse
+                   (HK + GK) * c                   q and k before qk_norm, if there is one
+                   2 F * c (GELU), 4 F * c (SwiGLU)
+                   2 D                             dropout masks, if there is dropout
+                 plus D * (r + c) per token for the final norm
+                 with activation checkpointing: r * D per token and layer, plus one layer in full
+    logits       the chunked loss: min(N, loss_chunk) * V * (4 + 4), fp32 logits and their gradient
+    """
+    if precision not in _PRECISION:
+        raise ValueError(f"precision={precision!r}: it is one of {', '.join(_PRECISION)}")
+    c = bytes_of(_PRECISION[precision])
+    r = 2 if precision == "bf16-true" else 4
+    D, F, H = config.d_model, config.d_ff, config.n_heads
+    q_width, kv_width = H * config.dim_per_head, config.kv_heads * config.dim_per_head
+    n_tokens, n_parameters = micro_batch * length, parameters(config).total
+    layer = 2 * D * (r + c) + (2 * q_width + 2 * kv_width) * c + 4 * H
+    layer += (q_width + kv_width) * c if config.qk_norm else 0
+    layer += (4 if config.mlp == "swiglu" else 2) * F * c
+    layer += 2 * D if config.dropout else 0
+    stack = config.n_layers * r * D + layer if activation_checkpointing else config.n_layers * layer
+    return MemoryEstimate(
+        weights=n_parameters * (r + 2 if precision == "bf16-mixed" else r),
+        gradients=n_parameters * r,
+        optimizer=n_parameters * 2 * r if optimizer == "adamw" else 0,
+        activations=n_tokens * (stack + D * (r + c)),
+        logits=min(n_tokens, loss_chunk) * config.vocab_size * 8,
+    )
+
+
+# -- peak rates -------------------------------------------------------------------------------------------------------
+
+# Dense matrix-product FLOP/s without sparsity, from the makers' data sheets. The first key that occurs in the device's
+# name decides, so the more special names stand first.
+PEAK_FLOPS: dict[str, dict[str, float]] = {
+    "B200": {"bfloat16": 2250e12, "float16": 2250e12},
+    "H200": {"bfloat16": 989.4e12, "float16": 989.4e12, "tf32": 494.7e12, "float32": 66.9e12},
+    "H100 PCIe": {"bfloat16": 756e12, "float16": 756e12, "tf32": 378e12, "float32": 51.2e12},
+    "H100 NVL": {"bfloat16": 835e12, "float16": 835e12, "tf32": 417.5e12, "float32": 60e12},
+    "H100": {"bfloat16": 989.4e12, "float16": 989.4e12, "tf32": 494.7e12, "float32": 66.9e12},  # SXM5
+    "A100": {"bfloat16": 312e12, "float16": 312e12, "tf32": 156e12, "float32": 19.5e12},
+    "L40S": {"bfloat16": 362e12, "float16": 362e12, "tf32": 183e12, "float32": 91.6e12},
+    "L4": {"bfloat16": 121e12, "float16": 121e12, "tf32": 60e12, "float32": 30.3e12},
+    "RTX 4090": {"bfloat16": 165.2e12, "float16": 165.2e12, "tf32": 82.6e12, "float32": 82.6e12},
+    "RTX 3090": {"bfloat16": 71e12, "float16": 71e12, "tf32": 35.6e12, "float32": 35.6e12},
+    "V100": {"float16": 125e12, "float32": 15.7e12},
+    "T4": {"float16": 65e12, "float32": 8.1e12},
+}
+
+
+def peak_flops(device_name: str, dtype: DType) -> float | None:
+    """FLOP/s that a device (`torch.cuda.get_device_name()`) could reach in matrix products of `dtype` ("tf32" too);
+    None where the table does not say, CPUs among them: then there is no MFU."""
+    dtype = str(dtype).removeprefix("torch.")
+    words = device_name.replace("-", " ").split()
+    for name, rates in PEAK_FLOPS.items():
+        if all(word in words for word in name.split()):
+            return rates.get(dtype)
+    return None

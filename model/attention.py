@@ -1,0 +1,188 @@
+"""Multi-head attention: projections, head groups, the cache, and one `attend` per group.
+
+Legend: B batch, T queries, S keys, D model width, H query heads, G key/value heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from longspan.kernels.attention import AttentionContext, AttentionParams, AttentionSpec, Phase
+from longspan.kernels.attention.registry import attend
+
+from .cache import KeyValueCache
+from .config import HeadGroup
+from .positions import FixedTable, alibi_slopes, rotate
+
+BackendChoice = str | tuple[str, ...]  # a name, "auto", or names tried in order
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A head group as the forward pass needs it: where its heads lie, and its spec in every situation."""
+
+    q: tuple[int, int]  # first query head, count
+    kv: tuple[int, int]
+    sinks: tuple[int, int] | None
+    alibi: bool
+    variants: dict[tuple[bool, bool, bool], AttentionSpec]
+
+
+def effective(spec: AttentionSpec, *, documents: bool, global_tokens: bool, training: bool) -> AttentionSpec:
+    """The spec of one call: without document ids every row is one document, without flags no token is global,
+    and dropout belongs to training."""
+    return replace(
+        spec,
+        documents=spec.documents and documents,
+        global_tokens=spec.global_tokens and global_tokens,
+        dropout=spec.dropout if training else 0.0,
+    )
+
+
+class Attention(nn.Module):
+    """q, k, v projections (GQA: query head h reads key/value head h // (H // G)), optional RMSNorm on heads, rotation,
+    attention, output projection.
+
+    `fused_qkv` computes the three projections in one matrix product. The state dict is the same either way:
+    q_proj, k_proj and v_proj.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer: int,
+        groups: Sequence[HeadGroup],
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        bias: bool,
+        qk_norm_eps: float | None,
+        fused_qkv: bool,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = head_dim
+        self.widths = [n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim]
+        self.fused_qkv = fused_qkv
+        if fused_qkv:
+            self.qkv_proj = nn.Linear(d_model, sum(self.widths), bias=bias)
+            self.register_state_dict_post_hook(_split_qkv)
+            self.register_load_state_dict_pre_hook(_merge_qkv)
+        else:
+            self.q_proj = nn.Linear(d_model, self.widths[0], bias=bias)
+            self.k_proj = nn.Linear(d_model, self.widths[1], bias=bias)
+            self.v_proj = nn.Linear(d_model, self.widths[2], bias=bias)
+        self.o_proj = nn.Linear(self.widths[0], d_model, bias=bias)
+        self.q_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps) if qk_norm_eps is not None else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps) if qk_norm_eps is not None else None
+
+        self.groups = _layout(groups, n_heads // n_kv_heads)
+        n_sinks = sum(group.heads for group in groups if group.spec.learned_sink)
+        self.sink_logits = nn.Parameter(torch.empty(n_sinks)) if n_sinks else None
+        biased = any(group.spec.alibi for group in groups)
+        self.slopes = FixedTable(lambda: torch.tensor(alibi_slopes(n_heads), device="cpu")) if biased else None
+        self.backends: dict[Phase, BackendChoice] = dict.fromkeys(Phase, "auto")
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        context: AttentionContext,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        q_BTHK, k_BSGK, v_BSGK = self._project(x_BTD)
+        if rotation is not None:
+            q_BTHK, k_BSGK = rotate(q_BTHK, rotation), rotate(k_BSGK, rotation)
+        phase = Phase.TRAIN
+        if cache is not None:
+            phase = Phase.DECODE if x_BTD.shape[1] == 1 else Phase.PREFILL
+            k_BSGK, v_BSGK = cache.append(self.layer, k_BSGK, v_BSGK)
+            q_BTHK = q_BTHK.to(k_BSGK.dtype)  # a cache may be narrower than the model
+
+        documents = context.q_documents is not None or context.kv_documents is not None
+        situation = (documents, context.is_global is not None, self.training)
+        outputs = []
+        for group in self.groups:
+            one_of_many = len(self.groups) > 1
+            output = attend(
+                q_BTHK.narrow(2, *group.q) if one_of_many else q_BTHK,
+                k_BSGK.narrow(2, *group.kv) if one_of_many else k_BSGK,
+                v_BSGK.narrow(2, *group.kv) if one_of_many else v_BSGK,
+                spec=group.variants[situation],
+                context=context,
+                params=self._params(group),
+                backend=self.backends[phase],
+            )
+            outputs.append(output.out)
+        out_BTHK = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        if cache is not None:
+            out_BTHK = out_BTHK.to(x_BTD.dtype)
+        return self.o_proj(out_BTHK.flatten(2))
+
+    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.fused_qkv:
+            q, k, v = self.qkv_proj(x_BTD).split(self.widths, dim=-1)
+        else:
+            q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            # Autocast normalises in fp32 and leaves the result there; attention wants one dtype.
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        return q, k, v
+
+    def _params(self, group: _Group) -> AttentionParams | None:
+        slopes = sinks = None
+        if group.alibi and self.slopes is not None:
+            slopes = self.slopes.values.narrow(0, *group.q)
+        if group.sinks is not None and self.sink_logits is not None:
+            sinks = self.sink_logits.narrow(0, *group.sinks)
+        if slopes is None and sinks is None:
+            return None
+        return AttentionParams(alibi_slopes=slopes, sink_logits=sinks)
+
+
+def _layout(groups: Sequence[HeadGroup], shared: int) -> tuple[_Group, ...]:
+    """Head groups placed one after the other; `shared` query heads read each key/value head."""
+    placed: list[_Group] = []
+    head = sink = 0
+    for group in groups:
+        flags = [(d, g, t) for d in (False, True) for g in (False, True) for t in (False, True)]
+        placed.append(
+            _Group(
+                q=(head, group.heads),
+                kv=(head // shared, group.heads // shared),
+                sinks=(sink, group.heads) if group.spec.learned_sink else None,
+                alibi=group.spec.alibi,
+                variants={
+                    flag: effective(group.spec, documents=flag[0], global_tokens=flag[1], training=flag[2])
+                    for flag in flags
+                },
+            )
+        )
+        head += group.heads
+        sink += group.heads if group.spec.learned_sink else 0
+    return tuple(placed)
+
+
+# State-dict hooks of the fused layout: files and optimizers of other layouts never see `qkv_proj`.
+
+
+def _split_qkv(module: nn.Module, state: dict[str, Tensor], prefix: str, _local_metadata: object) -> None:
+    assert isinstance(module, Attention)
+    for part in ("weight", "bias"):
+        fused = state.pop(f"{prefix}qkv_proj.{part}", None)
+        if fused is not None:
+            for name, rows in zip(("q_proj", "k_proj", "v_proj"), fused.split(module.widths), strict=True):
+                state[f"{prefix}{name}.{part}"] = rows
+
+
+def _merge_qkv(module: nn.Module, state: dict[str, Tensor], prefix: str, *_rest: object) -> None:
+    for part in ("weight", "bias"):
+        names = [f"{prefix}{name}.{part}" for name in ("q_proj", "k_proj", "v_proj")]
+        if all(name in state for name in names):
+            state[f"{prefix}qkv_proj.{part}"] = torch.cat([state.pop(name) for name in names])

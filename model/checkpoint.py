@@ -1,0 +1,322 @@
+"""Checkpoint directories: a model as config.json + model.safetensors, sealed by a manifest.
+
+    config.json         the DecoderConfig as plain JSON
+    model.safetensors   weights under their unfused names (q_proj, k_proj, v_proj); no pickle anywhere
+    tokenizer.json      if there is one
+    lineage.json        how the model was made: run, parent, data, commit
+    manifest.json       size and sha256 of every other file; written last, checked on loading
+
+A directory is written beside its target, flushed to disk and renamed, so that a checkpoint exists whole or not at all.
+A run keeps its checkpoints as `<run>/checkpoints/step-00000100`, and names the best in `<run>/checkpoints/best.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import DecoderConfig, ModelConfigError, from_dict, near, to_dict
+from .decoder import Decoder, from_config
+
+CONFIG, WEIGHTS, TOKENIZER, LINEAGE, MANIFEST = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "lineage.json",
+    "manifest.json",
+)
+_ARCHITECTURES = ("decoder",)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, foreign, or not this model's; one line says which."""
+
+
+class SavesItself(Protocol):
+    """A tokenizer, as far as a checkpoint cares: it writes its tokenizer.json into a directory."""
+
+    def save(self, directory: Path, /) -> object: ...
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def save_model(
+    model: Decoder,
+    directory: Path | str,
+    tokenizer: SavesItself | None = None,
+    *,
+    lineage: Mapping[str, Any] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    also: Callable[[Path], None] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a checkpoint directory and returns it.
+
+    state   the weights, where the module does not hold them whole (sharded training); None: the module's
+    also    writes further files into the directory before it is sealed (training state); they are in the manifest too
+
+    Raises CheckpointError when the directory exists and is not empty, unless `overwrite`; OSError from the disk.
+    """
+
+    def fill(staging: Path) -> None:
+        (staging / CONFIG).write_text(json.dumps(to_dict(model.config), indent=2) + "\n")
+        (staging / LINEAGE).write_text(json.dumps(dict(lineage or {}), indent=2, sort_keys=True) + "\n")
+        weights = model.state_dict() if state is None else state
+        save_file({name: _whole(tensor) for name, tensor in weights.items()}, staging / WEIGHTS, {"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save(staging)
+        if also is not None:
+            also(staging)
+
+    return write_directory(Path(directory), fill, overwrite=overwrite)
+
+
+def write_directory(target: Path, fill: Callable[[Path], None], *, overwrite: bool = False) -> Path:
+    """Makes `target` from what `fill` writes into an empty directory: sealed by a manifest, all of it or nothing.
+
+    Raises CheckpointError when `target` exists and is not empty, unless `overwrite`; whatever `fill` raises, after
+    removing what it wrote.
+    """
+    if _occupied(target) and not overwrite:
+        raise CheckpointError(f"{target} exists and is not empty; remove it, choose another directory, or overwrite")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        staging.chmod(0o777 & ~_umask())  # mkdtemp makes private directories
+        fill(staging)
+        _seal(staging)
+        _move(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return target
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Deletes what killed writers left in `parent`; only for its sole writer."""
+    for leftover in (*parent.glob(".*.partial-*"), *parent.glob(".*.replaced-*")):
+        shutil.rmtree(leftover)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor alone: a view into a larger one (a part of a fused projection) would drag all of it along."""
+    tensor = tensor.detach().contiguous()
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _seal(directory: Path) -> None:
+    files = {
+        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    (directory / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=2) + "\n")
+    for path in directory.rglob("*"):
+        _flush(path)
+    _flush(directory)
+
+
+def _move(staging: Path, target: Path) -> None:
+    if _occupied(target):
+        # Two renames: a reader finds the old checkpoint, for an instant none, then the new one; never a mixture.
+        replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
+        target.rename(replaced / "old")
+        staging.rename(target)
+        shutil.rmtree(replaced)
+    else:
+        staging.rename(target)  # onto nothing or onto an empty directory
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    """fsync of a file or a directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _occupied(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def verify(directory: Path | str) -> None:
+    """Checks that a checkpoint directory is complete and unaltered. Raises CheckpointError naming what is wrong."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
+    if not (directory / CONFIG).is_file():
+        raise CheckpointError(f"{directory} holds no {CONFIG}: it is not a checkpoint directory")
+    if not (directory / MANIFEST).is_file():
+        raise CheckpointError(f"{directory} holds no {MANIFEST}: not a checkpoint of Longspan, or one cut short")
+    files = _json(directory / MANIFEST).get("files")
+    if not isinstance(files, dict) or not {CONFIG, WEIGHTS} <= set(files):
+        raise CheckpointError(f"{directory / MANIFEST} does not list {CONFIG} and {WEIGHTS}: it is damaged")
+    for name, entry in files.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; the manifest lists it")
+        size = path.stat().st_size
+        if size != entry["size"]:
+            what = "cut short" if size < entry["size"] else "altered"
+            raise CheckpointError(f"{path} is {size} bytes, the manifest says {entry['size']}: it was {what}")
+    for name, entry in files.items():
+        if _sha256(directory / name) != entry["sha256"]:
+            raise CheckpointError(f"{directory / name} does not match its sha256 in the manifest: it was altered")
+
+
+def load_config(directory: Path | str) -> DecoderConfig:
+    """The config of a checkpoint directory. Raises CheckpointError for a missing, damaged or foreign one."""
+    directory = Path(directory)
+    path = directory / CONFIG
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
+    if not path.is_file():
+        raise CheckpointError(f"{directory} holds no {CONFIG}: it is not a checkpoint directory")
+    raw = _json(path)
+    architecture = raw.get("architecture")
+    if architecture not in _ARCHITECTURES:
+        found = f"architecture {architecture!r}" if architecture is not None else "no architecture"
+        if "model_type" in raw:
+            found = f"a Hugging Face model of type {raw['model_type']!r}"
+        raise CheckpointError(f"{path} describes {found}; this version reads: {', '.join(_ARCHITECTURES)}")
+    try:
+        return from_dict(raw)
+    except ModelConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def load_model(
+    directory: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    fused_qkv: bool = False,
+) -> Decoder:
+    """The model of a checkpoint directory, in evaluation mode; `dtype=None` keeps the stored one.
+
+    Raises CheckpointError, in one line, for anything that is missing, damaged, foreign or of another shape.
+    """
+    directory = Path(directory)
+    config = load_config(directory)
+    verify(directory)
+    model = from_config(config, fused_qkv=fused_qkv, device="meta")
+    weights = load_weights(directory)
+    check_weights(model, weights, asked_by=str(directory / WEIGHTS))
+    model.load_state_dict(weights, assign=True)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def load_weights(directory: Path | str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint directory by name, on the CPU. Raises CheckpointError for an unreadable file."""
+    path = Path(directory) / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Copied out of the mapped file: tensors that alias it would change, or crash, with the file.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a dict
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def check_weights(model: Decoder, weights: Mapping[str, Tensor], *, asked_by: str) -> None:
+    """Raises CheckpointError unless `weights` are exactly the model's tensors; names the first that differ."""
+    expected = model.state_dict()
+    if missing := [name for name in expected if name not in weights]:
+        raise CheckpointError(f"{asked_by} lacks {_some(missing)}")
+    if unexpected := [name for name in weights if name not in expected]:
+        raise CheckpointError(f"{asked_by} holds {_some(unexpected)}, which this model does not have")
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{asked_by}: {name} has shape {list(weights[name].shape)}, this model's has {list(tensor.shape)}"
+            )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): it is damaged") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} is not a JSON object: it is damaged")
+    return raw
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+def resolve_checkpoint(path: Path | str) -> Path:
+    """The checkpoint directory that `path` means: itself, or of a run its best, else its newest that verifies.
+
+    Raises CheckpointError when there is none.
+    """
+    path = Path(path)
+    if not path.exists():
+        close = near(path.name, sorted(entry.name for entry in path.parent.iterdir())) if path.parent.is_dir() else ""
+        hint = close if "did you mean" in close else ""
+        raise CheckpointError(f"checkpoint {path}: no such directory{hint}")
+    if (path / CONFIG).is_file() or (path / MANIFEST).is_file():
+        return path
+    if not (path / "checkpoints").is_dir():
+        raise CheckpointError(f"{path} is neither a checkpoint directory (no {CONFIG}) nor a run (no checkpoints/)")
+    best = path / "checkpoints" / "best.json"
+    if best.is_file():
+        chosen = step_directory(path, int(_json(best)["step"]))
+        if _verifies(chosen):
+            return chosen
+    newest = last_verified(path)
+    if newest is None:
+        raise CheckpointError(f"{path} has no checkpoint that is complete (looked in {path / 'checkpoints'})")
+    return newest
+
+
+def step_directory(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def last_verified(run: Path) -> Path | None:
+    """The newest checkpoint of a run that is complete and unaltered."""
+    steps = sorted((run / "checkpoints").glob("step-*"), key=lambda entry: entry.name, reverse=True)
+    return next((entry for entry in steps if _verifies(entry)), None)
+
+
+def _verifies(directory: Path) -> bool:
+    try:
+        verify(directory)
+    except CheckpointError:
+        return False
+    return True

@@ -1,0 +1,95 @@
+"""Named model sizes. Torch is imported only by `build`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from .config import DecoderConfig, ModelConfigError, from_dict
+
+if TYPE_CHECKING:
+    from .decoder import Decoder
+
+
+def _gpt2(n_layers: int, d_model: int, n_heads: int) -> DecoderConfig:
+    """Radford et al. 2019, table 2: learned positions, LayerNorm, GELU (tanh), biases, tied head."""
+    return DecoderConfig(n_layers=n_layers, d_model=d_model, n_heads=n_heads, d_ff=4 * d_model)
+
+
+def _llama(n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_ff: int) -> DecoderConfig:
+    """Touvron et al. 2023 (arXiv 2302.13971), §2.2: RoPE, RMSNorm, SwiGLU, no biases; GQA as in Llama 2 and 3. The head
+    is tied as in Llama 3.2's small models: at these sizes an untied one would be a tenth to half of all parameters."""
+    return DecoderConfig(
+        vocab_size=50_304,  # GPT-2's 50,257, rounded up to a multiple of 128
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        d_ff=d_ff,
+        max_positions=4096,
+        positions="rope",
+        norm="rmsnorm",
+        mlp="swiglu",
+        bias=False,
+        tied_head=True,
+    )
+
+
+_TINY = DecoderConfig(vocab_size=256, n_layers=2, d_model=64, n_heads=4, d_ff=256, max_positions=128)
+
+CONFIGS: Mapping[str, DecoderConfig] = MappingProxyType(
+    {
+        # The GPT-2 family: parameters as published.
+        "gpt2-small": _gpt2(12, 768, 12),  # 124,439,808
+        "gpt2-medium": _gpt2(24, 1024, 16),  # 354,823,168
+        "gpt2-large": _gpt2(36, 1280, 20),  # 774,030,080
+        "gpt2-xl": _gpt2(48, 1600, 25),  # 1,557,611,200
+        # A Llama-like ladder.
+        "llama-20m": _llama(8, 256, 4, 2, 1024),  # 20,746,496
+        "llama-60m": _llama(8, 512, 8, 4, 2048),  # 57,221,632
+        "llama-150m": _llama(16, 768, 12, 4, 2304),  # 148,759,296
+        "llama-300m": _llama(20, 1024, 16, 4, 3072),  # 292,725,760
+        "llama-600m": _llama(24, 1280, 20, 4, 4864),  # 607,089,920
+        "llama-1b": _llama(16, 2048, 16, 4, 7168),  # 975,505,408
+        "llama-1.3b": _llama(20, 2048, 16, 4, 8192),  # 1,319,454,720
+        # For tests.
+        "gpt-tiny": _TINY,  # 124,672
+        "llama-tiny": replace(
+            _TINY, n_kv_heads=2, d_ff=160, positions="rope", norm="rmsnorm", mlp="swiglu", bias=False, tied_head=False
+        ),  # 119,104
+        # For two CPU cores and a few minutes (`make quickstart`).
+        "quickstart": DecoderConfig(
+            vocab_size=8192,
+            n_layers=6,
+            d_model=256,
+            n_heads=4,
+            d_ff=1024,
+            max_positions=512,
+        ),  # 6,967,296
+    }
+)
+
+
+def configure(name: str, overrides: Mapping[str, object] | None = None) -> DecoderConfig:
+    """The named config with some fields replaced (`attention` as an AttentionPlan or as plain dicts).
+
+    Raises ValueError for an unknown name, ModelConfigError for unknown fields and impossible values, each with the
+    nearest known one.
+    """
+    if name not in CONFIGS:
+        close = difflib.get_close_matches(name, CONFIGS, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise ModelConfigError([f"no model is named '{name}'; {hint}known: {', '.join(CONFIGS)}"])
+    base = CONFIGS[name]
+    current = {item.name: getattr(base, item.name) for item in fields(base)}
+    return from_dict({**current, **(overrides or {})})
+
+
+def build(name: str, overrides: Mapping[str, object] | None = None, *, seed: int | None = None) -> Decoder:
+    """A freshly initialised model of a named size; `seed=None` draws one from torch's generator."""
+    from .decoder import from_config
+
+    return from_config(configure(name, overrides), seed=seed)
