@@ -3,9 +3,12 @@
 Legend: B sequences, T tokens each.
 """
 
+# ruff: noqa: N815  (names of fields carry shapes)
+
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,8 +21,8 @@ class TokenBatch:
     """Packed token sequences with their next-token targets.
 
     tokens_BT      int64 token ids
-    targets_BT     int64: the token that follows `tokens_BT[b, t]`, or IGNORE where no loss is taken (padding, a prompt, a
-                   document boundary when boundary loss is off)
+    targets_BT     int64: the token that follows `tokens_BT[b, t]`, or IGNORE where no loss is taken (padding, a prompt,
+                   a document boundary when boundary loss is off)
     positions_BT   int64 positions for the position encoding; None: 0 … T-1 (they restart at each document when
                    position reset is on)
     documents_BT   int64 document ids; None: no document mask. Padding has the id -1
@@ -38,15 +41,16 @@ class TokenBatch:
         return (self.targets_BT != IGNORE).sum()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
-        return TokenBatch(
-            **{
-                name: None if value is None else value.to(device, non_blocking=non_blocking)
-                for name, value in self._tensors()
-            }
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> TokenBatch:
-        return TokenBatch(**{name: None if value is None else value.pin_memory() for name, value in self._tensors()})
+        return self._each(Tensor.pin_memory)
 
-    def _tensors(self) -> list[tuple[str, Tensor | None]]:
-        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+        return TokenBatch(
+            tokens_BT=change(self.tokens_BT),
+            targets_BT=change(self.targets_BT),
+            indices_B=change(self.indices_B),
+            positions_BT=None if self.positions_BT is None else change(self.positions_BT),
+            documents_BT=None if self.documents_BT is None else change(self.documents_BT),
+        )

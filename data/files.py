@@ -1,0 +1,264 @@
+"""Local files as documents: plain text, JSON lines, Parquet and Arrow, gzip where it makes sense."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+_TEXT = """.txt .text .md .markdown .rst .tex .org .html .xml .csv .log .py .pyi .c .h .cc .cpp .hpp .cu .java .js
+    .ts .go .rs .rb .jl .lean .sh .sql .toml .yaml .yml"""
+TEXT_SUFFIXES = frozenset(_TEXT.split())
+_ROW_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow"}
+_SUPPORTED = ".txt .md .rst .py and other text, .jsonl, .ndjson (each also .gz), .parquet, .arrow"
+
+# A longer text file is read as several documents, cut at line breaks, so that memory stays bounded.
+LONGEST_TEXT = 64 << 20
+
+
+class SourceError(ValueError):
+    """Something that was named as data cannot be read as text; the message says what, where, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One document in a file; `place` tells it from the file's others."""
+
+    text: str
+    place: str = ""
+    prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextColumns:
+    """Which columns of a row are its text."""
+
+    text: str
+    prompt: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.text,) if self.prompt is None else (self.prompt, self.text)
+
+    def check(self, present: list[str], where: str) -> None:
+        for name in self.names:
+            if name not in present:
+                key = "text_field" if self.prompt is None else "prompt_field and response_field"
+                raise SourceError(
+                    f"{where} has no column '{name}': it has {', '.join(present) or 'none'}; choose with {key}"
+                )
+
+    def of_row(self, row: object, where: str, place: str) -> Record | None:
+        """The document in one row; None when its text is empty or null."""
+        if not isinstance(row, Mapping):
+            raise SourceError(f"{where} {place}: expected an object with a column '{self.text}', found {_name(row)}")
+        row = cast("Mapping[str, object]", row)
+        self.check(list(row), f"{where} {place}")
+        values = [row[name] for name in self.names]
+        for name, value in zip(self.names, values):
+            if value is not None and not isinstance(value, str):
+                raise SourceError(f"{where} {place}: column '{name}' holds {_name(value)}, not text")
+            if isinstance(value, str) and not _encodable(value):
+                raise SourceError(
+                    f"{where} {place}: column '{name}' has half a surrogate pair, which is not UTF-8 text"
+                )
+        texts = [value for value in values if isinstance(value, str)]
+        if len(texts) < len(values) or not texts[-1]:
+            return None
+        return Record(texts[-1], f":{place.split()[-1]}", None if self.prompt is None else texts[0])
+
+
+@dataclass(frozen=True, slots=True)
+class FileSet:
+    """The files that a path stands for. `skipped` counts those in a directory that are of no supported kind."""
+
+    root: Path
+    paths: tuple[Path, ...]
+    skipped: int = 0
+
+    def name_of(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+    def is_plain(self, path: Path) -> bool:
+        """Is the file's size the size of its text (nearly so for JSON lines)?"""
+        return path.suffix != ".gz" and _kind(path) in ("text", "jsonl", None)
+
+
+def find_files(path: str) -> FileSet:
+    """A file, all supported files below a directory, or the files that match a glob (`**` crosses directories).
+
+    A file named directly or by a glob is read as plain text when its suffix says nothing; in a directory such files
+    and hidden ones are skipped. Raises SourceError when there is nothing to read.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        return FileSet(place.parent, (place,))
+    if place.is_dir():
+        return _walk(place)
+    if glob.has_magic(path):
+        found = sorted(Path(name) for name in glob.glob(str(place), recursive=True) if os.path.isfile(name))
+        if not found:
+            raise SourceError(f"no file matches data path '{path}'")
+        return FileSet(Path(os.path.commonpath([name.parent for name in found])), tuple(found))
+    raise SourceError(f"data path '{path}' does not exist")
+
+
+def _walk(root: Path) -> FileSet:
+    found: list[Path] = []
+    skipped = 0
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            path = Path(folder) / name
+            if not name.startswith(".") and _kind(path) is not None and path.is_file():
+                found.append(path)
+            else:
+                skipped += 1
+    if not found:
+        what = f"only {skipped} files of other kinds" if skipped else "no files"
+        raise SourceError(f"data path '{root}' has {what}; supported are {_SUPPORTED}")
+    return FileSet(root, tuple(sorted(found, key=lambda path: path.relative_to(root).as_posix())), skipped)
+
+
+def _kind(path: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if not suffixes:
+        return None
+    zipped = suffixes[-1] == ".gz"
+    last = suffixes[-2] if zipped and len(suffixes) > 1 else suffixes[-1]
+    kind = "text" if last in TEXT_SUFFIXES else _ROW_SUFFIXES.get(last)
+    return None if zipped and kind not in ("text", "jsonl") else kind
+
+
+def read_file(path: Path, columns: TextColumns) -> Iterator[Record]:
+    """The documents in a file: one for plain text, one a row otherwise. Raises SourceError."""
+    kind = _kind(path) or "text"
+    if kind == "text" and columns.prompt is not None:
+        raise SourceError(
+            f"{path} is plain text, but prompt_field and response_field name columns: use .jsonl or .parquet"
+        )
+    try:
+        if kind in ("text", "jsonl"):
+            with _open(path) as file:
+                yield from _read_text(path, file) if kind == "text" else _read_jsonl(path, file, columns)
+        else:
+            yield from _read_table(path, kind, columns)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise SourceError(f"{path} is not a complete gzip file ({error})") from error
+    except PermissionError as error:
+        raise SourceError(f"{path} cannot be read: permission denied") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast("BinaryIO", gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _read_text(path: Path, file: BinaryIO) -> Iterator[Record]:
+    offset, number, rest, more = 0, 0, b"", True
+    while more:
+        block = rest + file.read(LONGEST_TEXT - len(rest))
+        more = len(block) == LONGEST_TEXT
+        cut = _last_break(block) if more else len(block)
+        text = _decode(block[:cut], path, offset).removeprefix("\ufeff" if offset == 0 else "")
+        if text.strip():
+            yield Record(text, f"#{number}" if more or number else "")
+            number += 1
+        offset, rest = offset + cut, block[cut:]
+
+
+def _last_break(block: bytes) -> int:
+    """Where to cut a block: after its last line break, else before its last character."""
+    cut = block.rfind(b"\n") + 1
+    if cut == 0:
+        cut = len(block) - 1
+        while cut > 1 and block[cut] & 0xC0 == 0x80:  # a continuation byte of UTF-8
+            cut -= 1
+    return cut
+
+
+def _decode(data: bytes, path: Path, offset: int) -> str:
+    nul = data.find(b"\0", 0, 1 << 16)
+    if nul >= 0:
+        raise SourceError(f"{path} is a binary file, not text (zero byte at offset {offset + nul})")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {offset + error.start}; "
+            "convert it first, for example with iconv -f latin1 -t utf-8"
+        ) from error
+
+
+def _read_jsonl(path: Path, file: BinaryIO, columns: TextColumns) -> Iterator[Record]:
+    offset = 0
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            text = _decode(line, path, offset).removeprefix("\ufeff" if number == 1 else "")
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise SourceError(
+                    f"{path} line {number}: not valid JSON ({error.msg}, column {error.colno})"
+                ) from error
+            record = columns.of_row(row, str(path), f"line {number}")
+            if record is not None:
+                yield record
+        offset += len(line)
+
+
+def _read_table(path: Path, kind: str, columns: TextColumns) -> Iterator[Record]:
+    import pyarrow as pa  # comes with datasets; only tables need it
+    import pyarrow.parquet as pq
+
+    try:
+        row = 0
+        with pa.OSFile(str(path)) if kind == "parquet" else pa.memory_map(str(path)) as file:
+            if kind == "parquet":
+                table = pq.ParquetFile(file)
+                columns.check(table.schema_arrow.names, str(path))
+                batches = table.iter_batches(batch_size=64, columns=list(columns.names))
+            else:
+                batches = _arrow_batches(path, file, columns)
+            for batch in batches:
+                for values in batch.select(list(columns.names)).to_pylist():
+                    record = columns.of_row(values, str(path), f"row {row}")
+                    if record is not None:
+                        yield record
+                    row += 1
+    except pa.ArrowException as error:
+        raise SourceError(f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}") from error
+
+
+def _arrow_batches(path: Path, file: object, columns: TextColumns) -> Iterator:  # of pyarrow.RecordBatch
+    import pyarrow as pa
+
+    with path.open("rb") as head:
+        is_file_format = head.read(6) == b"ARROW1"
+    if is_file_format:
+        reader = pa.ipc.open_file(file)
+        columns.check(reader.schema.names, str(path))
+        for index in range(reader.num_record_batches):
+            yield reader.get_batch(index)
+    else:
+        stream = pa.ipc.open_stream(file)
+        columns.check(stream.schema.names, str(path))
+        yield from stream
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _name(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", int: "a number"}
+    return names.get(type(value), "a number" if isinstance(value, float) else type(value).__name__)

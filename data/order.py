@@ -1,0 +1,175 @@
+"""Which sequence comes k-th: pure functions of (seed, k), so that any place in the stream can be addressed directly.
+
+Nothing here has state. A run resumes by continuing at k, ranks and loader processes take their share of the k's, and
+none of it changes which sequence is the k-th.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
+
+_MASK = (1 << 64) - 1
+_ROUNDS = 6
+_LONGEST_PERIOD = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Sequence `index` of a source, in the `epoch`-th pass over that source."""
+
+    source: int
+    epoch: int
+    index: int
+
+
+class Order(Protocol):
+    """Maps a place in a stream to a sequence."""
+
+    def address(self, k: int) -> Address: ...
+
+
+class MixedStream:
+    """An endless stream that mixes sources by weight and shuffles each anew in every pass.
+
+    sizes     sequences of each source
+    weights   share of each source in the stream; after any number of sequences each source has been taken within one
+              of its share
+    seed      None: no shuffling
+
+    Weights are taken as fractions with a common denominator of at most 65,536 (`shares` has what they became); sources
+    are then scheduled by the chairman assignment of Tijdeman (1980), whose deviation stays below one, and the schedule
+    repeats exactly.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int | None) -> None:
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"sizes={list(sizes)}: a stream needs sources with at least one sequence each")
+        if len(weights) != len(sizes) or min(weights) <= 0:
+            raise ValueError(f"weights={list(weights)}: one weight greater than 0 for each of {len(sizes)} sources")
+        self._sizes, self._seed = tuple(sizes), seed
+        counts = _whole_shares(weights)
+        self._period = sum(counts)
+        self._counts = counts
+        self.shares = tuple(Fraction(count, self._period) for count in counts)
+        self._schedule = _schedule(counts)
+        self._taken = _ranks(self._schedule, len(sizes))
+
+    def address(self, k: int) -> Address:
+        if k < 0:
+            raise IndexError(f"sequence {k}: a stream starts at 0")
+        period, place = divmod(k, self._period)
+        source = self._schedule[place]
+        nth = period * self._counts[source] + self._taken[place]  # how often the source came before
+        epoch, index = divmod(nth, self._sizes[source])
+        if self._seed is not None:
+            index = permute(index, self._sizes[source], key=hash_ints(self._seed, source, epoch))
+        return Address(source, epoch, index)
+
+
+class SinglePass:
+    """Each sequence of each source once, in a fixed order that spreads the sources evenly: for validation."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        places = [
+            (Fraction(2 * index + 1, 2 * size), source, index)
+            for source, size in enumerate(sizes)
+            for index in range(size)
+        ]
+        self._addresses = [Address(source, 0, index) for _, source, index in sorted(places)]
+
+    def __len__(self) -> int:
+        return len(self._addresses)
+
+    def address(self, k: int) -> Address:
+        if not 0 <= k < len(self):
+            raise IndexError(f"sequence {k}: the pass has {len(self)}")
+        return self._addresses[k]
+
+
+def permute(index: int, size: int, *, key: int) -> int:
+    """Where a pseudo-random permutation of 0 … size-1, chosen by `key`, sends `index`.
+
+    A balanced Feistel network over the next even number of bits, walked until it lands inside (Black & Rogaway 2002,
+    "Ciphers with Arbitrary Finite Domains"): no table, the same cost anywhere.
+    """
+    if not 0 <= index < size:
+        raise IndexError(f"index {index} is not in 0 … {size - 1}")
+    half = max(2, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for number in range(_ROUNDS):
+            left, right = right, left ^ (_mix(right + _mix(key + number)) & mask)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+def hash_ints(*values: int) -> int:
+    """64 well-mixed bits of some integers."""
+    state = 0
+    for value in values:
+        state = _mix(state ^ (value & _MASK))
+    return state
+
+
+def _mix(value: int) -> int:
+    """The output function of SplitMix64 (Steele, Lea & Flood 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
+    return value ^ (value >> 31)
+
+
+def _whole_shares(weights: Sequence[float]) -> list[int]:
+    """Weights as whole numbers, each at least 1, with a sum of at most _LONGEST_PERIOD."""
+    exact = [Fraction(weight).limit_denominator(10_000) or Fraction(weight) for weight in weights]
+    denominator = math.lcm(*(weight.denominator for weight in exact))
+    counts = [int(weight * denominator) for weight in exact]
+    divisor = math.gcd(*counts)
+    counts = [count // divisor for count in counts]
+    total = sum(counts)
+    if total <= _LONGEST_PERIOD:
+        return counts
+    scaled = [Fraction(count * _LONGEST_PERIOD, total) for count in counts]
+    floors = [max(1, int(share)) for share in scaled]
+    by_rest = sorted(range(len(counts)), key=lambda source: floors[source] - scaled[source])
+    for source in by_rest[: max(0, _LONGEST_PERIOD - sum(floors))]:
+        floors[source] += 1
+    return floors
+
+
+def _schedule(counts: Sequence[int]) -> list[int]:
+    """One period: source s exactly counts[s] times, every prefix within one of its shares."""
+    n_sources, period = len(counts), sum(counts)
+    if n_sources == 1:
+        return [0]
+    slack = 2 * n_sources - 2
+    taken = [0] * n_sources
+    schedule = []
+    for place in range(1, period + 1):
+        # A source may be taken when its share after this place exceeds what it had by 1/slack; of those, the one whose
+        # share reaches its next whole number (less 1/slack) first is taken. All in integers, times period · slack.
+        best, deadline = -1, Fraction(0)
+        for source in range(n_sources):
+            if slack * (counts[source] * place - period * taken[source]) >= period:
+                due = Fraction(slack * period * (taken[source] + 1) - period, slack * counts[source])
+                if best < 0 or due < deadline:
+                    best, deadline = source, due
+        taken[best] += 1
+        schedule.append(best)
+    return schedule
+
+
+def _ranks(schedule: Sequence[int], n_sources: int) -> list[int]:
+    """For each place of the schedule, how often its source stands before it."""
+    taken = [0] * n_sources
+    ranks = []
+    for source in schedule:
+        ranks.append(taken[source])
+        taken[source] += 1
+    return ranks

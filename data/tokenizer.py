@@ -1,0 +1,176 @@
+"""Text to token ids and back: byte-level BPE (trained here or loaded), or plain bytes.
+
+Text is only ever text: the characters `<|endoftext|>` inside a document become ordinary tokens, never the control
+token, so a corpus cannot end a document or forge a role.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"  # separates documents
+# What other people's tokenizers call the same thing, tried in this order when their configuration does not say.
+_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]", "<|eos|>")
+
+# Stated explicitly so that the library does not warn about loader processes that are forked later: those never
+# tokenise. An existing setting is kept.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer cannot be trained or loaded; the message says which and why."""
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` that never adds, truncates or pads, and never reads control tokens out of text."""
+
+    def __init__(self, definition: str, end_token: str) -> None:
+        """`definition`: the content of a tokenizer.json; `end_token`: which of its tokens ends a document."""
+        self._definition = definition
+        self._end_token = end_token
+        self._tokenizer = tokenizers.Tokenizer.from_str(definition)
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        eos_id = self._tokenizer.token_to_id(end_token)
+        if eos_id is None:
+            raise TokenizerError(f"the tokenizer has no token '{end_token}' to end documents with")
+        self.eos_id: int = eos_id
+        self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.sha256: str = hashlib.sha256(definition.encode()).hexdigest()
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str]]:
+        return Tokenizer, (self._definition, self._end_token)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text alone: no start or end token."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, in parallel threads."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of the ids; bytes that are not UTF-8 (a character cut in half) show as U+FFFD."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+
+    def save(self, directory: Path | str) -> None:
+        """Write tokenizer.json (and tokenizer_config.json, where only that tells which token ends a document)."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tokenizer.json").write_text(self._definition, encoding="utf-8")
+        if _guess_end(self._tokenizer) != self._end_token:
+            config = json.dumps({"eos_token": self._end_token})
+            (directory / "tokenizer_config.json").write_text(config, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path | str) -> Tokenizer:
+        """Read a tokenizer.json, or the one in a directory; `eos_token` of a tokenizer_config.json beside it is obeyed.
+
+        Raises FileNotFoundError or TokenizerError, in one line.
+        """
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise FileNotFoundError(f"no tokenizer at {file}: give a tokenizer.json or a directory that holds one")
+        try:
+            definition = file.read_text(encoding="utf-8")
+            tokenizer = tokenizers.Tokenizer.from_str(definition)
+        except Exception as error:
+            raise TokenizerError(f"{file} is not a tokenizer.json ({str(error).splitlines()[0]})") from error
+        end_token = _configured_end(file.with_name("tokenizer_config.json")) or _guess_end(tokenizer)
+        if end_token is None:
+            raise TokenizerError(f"{file} has no token that ends a document: looked for {', '.join(_END_TOKENS)}")
+        return cls(definition, end_token)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909; bytes as in GPT-2) of at most `vocab_size` tokens,
+    the end token and the 256 bytes included. The same texts give the same tokenizer."""
+    if vocab_size < 257:
+        raise TokenizerError(f"vocab_size={vocab_size} is too small: 256 bytes and {END_OF_TEXT} make 257")
+    tokenizer = _byte_level(models.BPE(), use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return Tokenizer(tokenizer.to_str(pretty=True), END_OF_TEXT)
+
+
+def byte_level() -> Tokenizer:
+    """No training: token id = byte value, and 256 ends a document."""
+    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
+    tokenizer = _byte_level(models.BPE(vocab=vocabulary, merges=[]), use_regex=False)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(tokenizer.to_str(pretty=True), END_OF_TEXT)
+
+
+class StreamDecoder:
+    """Text of a growing sequence of ids, character by complete character.
+
+    The pieces that `push` returns, with `finish` at the end, join to `tokenizer.decode(all ids)`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0  # ids[:shown] are context: their text is out already
+
+    def push(self, token: int) -> str:
+        """What can be shown once this token is known; empty while a character is incomplete."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\ufffd"):
+            return ""
+        return self._emit(text)
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._emit(self._tokenizer.decode(self._ids))
+
+    def _emit(self, text: str) -> str:
+        # Some decoders treat the first token of a text specially, so what was just shown stays as context.
+        piece = text[len(self._tokenizer.decode(self._ids[: self._shown])) :]
+        if piece:
+            del self._ids[: self._shown]
+            self._shown = len(self._ids)
+        return piece
+
+
+def _byte_level(model: models.BPE, use_regex: bool) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
+
+
+def _guess_end(tokenizer: tokenizers.Tokenizer) -> str | None:
+    return next((token for token in _END_TOKENS if tokenizer.token_to_id(token) is not None), None)
+
+
+def _configured_end(config: Path) -> str | None:
+    if not config.is_file():
+        return None
+    try:
+        token = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise TokenizerError(f"{config} is not a JSON object ({error})") from error
+    return token.get("content") if isinstance(token, dict) else token
