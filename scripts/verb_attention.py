@@ -1,0 +1,46 @@
+"""`longspan attention`: which backends can compute each pattern of a model, in each phase, on this machine."""
+
+from __future__ import annotations
+
+import torch
+
+from longspan.kernels.attention import AttentionCall, Phase, explain
+from longspan.training.schema import ExplainConfig, as_request
+
+from .output import as_yaml
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def run(config: ExplainConfig) -> int:
+    if config.dry_run:
+        print(as_yaml(as_request(config)), end="")
+        return 0
+    model = config.model
+    context = config.context or model.max_positions
+    for name, groups in model.pattern_groups().items():
+        layers = [str(layer) for layer in range(model.n_layers) if model.attention.of_layer(layer)[0] == name]
+        print(f"pattern {name}: layers {', '.join(layers)}")
+        for group in groups:
+            if len(groups) > 1:
+                print(f"  {group.heads} of {model.n_heads} query heads")
+            for phase in Phase:
+                call = AttentionCall(
+                    phase=phase,
+                    device=_device(config.accelerator),
+                    dtype=_DTYPES[config.precision],
+                    head_dim=model.dim_per_head,
+                    n_heads=group.heads,
+                    n_kv_heads=group.heads * model.kv_heads // model.n_heads,
+                    n_queries=1 if phase is Phase.DECODE else context,
+                    n_keys=context,
+                    needs_grad=phase is Phase.TRAIN,
+                )
+                print("\n".join(f"  {line}" for line in explain(group.spec, call).splitlines()))
+    return 0
+
+
+def _device(accelerator: str) -> str:
+    if accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if accelerator == "gpu" else "cpu"

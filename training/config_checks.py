@@ -1,0 +1,196 @@
+"""What keys must agree on with each other; each disagreement is found before anything is read or built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from .config_errors import Problem, assignment
+
+if TYPE_CHECKING:
+    from .schema import DataConfig, GenerateConfig, ProtocolConfig, RunConfig, SourceConfig
+
+_SPECIAL_TOKENS = 1  # the document separator; data's tokenizers add no other
+
+
+def check_run(config: RunConfig) -> Iterator[Problem]:
+    """Everything about a run that two keys can contradict each other on."""
+    yield from check_data(config.data)
+    yield from _check_vocabulary(config)
+    yield from _check_lengths(config)
+    yield from check_protocol(config.evaluation, default_window=config.data.context)
+    yield from _check_trainer(config)
+    yield from _check_schedule(config)
+    yield from _check_directories(config)
+    for name, specs in config.model.attention.specs().items():
+        if any(spec.documents for spec in specs) and not config.data.document_mask:
+            yield _problem(
+                (f"attention.patterns.{name}.documents", True),
+                "needs document ids in the batches: set data.document_mask=true (which sets this for every pattern)",
+                "data.document_mask",
+            )
+
+
+def check_data(data: DataConfig) -> Iterator[Problem]:
+    if (data.prompt_field is None) != (data.response_field is None):
+        given, missing = (
+            ("prompt_field", "response_field") if data.response_field is None else ("response_field", "prompt_field")
+        )
+        yield _problem(
+            (f"data.{given}", getattr(data, given)),
+            f"needs data.{missing} too: the prompt is read, the response carries the loss",
+        )
+    if not data.sources and data.path is None:
+        yield _problem(("data.sources", []), "names no source; give data.path or at least one source")
+    tokenizer = data.tokenizer
+    if tokenizer.kind == "file" and tokenizer.path is None:
+        yield _problem(("data.tokenizer.kind", "file"), "needs data.tokenizer.path, a tokenizer.json or its directory")
+    if tokenizer.kind != "file" and tokenizer.path is not None:
+        yield _problem(
+            ("data.tokenizer.path", tokenizer.path),
+            f"is not read with data.tokenizer.kind={tokenizer.kind}; set data.tokenizer.kind=file",
+        )
+    if data.path is None:
+        seen: set[str] = set()
+        for i, source in enumerate(data.sources):
+            yield from _check_source(source, f"data.sources.{i}")
+            label = source.name or source.path or source.kind
+            if label in seen:
+                yield _problem(
+                    (f"data.sources.{i}.name", label), "is the name of an earlier source; give each its own name"
+                )
+            seen.add(label)
+
+
+def check_protocol(protocol: ProtocolConfig, default_window: int | None = None) -> Iterator[Problem]:
+    window = protocol.window if protocol.window is not None else default_window
+    if protocol.stride is not None and window is not None and protocol.stride > window:
+        asked = f"evaluation.window={window}" if protocol.window is not None else f"the window (data.context={window})"
+        yield _problem(
+            ("evaluation.stride", protocol.stride),
+            f"is larger than {asked}: tokens between windows would never be scored",
+            "evaluation.window" if protocol.window is not None else "data.context",
+        )
+
+
+def check_generate(config: GenerateConfig) -> Iterator[Problem]:
+    if config.prompt is not None and config.file is not None:
+        yield _problem(("file", config.file), "and prompt are both given; the text to continue is one or the other")
+
+
+def _check_source(source: SourceConfig, path: str) -> Iterator[Problem]:
+    if source.kind == "stdlib" and source.path is not None:
+        yield _problem((f"{path}.path", source.path), f"is not read with {path}.kind=stdlib; set {path}.kind=files")
+    if source.kind != "stdlib" and source.path is None:
+        what = "a file, directory or glob" if source.kind == "files" else "the data set's name"
+        yield _problem((f"{path}.kind", source.kind), f"needs {path}.path, {what}")
+    if source.kind != "hub":
+        given = {"config": source.config, "revision": source.revision, "streaming": source.streaming or None}
+        for name, value in given.items():
+            if value is not None:
+                yield _problem((f"{path}.{name}", value), f"belongs to kind=hub, and {path}.kind={source.kind}")
+
+
+def _check_vocabulary(config: RunConfig) -> Iterator[Problem]:
+    tokenizer = config.data.tokenizer
+    needed = {"bpe": tokenizer.vocab_size, "bytes": 256 + _SPECIAL_TOKENS, "file": 0}[tokenizer.kind]
+    if needed > config.model.vocab_size:
+        key = ("data.tokenizer.vocab_size", needed) if tokenizer.kind == "bpe" else ("data.tokenizer.kind", "bytes")
+        yield _problem(
+            key,
+            f"makes {needed} tokens, more than model.vocab_size={config.model.vocab_size}; raise it or lower this",
+            "model.vocab_size",
+        )
+
+
+def _check_lengths(config: RunConfig) -> Iterator[Problem]:
+    """A table of learned positions ends; the other encodings reach as far as they are asked to."""
+    model = config.model
+    if model.positions != "learned":
+        return
+    rows = model.max_positions
+    advice = f"model.max_positions={rows} learned positions; raise model.max_positions or lower it"
+    if config.data.context > rows:
+        yield _problem(("data.context", config.data.context), f"is longer than {advice}", "model.max_positions")
+    window = config.evaluation.window
+    if window is not None and window > rows:
+        yield _problem(("evaluation.window", window), f"is longer than {advice}", "model.max_positions")
+    new = config.sample.max_new_tokens
+    if config.sample.prompt and new >= rows:
+        yield _problem(
+            ("sample.max_new_tokens", new), f"leaves no room for the prompt in {advice}", "model.max_positions"
+        )
+
+
+def _check_trainer(config: RunConfig) -> Iterator[Problem]:
+    trainer = config.trainer
+    world = trainer.devices * trainer.nodes
+    per_pass = trainer.micro_batch * world
+    if trainer.global_batch % per_pass:
+        devices = f" × {world} devices" if world > 1 else ""
+        yield _problem(
+            ("trainer.global_batch", trainer.global_batch),
+            f"is not a multiple of trainer.micro_batch={trainer.micro_batch}{devices}; "
+            f"{_multiples(trainer.global_batch, per_pass)} would be",
+            "trainer.micro_batch",
+            "trainer.devices",
+            "trainer.nodes",
+        )
+    if trainer.strategy == "fsdp" and trainer.accelerator == "cpu":
+        yield _problem(
+            ("trainer.strategy", "fsdp"),
+            "shards over GPUs; with trainer.accelerator=cpu use ddp",
+            "trainer.accelerator",
+        )
+    if config.evaluation.enabled and config.data.validation_fraction == 0:
+        yield _problem(
+            ("data.validation_fraction", 0), "holds nothing out to evaluate on; set evaluation.enabled=false with it"
+        )
+
+
+def _check_schedule(config: RunConfig) -> Iterator[Problem]:
+    schedule, steps = config.schedule, config.trainer.steps
+    warmup, decay = (amount * steps if amount < 1 else amount for amount in (schedule.warmup, schedule.decay))
+    for name, amount in (("warmup", schedule.warmup), ("decay", schedule.decay)):
+        if amount > 1 and amount != int(amount):
+            yield _problem(
+                (f"schedule.{name}", amount), "is neither a share of the run (below 1) nor a whole number of steps"
+            )
+    if warmup >= steps and schedule.warmup >= 1:
+        yield _problem(
+            ("schedule.warmup", schedule.warmup), f"steps of warm-up fill trainer.steps={steps}", "trainer.steps"
+        )
+    elif schedule.name == "wsd" and warmup + decay > steps:
+        yield _problem(
+            ("schedule.decay", schedule.decay),
+            f"and schedule.warmup={schedule.warmup} together are longer than trainer.steps={steps}",
+            "schedule.warmup",
+            "trainer.steps",
+        )
+
+
+def _check_directories(config: RunConfig) -> Iterator[Problem]:
+    if config.checkpoint is not None and config.resume is not None:
+        yield _problem(
+            ("checkpoint", config.checkpoint),
+            f"starts anew from weights and resume={config.resume} continues a run; give one of them",
+            "resume",
+        )
+    if config.resume is not None and config.overwrite:
+        yield _problem(
+            ("overwrite", True),
+            f"would delete the run that resume={config.resume} continues; give one of them",
+            "resume",
+        )
+    if not config.name.strip() or "/" in config.name or config.name in (".", ".."):
+        yield _problem(("name", config.name), "names a directory below runs/: no slashes; use output= for a path")
+
+
+def _problem(culprit: tuple[str, object], rest: str, *others: str) -> Problem:
+    key, value = culprit
+    return Problem((key, *others), f"{assignment(key, value)}: {rest}")
+
+
+def _multiples(batch: int, of: int) -> str:
+    below = batch // of * of
+    return f"{below} or {below + of}" if below else str(of)
