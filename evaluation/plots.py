@@ -1,0 +1,250 @@
+"""The figures of a report: one style, readable labels with units, colours that survive colour blindness and print.
+
+matplotlib is imported when a figure is made, never with this module, and without pyplot: no global state, no display.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .result import PositionBucket
+from .run_files import Series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, PURPLE = "#1f5fa8", "#c8590a", "#117a63", "#7a4b9c"
+INK, MUTED, GRID = "#1d2733", "#5b6775", "#e4e8ee"
+_POINTS = 400  # what a line of this width can show; longer series are drawn as mean and range of equal step bins
+
+WIDE, NARROW = 11.5, 5.6  # inches: a figure across the page, and one in half of it or on a phone
+
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: figures look alike on every machine
+    "font.size": 10.5,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": "#aab4c0",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": "#aab4c0",
+    "ytick.color": "#aab4c0",
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "text.color": INK,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.fonttype": "path",
+    "text.parse_math": False,
+}
+
+
+def loss_curves(metrics: Mapping[str, Series], *, width: float = NARROW) -> Figure | None:
+    """Training and validation loss over steps; None when neither was measured."""
+    train, validation = metrics.get("loss"), metrics.get("validation_loss")
+    if train is None and validation is None:
+        return None
+    with _axes(width, 3.5) as (figure, axes):
+        if train is not None:
+            _line(axes, train, BLUE, "training")
+        if validation is not None:
+            axes.plot(
+                validation.step,
+                validation.value,
+                color=ORANGE,
+                marker="o",
+                markersize=4.5 if len(validation) <= 60 else 0,
+                markeredgecolor="white",
+                markeredgewidth=0.8,
+                linewidth=1.6,
+                label="validation",
+                zorder=3,
+            )
+        _steps(axes)
+        axes.set_ylabel("loss (nats per token)")
+        values = np.concatenate([series.value for series in (train, validation) if series is not None])
+        _clip_outliers(axes, values)
+        axes.legend(loc="upper right")
+    return figure
+
+
+def learning_rate(metrics: Mapping[str, Series]) -> Figure | None:
+    """The schedule as it was applied."""
+    return _single(metrics.get("lr"), GREEN, "learning rate", from_zero=True)
+
+
+def gradient_norm(metrics: Mapping[str, Series]) -> Figure | None:
+    """Norm of the gradient before clipping, on a log scale."""
+    return _single(metrics.get("grad_norm"), PURPLE, "gradient norm", log=True)
+
+
+def throughput(metrics: Mapping[str, Series]) -> Figure | None:
+    """Tokens per second."""
+    return _single(metrics.get("tokens_per_second"), BLUE, "tokens per second", from_zero=True)
+
+
+def utilisation(metrics: Mapping[str, Series]) -> Figure | None:
+    """Model FLOPs utilisation in per cent of the device's peak; None where the peak is unknown."""
+    mfu = metrics.get("mfu")
+    if mfu is None:
+        return None
+    return _single(Series(mfu.step, 100 * mfu.value), ORANGE, "MFU (% of peak)", from_zero=True)
+
+
+def loss_by_position(buckets: Sequence[PositionBucket], *, width: float = NARROW) -> Figure | None:
+    """Mean loss over log-spaced positions in the document, with two standard errors over documents each way."""
+    if not buckets:
+        return None
+    centre = np.array([np.sqrt(max(b.start, 0.5) * max(b.end - 1, b.start, 0.5)) for b in buckets]) + 0.5
+    loss = np.array([b.loss for b in buckets])
+    error = np.array([np.nan if b.standard_error is None else 2 * b.standard_error for b in buckets])
+    with _axes(width, 3.5) as (figure, axes):
+        axes.fill_between(centre, loss - error, loss + error, color=BLUE, alpha=0.16, linewidth=0)
+        axes.plot(centre, loss, color=BLUE, linewidth=1.8, marker="o", markersize=4.5, markeredgecolor="white")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda x, _: _short(x))
+        axes.set_xlabel("position in the document (tokens, log scale)")
+        axes.set_ylabel("loss (nats per token)")
+    return figure
+
+
+def png(figure: Figure, *, dpi: int = 150) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def png_data_uri(figure: Figure, *, dpi: int = 150) -> str:
+    """The figure as a data: address for an <img>."""
+    return "data:image/png;base64," + base64.b64encode(png(figure, dpi=dpi)).decode()
+
+
+def svg(figure: Figure, *, label: str, css: str = "") -> str:
+    """The figure as an <svg> element that scales with its container; `label` is for screen readers and must be plain
+    words (no markup characters), `css` a class. Ids derive from both, so that several figures can share a page."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": label + css}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    head, body = text.split(">", 1)
+    view_box = re.search(r'viewBox="([-\d. ]+)"', head)
+    if view_box is None:
+        raise ValueError("matplotlib wrote an SVG without a viewBox")
+    # Inside HTML neither namespace needs an address, and the page then holds no URL at all.
+    return f'<svg class="{css}" viewBox="{view_box[1]}" role="img" aria-label="{label}">{body}'
+
+
+# -- the style in one place -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _axes(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    """A figure with one pair of axes, sizes in inches; what is drawn inside the block has the style of this file."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, figure.add_subplot()
+
+
+def _single(
+    series: Series | None, colour: str, label: str, *, from_zero: bool = False, log: bool = False
+) -> Figure | None:
+    if series is None or (log and not (series.value > 0).any()):
+        return None
+    with _axes(NARROW, 2.7) as (figure, axes):
+        _line(axes, series, colour, label)
+        _steps(axes)
+        axes.set_ylabel(label)
+        if log:
+            axes.set_yscale("log")
+            _log_ticks(axes)
+        else:
+            axes.yaxis.set_major_formatter(lambda y, _: _short(y))
+        if from_zero:
+            axes.set_ylim(0, max(1.1 * float(series.value.max()), 1e-12))
+    return figure
+
+
+def _line(axes: Axes, series: Series, colour: str, label: str) -> None:
+    """Every point where they fit; else the mean of equal step bins over their range."""
+    if len(series) <= _POINTS:
+        marker = "o" if len(series) <= 30 else None
+        axes.plot(series.step, series.value, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=label)
+        return
+    step, mean, low, high = binned(series, _POINTS)
+    axes.fill_between(step, low, high, color=colour, alpha=0.18, linewidth=0, label=f"{label}: range")
+    axes.plot(step, mean, color=colour, linewidth=1.4, label=f"{label}: mean")
+
+
+def binned(series: Series, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(mean step, mean, least, greatest value) of the non-empty ones of `bins` equal parts of the step axis."""
+    first, last = series.step[0], series.step[-1]
+    part = np.minimum((series.step - first) * bins // max(last - first, 1), bins - 1)
+    starts = np.flatnonzero(np.diff(part, prepend=-1))
+    count = np.diff(np.append(starts, len(series)))
+    return (
+        np.add.reduceat(series.step, starts) / count,
+        np.add.reduceat(series.value, starts) / count,
+        np.minimum.reduceat(series.value, starts),
+        np.maximum.reduceat(series.value, starts),
+    )
+
+
+def _clip_outliers(axes: Axes, values: np.ndarray) -> None:
+    """Keep one spike from flattening the curve: when the top 0.5 % are far above the rest, they leave the frame."""
+    low, high, top = values.min(), np.quantile(values, 0.995), values.max()
+    if len(values) > 200 and top - low > 1.5 * (high - low) > 0:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
+        axes.annotate(
+            f"highest: {top:.3g}", xy=(0.01, 0.97), xycoords="axes fraction", va="top", color=MUTED, fontsize=9
+        )
+
+
+def _steps(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axes.xaxis.set_major_formatter(lambda x, _: _short(x))
+
+
+def _log_ticks(axes: Axes) -> None:
+    """Labels at 1, 2 and 5 times powers of ten, as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda y, _: _short(y))
+
+
+def _short(x: float) -> str:
+    """1500 -> 1.5k; small numbers as they are."""
+    for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(x) >= scale:
+            unit = 1e3 if suffix == "k" else scale
+            return f"{x / unit:.3g}{suffix}"
+    return f"{x:.4g}"
