@@ -1,0 +1,324 @@
+"""What happens between optimizer steps, in one order on every rank:
+
+    count -> validate -> metrics row -> checkpoint -> stop if a signal came
+
+One callback does it all, because the order is the guarantee: a checkpoint never stands between a step and its
+validation, and a row is on disk before the checkpoint that would continue after it. Lightning's own restart bookkeeping
+is not used; a resumed fit is a fresh fit whose counters start at the step.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import signal
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from . import rng
+from .checkpointing import Best, Checkpoints
+from .datamodule import PackedData
+from .errors import RunFailed, Terminated
+from .metrics import MetricsLog, Row
+from .module import LanguageModel
+from .progress import ProgressView
+from .signals import SignalFlag
+
+logger = logging.getLogger("longspan.training")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cadence:
+    """How many optimizer steps the run has, and after how many each thing happens."""
+
+    steps: int
+    log_every: int
+    val_every: int
+    save_every: int
+
+    def due(self, every: int, step: int) -> bool:
+        """Every so many steps, and at the last one."""
+        return step % every == 0 or step >= self.steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Throughput:
+    """What turns seconds into tokens per second and MFU.
+
+    tokens_per_step  of the global batch
+    flops_per_token  forward and backward
+    peak_flops       of all devices together; None: unknown, and then there is no MFU
+    """
+
+    tokens_per_step: int
+    flops_per_token: float
+    peak_flops: float | None
+
+
+class _Stopwatch:
+    """Seconds of training; stopped while the run validates and saves."""
+
+    def __init__(self, seconds_before: float) -> None:
+        self._total = seconds_before
+        self._since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self._total + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def go(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        self._total, self._since = self.seconds, None
+
+
+class RunLoop(Callback):
+    """Everything around the steps of a run. `metrics` and `view` are given on the main process only."""
+
+    def __init__(
+        self,
+        *,
+        data: PackedData,
+        cadence: Cadence,
+        throughput: Throughput,
+        checkpoints: Checkpoints,
+        signals: SignalFlag,
+        seed: int,
+        metrics: MetricsLog | None = None,
+        view: ProgressView | None = None,
+        resume: dict[str, Any] | None = None,
+    ) -> None:
+        self.best: Best | None = None
+        self.validation_loss: float | None = None
+        self._data = data
+        self._cadence = cadence
+        self._throughput = throughput
+        self._checkpoints = checkpoints
+        self._signals = signals
+        self._seed = seed
+        self._metrics = metrics
+        self._view = view
+        self._resume = resume
+        self._validated_step = 0
+        self._last_row: tuple[int, float] = (0, 0.0)  # (step, seconds) of the row before
+        self._last_view: tuple[int, float] = (0, 0.0)
+        self._watch = _Stopwatch(0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Of training so far, over all sessions of the run."""
+        return self._watch.seconds
+
+    def adopt(self, state: dict[str, Any]) -> None:
+        """Takes what a saved state says about the run so far."""
+        self.best = Best(**state["best"]) if state["best"] is not None else None
+        self.validation_loss = state["validation_loss"]
+        self._validated_step = state["validated_step"]
+        self._watch = _Stopwatch(float(state["seconds"]))
+
+    # -- start ---------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = _language_model(pl_module)
+        self._signals.install()  # Lightning has put its own handlers in front
+        rng.seed_everything(self._seed, trainer.global_rank)
+        if self._resume is not None:
+            self._restore(trainer, module, self._resume)
+        self._last_row = self._last_view = (trainer.global_step, self._watch.seconds)
+        if self._resume is not None and self._validation_due(trainer.global_step):
+            # A signal stopped the run after this step; its validation was left for now.
+            self._validate(trainer, module)
+            self._write_row(trainer, module)
+        self._resume = None
+        self._watch.go()
+
+    def _restore(self, trainer: Trainer, module: LanguageModel, state: dict[str, Any]) -> None:
+        """Puts every piece of the saved state back in place. Weights and the place in the data are there already: the
+        loaders had to know it before now."""
+        self.adopt(state)
+        step = int(state["step"])
+        loop = trainer.fit_loop.epoch_loop
+        for progress in (loop.manual_optimization.optim_step_progress.total, loop.batch_progress.total):
+            progress.ready = progress.completed = step
+        optimizer = module.plain_optimizer()
+        # What was learned comes from the checkpoint, what was configured from the config.
+        configured = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(module.model, optimizer, state["optimizer"], options=options)
+        for group, values in zip(optimizer.param_groups, configured, strict=True):
+            group.update(values)
+        module.skipped, module.skips_in_a_row = state["skipped"], state["skips_in_a_row"]
+        saved = state["rng"]
+        if len(saved) == trainer.world_size:
+            rng.restore(saved[trainer.global_rank], module.device)
+        else:
+            rng.seed_everything(self._seed + step, trainer.global_rank)
+            logger.warning(
+                "resumed with %d processes, saved by %d: the data order is the same, random masks (dropout) are not",
+                trainer.world_size,
+                len(saved),
+            )
+
+    # -- after each step -----------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        module = _language_model(pl_module)
+        step = trainer.global_step
+        self._data.consumed += self._data.global_batch
+        stopped_by = self._signalled(trainer)
+        self._watch.stop()
+        improved = False
+        if self._validation_due(step) and not stopped_by:
+            improved = self._validate(trainer, module)
+        validated = self._validated_step == step
+        if validated or self._cadence.due(self._cadence.log_every, step) or step == 1:
+            self._write_row(trainer, module)
+        self._show(trainer, module, always=validated)
+        if improved or stopped_by or self._cadence.due(self._cadence.save_every, step):
+            self._save(trainer, module)
+        if stopped_by:
+            name = signal.Signals(stopped_by).name
+            raise Terminated(
+                stopped_by, f"{name}: saved {self._checkpoints.path(step)}; the same command with resume=auto continues"
+            )
+        self._watch.go()
+
+    def _signalled(self, trainer: Trainer) -> int:
+        """The signal that any rank received, the same on all."""
+        received = self._signals.received
+        if trainer.world_size == 1:
+            return received
+        flag = torch.tensor(received, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return int(flag)
+
+    def _validation_due(self, step: int) -> bool:
+        return (
+            self._data.has_validation
+            and self._validated_step != step
+            and self._cadence.due(self._cadence.val_every, step)
+        )
+
+    @torch.no_grad()
+    def _validate(self, trainer: Trainer, module: LanguageModel) -> bool:
+        """Token-weighted loss over the validation batches of all ranks; whether it is the best so far."""
+        module.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=module.device)
+        for index, batch in enumerate(self._data.val_dataloader()):
+            total += module.validation_step(batch.to(module.device), index)
+        module.train()
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(total)
+        nll, n_tokens = total.tolist()
+        self._validated_step = trainer.global_step
+        self.validation_loss = nll / n_tokens if n_tokens else float("nan")
+        if self.best is None or self.validation_loss < self.best.validation_loss:
+            self.best = Best(trainer.global_step, self.validation_loss)
+            return True
+        return False
+
+    # -- numbers -------------------------------------------------------------------------------------------------------
+
+    def _row(self, trainer: Trainer, module: LanguageModel, since: tuple[int, float]) -> Row:
+        step, seconds = trainer.global_step, self._watch.seconds
+        n_steps, duration = step - since[0], seconds - since[1]
+        speed = n_steps * self._throughput.tokens_per_step / duration if n_steps and duration > 0 else None
+        peak = self._throughput.peak_flops
+        last = module.last
+        return Row(
+            step=step,
+            tokens=step * self._throughput.tokens_per_step,
+            loss=last.loss if last is not None else None,
+            validation_loss=self.validation_loss if self._validated_step == step else None,
+            lr=last.lr if last is not None else None,
+            grad_norm=last.grad_norm if last is not None else None,
+            tokens_per_second=speed,
+            mfu=speed * self._throughput.flops_per_token / peak if speed is not None and peak else None,
+            seconds=seconds,
+            skipped=module.skipped,
+        )
+
+    def _write_row(self, trainer: Trainer, module: LanguageModel) -> None:
+        if self._metrics is not None:
+            row = self._row(trainer, module, self._last_row)
+            self._metrics.write(row)
+            self._last_row = (row.step, row.seconds)
+
+    def _show(self, trainer: Trainer, module: LanguageModel, *, always: bool) -> None:
+        if self._view is None:
+            return
+        step = trainer.global_step
+        line = always or step == self._cadence.steps or self._view.due()
+        if not (line or self._view.live):
+            return
+        row = self._row(trainer, module, self._last_view)
+        rate = row.seconds / step if step else None
+        eta = (self._cadence.steps - step) * rate if rate is not None else None
+        self._view.show(row, memory_bytes=_memory_bytes(module.device), eta_seconds=eta, line=line)
+        if line:
+            self._last_view = (step, row.seconds)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def _save(self, trainer: Trainer, module: LanguageModel) -> None:
+        """All ranks take part (they hold random states, and under FSDP parts of the weights); the main one writes."""
+        step = trainer.global_step
+        states = [rng.capture(module.device)]
+        if trainer.world_size > 1:
+            states = [{} for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(states, rng.capture(module.device))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        optimizer = get_optimizer_state_dict(module.model, module.plain_optimizer(), options=options)
+        weights = None
+        if module.sharded:
+            whole = get_model_state_dict(module.model, options=options)
+            weights = {name: tensor for name, tensor in whole.items() if isinstance(tensor, Tensor)}
+        failure = ""
+        if trainer.is_global_zero:
+            state = {
+                "optimizer": optimizer,
+                "rng": states,
+                "data": self._data.state_dict(),
+                "seconds": self._watch.seconds,
+                "skipped": module.skipped,
+                "skips_in_a_row": module.skips_in_a_row,
+                "best": asdict(self.best) if self.best is not None else None,
+                "validation_loss": self.validation_loss,
+                "validated_step": self._validated_step,
+            }
+            try:
+                self._checkpoints.save(module.model, step, state, weights=weights, best=self.best)
+            except RunFailed as error:
+                failure = str(error)
+        failure = trainer.strategy.broadcast(failure)
+        if failure:
+            raise RunFailed(failure)
+
+
+def _language_model(module: LightningModule) -> LanguageModel:
+    if not isinstance(module, LanguageModel):
+        raise TypeError(f"RunLoop trains a LanguageModel, not a {type(module).__name__}")
+    return module
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Peak memory: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,176 @@
+"""Full training state on disk: a model checkpoint directory that also holds `trainer.ckpt`.
+
+    checkpoints/step-00000100/    config.json model.safetensors tokenizer.json lineage.json trainer.ckpt manifest.json
+    checkpoints/best.json         {"step": 100, "validation_loss": 2.31}
+
+`model.checkpoint` writes a directory beside its name, seals it with a manifest, flushes and renames it: a name `step-…`
+is a whole checkpoint, or something that `verify` refuses, whenever the process was killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longspan.model import checkpoint as model_checkpoint
+from longspan.model.checkpoint import CheckpointError, SavesItself
+from longspan.model.decoder import Decoder
+
+from .errors import RunFailed
+from .run_directory import CHECKPOINTS, read_json, write_json
+
+STATE = "trainer.ckpt"
+BEST = "best.json"
+FORMAT = 1
+
+logger = logging.getLogger("longspan.training")
+
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The checkpoint with the lowest validation loss so far (nats per loss token)."""
+
+    step: int
+    validation_loss: float
+
+
+class Checkpoints:
+    """The checkpoints of one run; only the process that holds the run's lock may write."""
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        keep: int,
+        tokenizer: SavesItself | None = None,
+        lineage: Mapping[str, object] | None = None,
+    ) -> None:
+        self.directory = run / CHECKPOINTS
+        self._run = run
+        self._keep = keep
+        self._tokenizer = tokenizer
+        self._lineage = dict(lineage or {})
+
+    def steps(self) -> list[int]:
+        """Steps that have a directory, oldest first."""
+        if not self.directory.is_dir():
+            return []
+        matches = (_STEP.fullmatch(entry.name) for entry in self.directory.iterdir() if entry.is_dir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def path(self, step: int) -> Path:
+        return model_checkpoint.step_directory(self._run, step)
+
+    def save(
+        self,
+        model: Decoder,
+        step: int,
+        state: Mapping[str, object],
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        best: Best | None = None,
+    ) -> Path:
+        """Writes one checkpoint, then forgets old ones. `weights` where the module does not hold them whole.
+
+        Raises RunFailed when the disk refuses (full, gone); nothing half-written is left then.
+        """
+        target = self.path(step)
+
+        def training_state(staging: Path) -> None:
+            torch.save({"format": FORMAT, "step": step, **state}, staging / STATE)
+
+        try:
+            model_checkpoint.save_model(
+                model,
+                target,
+                self._tokenizer,
+                lineage={**self._lineage, "step": step},
+                state=weights,
+                also=training_state,
+                overwrite=True,  # a checkpoint of this step that did not verify
+            )
+            if best is not None and self.path(best.step).exists():
+                write_json(self.directory / BEST, {"step": best.step, "validation_loss": best.validation_loss})
+        except OSError as error:
+            raise RunFailed(f"{target}: cannot be written: {error.strerror or error}; {self.last_good()}") from error
+        self._forget(best)
+        return target
+
+    def last_good(self) -> str:
+        """For messages of failed runs."""
+        steps = self.steps()
+        return f"the last good checkpoint is {self.path(steps[-1])}" if steps else "there is no checkpoint yet"
+
+    def sweep(self, *, after: int) -> None:
+        """Removes what a killed process left half-written or half-deleted, and checkpoints past step `after`, where the
+        run continues (newer ones did not verify)."""
+        if not self.directory.is_dir():
+            return
+        model_checkpoint.remove_unfinished(self.directory)
+        for step in self.steps():
+            if step > after:
+                self._remove(self.path(step))
+        best = self.directory / BEST
+        if best.exists() and read_json(best).get("step", 0) > after:
+            best.unlink()
+
+    def _forget(self, best: Best | None) -> None:
+        """Keeps the newest `keep` and the best."""
+        for step in self.steps()[: -self._keep]:
+            if best is None or step != best.step:
+                self._remove(self.path(step))
+
+    def _remove(self, path: Path) -> None:
+        # Renamed first: a kill in the middle must not leave half a checkpoint under a good name. `remove_unfinished`
+        # finds this one too.
+        grave = path.with_name(f".{path.name}.replaced-forgotten")
+        path.rename(grave)
+        shutil.rmtree(grave)
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run that verifies and holds training state; the log names newer ones that do not."""
+    checkpoints = Checkpoints(run, keep=1)
+    for step in reversed(checkpoints.steps()):
+        path = checkpoints.path(step)
+        try:
+            model_checkpoint.verify(path)
+            if not (path / STATE).is_file():
+                raise CheckpointError(f"{path}: has no {STATE}")
+        except CheckpointError as error:
+            logger.warning("falling back to an older checkpoint: %s", error)
+            continue
+        return path
+    return None
+
+
+def load_state(checkpoint: Path) -> dict:
+    """The training state of a verified checkpoint directory. Raises CheckpointError for a file that is not one."""
+    path = checkpoint / STATE
+    _check_archive(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path}: format {found}, but this version reads format {FORMAT}")
+    return state
+
+
+def _check_archive(path: Path) -> None:
+    """torch.save stores entries uncompressed; a compressed one could expand without limit while loading."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: not a training state ({error})") from error
+    if compressed:
+        raise CheckpointError(f"{path}: holds compressed entries ({compressed[0]}), which torch.save never writes")

@@ -1,0 +1,160 @@
+"""What a run will cost, before it starts: parameters, tokens, FLOPs, memory and time. Nothing is written."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from longspan.kernels.attention.spec import AttentionSpec
+from longspan.model import accounting
+from longspan.model.accounting import MemoryEstimate, ParameterCount
+from longspan.model.config import AttentionPlan, DecoderConfig, HeadGroup
+
+from .metrics import clock, short_count
+from .precision import Arithmetic, choose_arithmetic, choose_device, measured_matmul_flops
+from .schema import RunConfig
+
+# Shares of the peak that a training step reaches: on a GPU what well-tuned dense training of these sizes reports, on a
+# CPU what the steps of small models reach of the rate of one large matrix product.
+GPU_EFFICIENCY = 0.40
+CPU_EFFICIENCY = 0.35
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """FLOP/s of all devices together that MFU is a share of, and where the number comes from."""
+
+    flops: float | None
+    basis: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The costs of a run.
+
+    tokens           that training reads
+    flops_per_token  forward and backward, exact for the attention pattern
+    memory           at the peak of a step, on one device, in bytes
+    seconds          of training alone; None where no rate is known
+    basis            how `seconds` came about, in words
+    """
+
+    model: DecoderConfig
+    parameters: ParameterCount
+    steps: int
+    tokens_per_step: int
+    tokens: int
+    flops_per_token: float
+    flops: float
+    memory: MemoryEstimate
+    kv_bytes_per_token: int
+    device: str
+    precision: str
+    seconds: float | None
+    basis: str
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data, as accounting.json has it."""
+        return {
+            "parameters": {**asdict(self.parameters), "total": self.parameters.total},
+            "memory": {**asdict(self.memory), "total": self.memory.total},
+            "tokens": self.tokens,
+            "tokens_per_step": self.tokens_per_step,
+            "steps": self.steps,
+            "training_flops_per_token": self.flops_per_token,
+            "training_flops": self.flops,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "device": self.device,
+            "precision": self.precision,
+            "estimated_seconds": self.seconds,
+            "estimate_basis": self.basis,
+        }
+
+    def lines(self) -> list[str]:
+        """For a person: what it is, what it costs, how long it takes."""
+        count, memory = self.parameters, self.memory
+        parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in asdict(memory).items())
+        time = "unknown" if self.seconds is None else f"about {clock(self.seconds)}"
+        return [
+            f"parameters  {count.total:,} ({count.non_embedding:,} without embeddings)",
+            f"tokens      {self.tokens:,} = {self.steps:,} steps × {self.tokens_per_step:,}",
+            f"FLOPs       {self.flops:.3g} ({self.flops_per_token:.3g} per token, forward and backward)",
+            f"memory      {memory.total / 2**30:.2f} GiB per device ({parts})",
+            f"kv cache    {short_count(self.kv_bytes_per_token)}B per token in bf16",
+            f"device      {self.device}, {self.precision}",
+            f"time        {time} ({self.basis})",
+        ]
+
+
+def plan(config: RunConfig) -> Plan:
+    """The plan of `config` on this machine. Raises UserError when the devices asked for are not there."""
+    device = choose_device(config.trainer.accelerator, config.trainer.devices)
+    arithmetic = choose_arithmetic(config.trainer.precision, device)
+    peak = find_peak(device, arithmetic, world=config.trainer.devices * config.trainer.nodes)
+    return plan_for(config, resolved_model(config), device, arithmetic, peak)
+
+
+def plan_for(config: RunConfig, model: DecoderConfig, device: torch.device, arithmetic: Arithmetic, peak: Peak) -> Plan:
+    """The plan where device, arithmetic and model are settled already."""
+    trainer, context = config.trainer, config.data.context
+    tokens_per_step = trainer.global_batch * context
+    tokens = trainer.steps * tokens_per_step
+    per_token = accounting.training_flops_per_token(model, length=context)
+    seconds, basis = None, f"no peak rate is known for {device_name(device)}"
+    if peak.flops is not None:
+        efficiency = GPU_EFFICIENCY if device.type == "cuda" else CPU_EFFICIENCY
+        seconds = tokens * per_token / (peak.flops * efficiency)
+        basis = f"at {efficiency:.0%} of {peak.flops / 1e12:.3g} TFLOP/s, {peak.basis}"
+    return Plan(
+        model=model,
+        parameters=accounting.parameters(model),
+        steps=trainer.steps,
+        tokens_per_step=tokens_per_step,
+        tokens=tokens,
+        flops_per_token=per_token,
+        flops=tokens * per_token,
+        memory=accounting.training_memory(
+            model,
+            micro_batch=trainer.micro_batch,
+            length=context,
+            precision=arithmetic.precision,
+            optimizer=config.optimizer.name,
+            activation_checkpointing=trainer.activation_checkpointing,
+        ),
+        kv_bytes_per_token=accounting.kv_bytes_per_token(model, "bfloat16"),
+        device=device_name(device),
+        precision=f"{arithmetic.precision} ({arithmetic.reason})",
+        seconds=seconds,
+        basis=basis,
+    )
+
+
+def find_peak(device: torch.device, arithmetic: Arithmetic, *, world: int) -> Peak:
+    """A GPU's from its data sheet; a CPU's is measured, and only where one process has it to itself."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        flops = accounting.peak_flops(name, arithmetic.compute)
+        return Peak(None if flops is None else flops * world, f"the data sheet's rate of {world} × {name}")
+    if world > 1:
+        return Peak(None, "several processes share this CPU")
+    return Peak(measured_matmul_flops(arithmetic.compute), "this CPU's measured matrix-product rate")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def resolved_model(config: RunConfig) -> DecoderConfig:
+    """The model with `data.document_mask` in every attention pattern, so that checkpoints say what was used."""
+    if not config.data.document_mask:
+        return config.model
+
+    def masked(pattern: AttentionSpec | tuple[HeadGroup, ...]) -> AttentionSpec | tuple[HeadGroup, ...]:
+        if isinstance(pattern, AttentionSpec):
+            return replace(pattern, documents=True)
+        return tuple(replace(group, spec=replace(group.spec, documents=True)) for group in pattern)
+
+    attention = config.model.attention
+    patterns = {name: masked(pattern) for name, pattern in attention.patterns.items()}
+    return replace(config.model, attention=AttentionPlan(patterns=patterns, layers=attention.layers))

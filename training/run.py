@@ -1,0 +1,601 @@
+"""`train`: a run from its config, from the first check to the report."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from rich.console import Console
+
+from longspan.data.prepare import Prepared, Stage, prepare
+from longspan.data.tokenizer import Tokenizer
+from longspan.evaluation.report import write_report
+from longspan.kernels.attention import Phase
+from longspan.model import checkpoint as model_checkpoint
+from longspan.model.config import DecoderConfig
+from longspan.model.decoder import Decoder, from_config
+
+from . import run_directory as files
+from .callbacks import Cadence, RunLoop, Throughput
+from .checkpointing import Checkpoints, load_state, newest
+from .data_settings import prepare_settings, source_specs
+from .datamodule import BatchPlan, PackedData
+from .errors import RunFailed, Terminated, UserError
+from .finish import evaluate, sample
+from .metrics import MetricsFile, MetricsLog, WandbTracker, wandb_mode
+from .module import LanguageModel, NonFinite, checkpoint_activations, compile_blocks
+from .optim import build_schedule
+from .plan import Peak, Plan, find_peak, plan, plan_for, resolved_model
+from .precision import Arithmetic, choose_arithmetic, choose_device
+from .progress import ProgressView, choose_style, logging_to
+from .schema import RunConfig, as_request
+from .signals import SignalFlag
+
+__all__ = ["RunResult", "plan", "train"]
+
+logger = logging.getLogger("longspan.training")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """How a run ended.
+
+    final_step       optimizer steps done
+    validation_loss  of the last validation, nats per loss token; None without held-out documents
+    best_step        the step with the lowest one
+    bits_per_byte    of the final evaluation; None where it is switched off
+    """
+
+    directory: Path
+    final_step: int
+    validation_loss: float | None
+    best_step: int | None
+    bits_per_byte: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Origin:
+    """Where a run starts: from nothing, from weights (`parent`), or from full state (`state` of `checkpoint`).
+
+    checkpoint  directory with the starting weights; None: fresh ones
+    parent      what lineage.json names: the checkpoint that the run's first step started from
+    """
+
+    checkpoint: Path | None = None
+    parent: str | None = None
+    resumes: bool = False
+
+
+def train(config: RunConfig) -> RunResult:
+    """Trains, evaluates, samples and reports; returns when all of it is done.
+
+    Raises UserError (and the data, model and attention errors that mean the same) for a wrong request, before anything
+    is written to the run directory; RunFailed where the run itself cannot go on; Terminated when a signal stopped it
+    after saving.
+    """
+    device = choose_device(config.trainer.accelerator, config.trainer.devices)
+    if config.trainer.strategy == "fsdp" and device.type != "cuda":
+        raise UserError("trainer.strategy=fsdp: shards over GPUs and none is visible; use ddp")
+    arithmetic = choose_arithmetic(config.trainer.precision, device)
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+        os.environ["OMP_NUM_THREADS"] = str(config.trainer.threads)  # for the other processes of this run
+    try:
+        build_schedule(config.schedule, config.trainer.steps)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+    directory = _directory(config)
+    is_main = process_rank(config) == 0
+    console = Console(soft_wrap=True) if is_main and config.callbacks.progress != "off" else None
+    with ExitStack() as stack:
+        if is_main:
+            stack.enter_context(files.locked(directory))
+            files.check_output(directory, resume=config.resume is not None, overwrite=config.overwrite)
+        stack.enter_context(logging_to(None, console))
+        try:
+            return _train(config, directory, device, arithmetic, console, is_main=is_main)
+        except (RunFailed, Terminated):
+            if not is_main:  # the main process speaks for all; a second exit code would make the launcher kill it
+                raise SystemExit(0) from None
+            raise
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise RunFailed(
+                f"no space left on the disk ({error.filename or error}); "
+                f"{Checkpoints(directory, keep=1).last_good()}; free some space and continue with resume=auto"
+            ) from error
+
+
+def _train(
+    config: RunConfig,
+    directory: Path,
+    device: torch.device,
+    arithmetic: Arithmetic,
+    console: Console | None,
+    *,
+    is_main: bool,
+) -> RunResult:
+    origin = _origin(config, directory)
+    model_config = _model_config(config, origin)
+    _check_length(config, model_config)
+    _check_attention(config, model_config, device, arithmetic)
+    prepared = prepare(
+        prepare_settings(config.data, tokenizer=_tokenizer_of(config, origin)), progress=_Stages() if is_main else None
+    )
+    _check_vocabulary(prepared.tokenizer, model_config)
+    world = config.trainer.devices * config.trainer.nodes
+    data = PackedData(
+        prepared.store,
+        config.data,
+        BatchPlan(
+            global_batch=config.trainer.global_batch,
+            micro_batch=config.trainer.micro_batch,
+            world=world,
+            rank=process_rank(config),
+        ),
+        seed=config.seed,
+        weights=dict(zip(prepared.store.sources, (spec.weight for spec in source_specs(config.data)), strict=True)),
+        val_batches=config.trainer.val_batches,
+        pin_memory=device.type == "cuda",
+    )
+    state = load_state(origin.checkpoint) if origin.resumes and origin.checkpoint is not None else None
+    if state is not None:
+        data.load_state_dict(state["data"])
+        if state["step"] > config.trainer.steps:
+            raise UserError(
+                f"trainer.steps={config.trainer.steps}: the run in {directory} is at step {state['step']} already"
+            )
+    peak = find_peak(device, arithmetic, world=world)
+    costs = plan_for(config, model_config, device, arithmetic, peak)
+    model = _model(config, model_config, origin, arithmetic)
+
+    # From here on the request is known to be sound, and the run directory is written.
+    step = int(state["step"]) if state is not None else 0
+    lineage: dict[str, object] = {}
+    if is_main:
+        lineage = _open_directory(config, directory, origin, prepared, costs, device, step)
+    with logging_to(directory / files.LOG if is_main else None, None):
+        logger.info("%s on %s; %s", arithmetic.precision, device, arithmetic.reason)
+        if peak.flops is not None:
+            logger.info("mfu is the share of %.3g TFLOP/s, %s", peak.flops / 1e12, peak.basis)
+        if step:
+            logger.info("continuing at step %d from %s", step, origin.checkpoint)
+        checkpoints = Checkpoints(directory, keep=config.trainer.keep, tokenizer=prepared.tokenizer, lineage=lineage)
+        loop = _fit(
+            config, directory, model, data, checkpoints, costs, peak, arithmetic, device, state, console, is_main
+        )
+        if not is_main:
+            return _result(directory, loop, config.trainer.steps, None)
+        return _finish(config, directory, model, loop, prepared, arithmetic, device, costs)
+
+
+def _fit(
+    config: RunConfig,
+    directory: Path,
+    model: Decoder,
+    data: PackedData,
+    checkpoints: Checkpoints,
+    costs: Plan,
+    peak: Peak,
+    arithmetic: Arithmetic,
+    device: torch.device,
+    state: dict | None,
+    console: Console | None,
+    is_main: bool,
+) -> RunLoop:
+    """The steps of the run, with metrics and progress on the main process."""
+    trainer_config = config.trainer
+    steps = trainer_config.steps
+    tenth = max(1, steps // 10)
+    signals = SignalFlag()
+    with ExitStack() as stack:
+        metrics = view = None
+        if is_main:
+            metrics = stack.enter_context(_metrics(config, directory, resumed_step=int(state["step"]) if state else 0))
+            quiet = Console(quiet=True)
+            style = choose_style(config.callbacks.progress, console or quiet)
+            view = ProgressView(style, console or quiet, steps=steps, seconds=config.callbacks.progress_seconds)
+            stack.enter_context(view)
+        loop = RunLoop(
+            data=data,
+            cadence=Cadence(
+                steps=steps,
+                log_every=trainer_config.log_every,
+                val_every=trainer_config.val_every or tenth,
+                save_every=trainer_config.save_every or tenth,
+            ),
+            throughput=Throughput(
+                tokens_per_step=costs.tokens_per_step, flops_per_token=costs.flops_per_token, peak_flops=peak.flops
+            ),
+            checkpoints=checkpoints,
+            signals=signals,
+            seed=config.seed,
+            metrics=metrics,
+            view=view,
+            resume=state,
+        )
+        if state is not None and state["step"] >= steps:
+            loop.adopt(state)
+            return loop
+        module = LanguageModel(
+            model,
+            optimizer=config.optimizer,
+            schedule=config.schedule,
+            arithmetic=arithmetic,
+            clip=trainer_config.clip,
+            nonfinite=trainer_config.nonfinite,
+            shard=trainer_config.strategy == "fsdp",
+        )
+        stack.enter_context(_quiet_lightning())
+        stack.enter_context(signals.installed())
+        trainer = Trainer(
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=trainer_config.devices,
+            num_nodes=trainer_config.nodes,
+            strategy=_strategy(config),
+            precision="32-true",  # autocast is the module's: it must not cover backward passes
+            max_steps=steps,
+            max_epochs=-1,
+            callbacks=[loop],
+            limit_val_batches=0,  # RunLoop validates
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            deterministic=trainer_config.deterministic,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=str(directory),
+        )
+        try:
+            trainer.fit(module, datamodule=data)
+        except NonFinite as error:
+            raise RunFailed(f"{error}; {checkpoints.last_good()}") from error
+    return loop
+
+
+def _finish(
+    config: RunConfig,
+    directory: Path,
+    model: Decoder,
+    loop: RunLoop,
+    prepared: Prepared,
+    arithmetic: Arithmetic,
+    device: torch.device,
+    costs: Plan,
+) -> RunResult:
+    """Evaluation and sample of the best checkpoint, summary and report."""
+    chosen = model_checkpoint.resolve_checkpoint(directory)
+    model = model_checkpoint.load_model(chosen, device=device)
+    _set_backends(model, config)
+    evaluation: dict | None = None
+    if config.evaluation.enabled and len(prepared.store.documents("validation")):
+        evaluation = evaluate(
+            model,
+            prepared,
+            config.evaluation,
+            context=config.data.context,
+            arithmetic=arithmetic,
+            device=device,
+            seed=config.seed,
+        )
+        files.write_json(directory / files.EVALUATION, {"checkpoint": chosen.name, **evaluation})
+    sample(model, prepared.tokenizer, config.sample, seed=config.seed, directory=directory)
+    result = _result(directory, loop, config.trainer.steps, evaluation)
+    files.write_json(directory / files.SUMMARY, _summary(config, result, chosen, loop, costs, evaluation))
+    if config.callbacks.report:
+        write_report(directory)
+    logger.info("finished: %s", _closing_words(result, evaluation, directory))
+    return result
+
+
+# -- where a run starts -----------------------------------------------------------------------------------------------
+
+
+def _directory(config: RunConfig) -> Path:
+    """The run directory: `output`, or the run that `resume` names."""
+    if config.resume is None or config.resume == "auto":
+        return Path(config.directory)
+    named = Path(config.resume)
+    if config.output is not None and Path(config.output).resolve() != named.resolve():
+        raise UserError(
+            f"resume={config.resume}: a run continues in its own directory; leave out output={config.output}"
+        )
+    if not files.is_run(named):
+        raise UserError(
+            f"resume={config.resume}: is not a run (it has neither {files.CONFIG} nor {files.CHECKPOINTS}/)"
+        )
+    return named
+
+
+def _origin(config: RunConfig, directory: Path) -> _Origin:
+    if config.resume is not None and config.checkpoint is not None:
+        raise UserError(
+            f"checkpoint={config.checkpoint} starts anew from weights, resume={config.resume} continues a run; give one"
+        )
+    if config.checkpoint is not None:
+        chosen = model_checkpoint.resolve_checkpoint(config.checkpoint)
+        model_checkpoint.verify(chosen)
+        return _Origin(checkpoint=chosen, parent=str(chosen))
+    if config.resume is None:
+        return _Origin()
+    found = newest(directory)
+    if found is not None:
+        parent = files.read_json(found / files.LINEAGE).get("parent")
+        return _Origin(checkpoint=found, parent=parent, resumes=True)
+    if config.resume != "auto":
+        raise UserError(f"resume={config.resume}: the run has no checkpoint that is complete; start it anew")
+    return _Origin()
+
+
+def _model_config(config: RunConfig, origin: _Origin) -> DecoderConfig:
+    """The configured model; the checkpoint's where the run starts (or once started) from given weights."""
+    wanted = resolved_model(config)
+    if origin.checkpoint is None:
+        return wanted
+    found = model_checkpoint.load_config(origin.checkpoint)
+    differing = _differences(wanted, found)
+    if origin.parent is not None:
+        if differing:
+            logger.info("the model is the checkpoint's: %s", differing)
+        return resolved_model(replace(config, model=found))
+    if differing:
+        raise UserError(f"resume: the configured model is not the one that {origin.checkpoint} holds: {differing}")
+    return found
+
+
+def _differences(wanted: DecoderConfig, found: DecoderConfig) -> str:
+    names = [name for name in DecoderConfig.__dataclass_fields__ if getattr(wanted, name) != getattr(found, name)]
+    return ", ".join(
+        "attention differs" if name == "attention" else f"{name}={getattr(found, name)}, not {getattr(wanted, name)}"
+        for name in names
+    )
+
+
+def _tokenizer_of(config: RunConfig, origin: _Origin) -> Path | None:
+    """The tokenizer that starting weights were trained with. Raises UserError when another one is asked for."""
+    if origin.parent is None or origin.checkpoint is None:
+        return None
+    theirs = origin.checkpoint / model_checkpoint.TOKENIZER
+    if not theirs.is_file():
+        logger.warning(
+            "%s has no tokenizer; data.tokenizer must be the one that its weights were trained with", origin.checkpoint
+        )
+        return None
+    asked = config.data.tokenizer
+    if asked.kind == "file" and asked.path is not None:
+        if Tokenizer.load(asked.path).sha256 != Tokenizer.load(origin.checkpoint).sha256:
+            raise UserError(
+                f"data.tokenizer.path={asked.path}: not the tokenizer of {origin.checkpoint}, whose weights know only "
+                "their own; leave data.tokenizer out"
+            )
+        return None
+    return origin.checkpoint
+
+
+def _model(config: RunConfig, model_config: DecoderConfig, origin: _Origin, arithmetic: Arithmetic) -> Decoder:
+    model = from_config(model_config, seed=config.seed)
+    if origin.checkpoint is not None:
+        weights = model_checkpoint.load_weights(origin.checkpoint)
+        model_checkpoint.check_weights(model, weights, asked_by=str(origin.checkpoint))
+        model.load_state_dict(weights)
+    model.to(arithmetic.parameters).train()
+    _set_backends(model, config)
+    if config.trainer.activation_checkpointing:
+        checkpoint_activations(model)
+    if config.trainer.compile:
+        compile_blocks(model)
+    return model
+
+
+def _set_backends(model: Decoder, config: RunConfig) -> None:
+    backend = config.attention_backend
+    model.set_backends(train=backend.train, prefill=backend.prefill, decode=backend.decode)
+
+
+# -- checks that need more than the config ----------------------------------------------------------------------------
+
+
+def _check_length(config: RunConfig, model: DecoderConfig) -> None:
+    if model.positions == "learned" and config.data.context > model.max_positions:
+        raise UserError(
+            f"data.context={config.data.context}: longer than the model's {model.max_positions} learned positions; "
+            "lower it, or raise model.max_positions"
+        )
+
+
+def _check_attention(
+    config: RunConfig, model_config: DecoderConfig, device: torch.device, arithmetic: Arithmetic
+) -> None:
+    """Raises UnsupportedAttention before any data is read, for every phase that the run goes through."""
+    model = from_config(model_config, device="meta")
+    _set_backends(model, config)
+    dtype, context = arithmetic.compute, config.data.context
+    model.check_attention(
+        device=device, dtype=dtype, phase=Phase.TRAIN, needs_grad=True, n_queries=context, n_keys=context
+    )
+    if config.sample.prompt:
+        for phase in (Phase.PREFILL, Phase.DECODE):
+            model.check_attention(device=device, dtype=arithmetic.parameters, phase=phase, needs_grad=False)
+
+
+def _check_vocabulary(tokenizer: Tokenizer, model: DecoderConfig) -> None:
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; raise it to at "
+            "least that, or use a smaller tokenizer"
+        )
+
+
+# -- the run directory ------------------------------------------------------------------------------------------------
+
+
+def _open_directory(
+    config: RunConfig,
+    directory: Path,
+    origin: _Origin,
+    prepared: Prepared,
+    costs: Plan,
+    device: torch.device,
+    step: int,
+) -> dict[str, object]:
+    """Clears what a new run replaces, or what a killed one left; writes what is known at the start. The lineage."""
+    lineage = files.lineage(seed=config.seed, data=_data_facts(prepared), parent=origin.parent, device=device)
+    if origin.resumes:
+        if (directory / files.LINEAGE).is_file():
+            lineage = files.read_json(directory / files.LINEAGE)
+        Checkpoints(directory, keep=config.trainer.keep).sweep(after=step)
+    else:
+        files.clear(directory)
+    sessions = lineage.setdefault("sessions", [])
+    if isinstance(sessions, list):
+        sessions.append({"started": files.now(), "step": step, "command": files.command()})
+    # JSON is YAML; no YAML writer is needed for it.
+    (directory / files.CONFIG).write_text(json.dumps(as_request(config), indent=2) + "\n")
+    files.write_json(directory / files.LINEAGE, lineage)
+    files.write_json(directory / files.ACCOUNTING, costs.to_dict())
+    return lineage
+
+
+def _data_facts(prepared: Prepared) -> dict[str, object]:
+    store = prepared.store
+    facts: dict[str, object] = {
+        "store": str(prepared.directory),
+        "manifest_sha256": store.manifest["self_sha256"],
+        "tokenizer_sha256": store.tokenizer_sha256,
+        "vocab_size": store.vocab_size,
+    }
+    for split, counts in store.counts.items():
+        for name, count in counts.items():
+            facts[f"{split}: {name}"] = f"{count.documents:,} documents, {count.tokens:,} tokens, {count.bytes:,} bytes"
+    return facts
+
+
+@contextmanager
+def _metrics(config: RunConfig, directory: Path, *, resumed_step: int) -> Iterator[MetricsLog]:
+    mode = wandb_mode(config.logger)
+    trackers = ()
+    if mode != "off":
+        trackers = (WandbTracker(config.logger, mode, directory, config.name, as_request(config)),)
+    with MetricsLog(MetricsFile(directory / files.METRICS, resumed_step=resumed_step), trackers) as metrics:
+        yield metrics
+
+
+def _result(directory: Path, loop: RunLoop, steps: int, evaluation: dict | None) -> RunResult:
+    return RunResult(
+        directory=directory,
+        final_step=steps,
+        validation_loss=loop.validation_loss,
+        best_step=loop.best.step if loop.best is not None else None,
+        bits_per_byte=evaluation["perplexity"]["bits_per_byte"] if evaluation is not None else None,
+    )
+
+
+def _summary(
+    config: RunConfig, result: RunResult, chosen: Path, loop: RunLoop, costs: Plan, evaluation: dict | None
+) -> dict[str, object]:
+    summary: dict[str, object] = {
+        "name": config.name,
+        "model": config.model_name or config.model.architecture,
+        "parameters": costs.parameters.total,
+        "steps": result.final_step,
+        "tokens": costs.tokens,
+        "seconds": loop.seconds,
+        "validation_loss": result.validation_loss,
+        "best_step": result.best_step,
+        "best_validation_loss": loop.best.validation_loss if loop.best is not None else None,
+        "evaluated_checkpoint": chosen.name,
+        "finished": files.now(),
+    }
+    if evaluation is not None:
+        summary["perplexity"] = evaluation["perplexity"]["perplexity"]
+        summary["bits_per_byte"] = evaluation["perplexity"]["bits_per_byte"]
+        summary["baseline_bits_per_byte"] = evaluation["baseline"]["bits_per_byte"]
+    return summary
+
+
+def _closing_words(result: RunResult, evaluation: dict | None, directory: Path) -> str:
+    words = [f"step {result.final_step}"]
+    if result.validation_loss is not None:
+        words.append(f"validation loss {result.validation_loss:.3f}")
+    if evaluation is not None:
+        words.append(f"perplexity {evaluation['perplexity']['perplexity']:.2f}")
+        if result.bits_per_byte is not None:
+            other = evaluation["baseline"]
+            words.append(f"{result.bits_per_byte:.3f} bits per byte ({other['name']}: {other['bits_per_byte']:.3f})")
+    return ", ".join(words) + f"; everything is in {directory}"
+
+
+class _Stages:
+    """Says once when the preparation of data enters a stage that takes time."""
+
+    _WORDS: ClassVar = {
+        "waiting": "waiting for another process that prepares the same data",
+        "tokenizer": "training the tokenizer",
+        "tokens": "tokenizing",
+    }
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def __call__(self, stage: Stage, done: int, total: int | None) -> None:
+        if stage not in self._said:
+            self._said.add(stage)
+            logger.info("data: %s%s", self._WORDS[stage], f" {total / 1e6:.0f} MB" if total else "")
+
+
+def process_rank(config: RunConfig) -> int:
+    """Which of the run's processes this is, as its launcher (torchrun, SLURM, Lightning) says; 0: the main one."""
+    if config.trainer.devices * config.trainer.nodes == 1:
+        return 0
+    for variable in ("RANK", "SLURM_PROCID"):
+        if variable in os.environ:
+            return int(os.environ[variable])
+    return int(os.environ.get("NODE_RANK", 0)) * config.trainer.devices + int(os.environ.get("LOCAL_RANK", 0))
+
+
+# -- Lightning --------------------------------------------------------------------------------------------------------
+
+
+def _strategy(config: RunConfig) -> Strategy | str:
+    world = config.trainer.devices * config.trainer.nodes
+    if config.trainer.strategy == "fsdp":
+        return ModelParallelStrategy(
+            data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    if config.trainer.strategy == "ddp" or world > 1:
+        return DDPStrategy(gradient_as_bucket_view=True)
+    return "auto"
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Silences tips, advertisements and notices ("GPU available: False"), and two warnings that are not for us."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    former = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # Lightning 2.6 makes tree specs in a way that torch 2.13 announces to change.
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+            # Sequences come ready-made from a memory map: one process keeps up, and data.workers is the user's choice.
+            warnings.filterwarnings("ignore", ".*does not have many workers.*", PossibleUserWarning)
+            yield
+    finally:
+        for each, level in zip(loggers, former, strict=True):
+            each.setLevel(level)
