@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import io
 import os
 import sys
 import traceback
@@ -90,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     name = next((word for word in argv if not word.startswith("-")), "")
     speaker = f"longspan {name}" if name in VERBS else "longspan"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
     try:
         code = _dispatch(argv)
         sys.stdout.flush()  # a reader that is gone shows here, not at exit

@@ -16,8 +16,9 @@ _SPECIAL_TOKENS = 1  # the document separator; data's tokenizers add no other
 def check_run(config: RunConfig) -> Iterator[Problem]:
     """Everything about a run that two keys can contradict each other on."""
     yield from check_data(config.data)
-    yield from _check_vocabulary(config)
-    yield from _check_lengths(config)
+    if config.checkpoint is None:  # otherwise the checkpoint brings its own model and tokenizer
+        yield from _check_vocabulary(config)
+        yield from _check_lengths(config)
     yield from check_protocol(config.evaluation, default_window=config.data.context)
     yield from _check_trainer(config)
     yield from _check_schedule(config)
@@ -74,6 +75,10 @@ def check_protocol(protocol: ProtocolConfig, default_window: int | None = None) 
 
 
 def check_generate(config: GenerateConfig) -> Iterator[Problem]:
+    if config.prompt is None and config.file is None:
+        yield Problem(
+            ("prompt",), "prompt: is required (or file=PATH, file=- for standard input): the text to continue"
+        )
     if config.prompt is not None and config.file is not None:
         yield _problem(("file", config.file), "and prompt are both given; the text to continue is one or the other")
 
@@ -115,11 +120,6 @@ def _check_lengths(config: RunConfig) -> Iterator[Problem]:
     window = config.evaluation.window
     if window is not None and window > rows:
         yield _problem(("evaluation.window", window), f"is longer than {advice}", "model.max_positions")
-    new = config.sample.max_new_tokens
-    if config.sample.prompt and new >= rows:
-        yield _problem(
-            ("sample.max_new_tokens", new), f"leaves no room for the prompt in {advice}", "model.max_positions"
-        )
 
 
 def _check_trainer(config: RunConfig) -> Iterator[Problem]:

@@ -118,7 +118,8 @@ def describe(annotation: Any, limits: tuple[Any, ...] = ()) -> str:
         comma = ", or " if any("," in word for word in words) else " or "
         return comma.join(words)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments)) if len(arguments) > 1 else str(arguments[0])
+        choices = [str(choice) for choice in arguments]
+        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     if origin is tuple and Ellipsis in arguments:
         item = _unwrap(arguments[0])[0]
         a_list = "a non-empty list" if any(getattr(limit, "min_length", 0) for limit in _flat(limits)) else "a list"

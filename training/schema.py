@@ -456,7 +456,9 @@ def validate(raw: Raw, *, where: Where | None = None) -> RunConfig:
     if request is not None:
         model, refused = _model(request, raw)
         config = _resolved(RunConfig, request, model or DecoderConfig())
-        config = _completed(config, context_given="context" in written(raw, "data"))
+        if "context" not in written(raw, "data") and config.checkpoint is None:
+            fitting = min(config.data.context, config.model.max_positions)
+            config = replace(config, data=replace(config.data, context=fitting))
         problems += _independent(refused, problems)
         failed = {key for problem in problems for key in problem.keys}
         problems += [
@@ -582,25 +584,6 @@ def _resolved(schema: Callable[..., T], request: Any, model: DecoderConfig) -> T
     del rest["model"]
     backend = rest.pop("attention").backend
     return schema(model=model, model_name=request.model.name, attention_backend=backend, **rest)
-
-
-def _completed(config: RunConfig, *, context_given: bool) -> RunConfig:
-    """What follows from other keys, written out, so that a resolved config says what happens."""
-    if not context_given:
-        fitting = min(config.data.context, config.model.max_positions)
-        config = replace(config, data=replace(config.data, context=fitting))
-    if config.data.document_mask:
-        config = replace(config, model=replace(config.model, attention=_within_documents(config.model.attention)))
-    return config
-
-
-def _within_documents(plan: AttentionPlan) -> AttentionPlan:
-    def masked(pattern: AttentionSpec | tuple[HeadGroup, ...]) -> AttentionSpec | tuple[HeadGroup, ...]:
-        if isinstance(pattern, AttentionSpec):
-            return replace(pattern, documents=True)
-        return tuple(replace(group, spec=replace(group.spec, documents=True)) for group in pattern)
-
-    return replace(plan, patterns={name: masked(pattern) for name, pattern in plan.patterns.items()})
 
 
 def _sound(config: T | None, problems: Iterable[Problem], where: Where | None) -> T:

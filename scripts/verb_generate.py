@@ -1,0 +1,58 @@
+"""`longspan generate`: a prompt and its continuation, written as it is generated."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from longspan.data.tokenizer import StreamDecoder, Tokenizer
+from longspan.model.checkpoint import load_model, resolve_checkpoint
+from longspan.model.generation import stream
+from longspan.training.config_plain import plain
+from longspan.training.errors import UserError
+from longspan.training.schema import GenerateConfig
+
+from .machine import choose_device, computes_in_bf16
+from .output import as_yaml
+
+
+def run(config: GenerateConfig) -> int:
+    if config.dry_run:
+        print(as_yaml(plain(config)), end="")
+        return 0
+    prompt = _prompt(config)
+    device = choose_device(config.accelerator)
+    checkpoint = resolve_checkpoint(config.checkpoint)
+    tokenizer = Tokenizer.load(checkpoint)
+    dtype = torch.bfloat16 if computes_in_bf16(config.precision, device) else torch.float32
+    model = load_model(checkpoint, device=device, dtype=dtype)
+    tokens = tokenizer.encode(prompt) or [tokenizer.eos_id]  # an empty prompt: the start of a document
+    steps = stream(
+        model,
+        torch.tensor([tokens], device=device),
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+        stop_tokens={tokenizer.eos_id} if config.stop else None,
+        pad_token=tokenizer.eos_id,
+    )
+    decoder = StreamDecoder(tokenizer)
+    print(prompt, end="", flush=True)
+    for token_B in steps:
+        print(decoder.push(int(token_B[0])), end="", flush=True)
+    print(decoder.finish())
+    return 0
+
+
+def _prompt(config: GenerateConfig) -> str:
+    if config.file is None:
+        return config.prompt or ""
+    content = sys.stdin.buffer.read() if config.file == "-" else Path(config.file).read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"file={config.file}: is not UTF-8 text (byte {error.start})") from None
