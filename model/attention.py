@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from longspan.kernels.attention import AttentionContext, AttentionParams, AttentionSpec, Phase
-from longspan.kernels.attention.registry import attend
+from longspan.kernels.attention import AttentionCall, AttentionContext, AttentionParams, AttentionSpec, Phase
+from longspan.kernels.attention.registry import attend, prepare
 
 from .cache import KeyValueCache
 from .config import HeadGroup
-from .positions import FixedTable, alibi_slopes, rotate
+from .positions import FixedTable, rotate, slope_table
 
 BackendChoice = str | tuple[str, ...]  # a name, "auto", or names tried in order
 
@@ -41,6 +42,12 @@ def effective(spec: AttentionSpec, *, documents: bool, global_tokens: bool, trai
         global_tokens=spec.global_tokens and global_tokens,
         dropout=spec.dropout if training else 0.0,
     )
+
+
+def phase_of(cache: KeyValueCache | None, n_tokens: int) -> Phase:
+    if cache is None:
+        return Phase.TRAIN
+    return Phase.DECODE if n_tokens == 1 else Phase.PREFILL
 
 
 class Attention(nn.Module):
@@ -85,7 +92,7 @@ class Attention(nn.Module):
         n_sinks = sum(group.heads for group in groups if group.spec.learned_sink)
         self.sink_logits = nn.Parameter(torch.empty(n_sinks)) if n_sinks else None
         biased = any(group.spec.alibi for group in groups)
-        self.slopes = FixedTable(lambda: torch.tensor(alibi_slopes(n_heads), device="cpu")) if biased else None
+        self.slopes = FixedTable(partial(slope_table, n_heads)) if biased else None
         self.backends: dict[Phase, BackendChoice] = dict.fromkeys(Phase, "auto")
 
     def forward(
@@ -98,17 +105,15 @@ class Attention(nn.Module):
         q_BTHK, k_BSGK, v_BSGK = self._project(x_BTD)
         if rotation is not None:
             q_BTHK, k_BSGK = rotate(q_BTHK, rotation), rotate(k_BSGK, rotation)
-        phase = Phase.TRAIN
+        phase = phase_of(cache, x_BTD.shape[1])
         if cache is not None:
-            phase = Phase.DECODE if x_BTD.shape[1] == 1 else Phase.PREFILL
             k_BSGK, v_BSGK = cache.append(self.layer, k_BSGK, v_BSGK)
             q_BTHK = q_BTHK.to(k_BSGK.dtype)  # a cache may be narrower than the model
 
-        documents = context.q_documents is not None or context.kv_documents is not None
-        situation = (documents, context.is_global is not None, self.training)
+        situation = self._situation(context)
+        one_of_many = len(self.groups) > 1
         outputs = []
         for group in self.groups:
-            one_of_many = len(self.groups) > 1
             output = attend(
                 q_BTHK.narrow(2, *group.q) if one_of_many else q_BTHK,
                 k_BSGK.narrow(2, *group.kv) if one_of_many else k_BSGK,
@@ -123,6 +128,41 @@ class Attention(nn.Module):
         if cache is not None:
             out_BTHK = out_BTHK.to(x_BTD.dtype)
         return self.o_proj(out_BTHK.flatten(2))
+
+    def prepare(
+        self,
+        context: AttentionContext,
+        *,
+        phase: Phase,
+        n_queries: int,
+        n_keys: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        needs_grad: bool,
+    ) -> None:
+        """Has the backend derive its masks from `context` now: once for all layers of this kind, and outside of
+        compiled regions, where it would have to be traced for every layer. Only a hint: `attend` needs none of it."""
+        situation = self._situation(context)
+        for group in self.groups:
+            call = AttentionCall(
+                phase=Phase.TRAIN if needs_grad else phase,
+                device=device.type,
+                dtype=dtype,
+                head_dim=self.head_dim,
+                value_dim=self.head_dim,
+                n_heads=group.q[1],
+                n_kv_heads=group.kv[1],
+                n_queries=n_queries,
+                n_keys=n_keys,
+                needs_grad=needs_grad,
+                positions=context.q_positions is not None or context.kv_positions is not None,
+                kv_lengths=context.kv_lengths is not None,
+            )
+            prepare(context, group.variants[situation], call, device=device, backend=self.backends[phase])
+
+    def _situation(self, context: AttentionContext) -> tuple[bool, bool, bool]:
+        documents = context.q_documents is not None or context.kv_documents is not None
+        return documents, context.is_global is not None, self.training
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.fused_qkv:

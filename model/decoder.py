@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from longspan.kernels.attention import AttentionCall, AttentionContext, Phase
 from longspan.kernels.attention.registry import resolve
 
-from .attention import Attention, BackendChoice, effective
+from .attention import Attention, BackendChoice, effective, phase_of
 from .cache import KeyValueCache
 from .config import DecoderConfig
 from .layers import feed_forward, norm
@@ -81,6 +81,9 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = final_norm
         self.head = head
+        # One attention of each distinct layer pattern, in a tuple so that none is registered twice.
+        kinds = {config.attention.of_layer(layer)[0]: block.attention for layer, block in enumerate(blocks)}
+        self._kinds = tuple(kinds.values())
 
     def forward(
         self,
@@ -122,6 +125,7 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + self.position_embedding(positions_BT)
         x_BTD = self.dropout(x_BTD)
         rotation = self.rotary(positions_BT, reach) if self.rotary is not None else None
+        self._prepare(context, tokens_BT, cache)
         for block in self.blocks:
             x_BTD = block(x_BTD, rotation, context, cache)
         if cache is not None:
@@ -155,6 +159,21 @@ class Decoder(nn.Module):
                 "this model (0 is the first); shorten the input or convert the model's positions"
             )
         return positions_BT, reach
+
+    def _prepare(self, context: AttentionContext, tokens_BT: Tensor, cache: KeyValueCache | None) -> None:
+        """Masks are derived here, once for each kind of layer; compiled blocks then only read them."""
+        device, n_queries = tokens_BT.device, tokens_BT.shape[1]
+        autocast = torch.is_autocast_enabled(device.type)
+        for attention in self._kinds:
+            attention.prepare(
+                context,
+                phase=phase_of(cache, n_queries),
+                n_queries=n_queries,
+                n_keys=n_queries if cache is None else cache.length + n_queries,
+                device=device,
+                dtype=torch.get_autocast_dtype(device.type) if autocast else self.head_weight.dtype,
+                needs_grad=torch.is_grad_enabled() and self.head_weight.requires_grad,
+            )
 
     # -- who computes attention ---------------------------------------------------------------------------------------
 

@@ -77,3 +77,8 @@ def alibi_slopes(n_heads: int) -> tuple[float, ...]:
     slopes = [2.0 ** (-8.0 * head / lower) for head in range(1, lower + 1)]
     between = [2.0 ** (-4.0 * head / lower) for head in range(1, 2 * lower + 1, 2)]
     return tuple(slopes + between[: n_heads - lower])
+
+
+def slope_table(n_heads: int) -> Tensor:
+    """`alibi_slopes` as fp32 [H], for a `FixedTable`."""
+    return torch.tensor(alibi_slopes(n_heads), dtype=torch.float32, device="cpu")
