@@ -65,6 +65,12 @@ def facts(values: Mapping[str, object], *, path: str = "") -> Html:
     return element("dl", *rows)
 
 
+def meter(name: str, share: float, value: str, *, css: str = "") -> Html:
+    """A bar filled to `share` (0 … 1) between its name and its value."""
+    filled = element("i", css=css, style=f"width:{100 * share:.2f}%")
+    return element("div", element("span", name), element("span", filled, css="track"), element("b", value))
+
+
 def shares(values: Mapping[str, float], show: str, total: float) -> Html:
     """Parts of a total with bars; `show` says what they are ("parameters", "bytes")."""
     rows = []
@@ -198,6 +204,7 @@ figure svg{display:block;width:100%;height:auto}
 figure svg.narrow{display:none}
 .gap{margin:0;padding:10px 14px;border-left:3px solid #c9d1db;background:#f7f9fb;color:var(--muted);font-size:14px}
 .versus{display:grid;grid-template-columns:max-content 1fr max-content;gap:8px 14px;align-items:center}
+.versus>div{display:contents}
 .versus b{font-variant-numeric:tabular-nums;font-weight:600}
 .track,.bar{display:block;height:16px;border-radius:4px;background:#eef1f5;overflow:hidden}
 .track i,.bar i{display:block;height:100%;background:#9aa7b6}
@@ -235,7 +242,8 @@ footer a{color:var(--accent)}
 @media(max-width:480px){main,header>div,nav>div,footer{padding-left:14px;padding-right:14px}
 h1{font-size:25px}.tiles{gap:10px}.tile{padding:11px 12px}.tile .value{font-size:22px}
 figure{padding:12px 8px 8px}figcaption{padding-left:6px}dl>div{grid-template-columns:1fr;gap:0}
-.versus{grid-template-columns:1fr max-content}.versus .track{grid-column:1/-1;grid-row:auto}
+.versus{display:block}.versus>div{display:grid;grid-template-columns:1fr max-content;gap:2px 10px;margin-top:8px}
+.versus .track{grid-column:1/-1;grid-row:2}
 .shares td.wide{width:35%}}
 @media print{nav{display:none}body{background:#fff}section{break-inside:avoid}}
 """

@@ -123,7 +123,7 @@ def score(
     bos                  token that precedes each document; None: first tokens are context only
     batch                windows in a forward pass. Windows of one length go together; shorter rows are padded on the
                          right, where causal attention never looks
-    precision            "bf16": the forward pass runs under autocast; the nll is fp32 either way
+    precision            "bf16": matmuls run in bf16 under autocast; softmax and sums are fp32 either way
     progress             called with (tokens scored, tokens in all) after each forward pass
     documents_available  for the protocol: how many documents these were drawn from
 

@@ -136,7 +136,7 @@ def png_data_uri(figure: Figure, *, dpi: int = 150) -> str:
 
 def svg(figure: Figure, *, label: str, css: str = "") -> str:
     """The figure as an <svg> element that scales with its container; `label` is for screen readers and must be plain
-    words (no markup characters), `css` a class. Ids derive from both, so that several figures can share a page."""
+    words (no markup characters), `css` a class. Ids carry both, so that several figures can share a page."""
     import matplotlib as mpl
 
     buffer = io.StringIO()
@@ -149,6 +149,9 @@ def svg(figure: Figure, *, label: str, css: str = "") -> str:
     view_box = re.search(r'viewBox="([-\d. ]+)"', head)
     if view_box is None:
         raise ValueError("matplotlib wrote an SVG without a viewBox")
+    # Ids are the page's, not the drawing's: without a prefix the first drawing would lend its glyphs to all others.
+    prefix = re.sub(r"[^a-z]+", "-", f"{label} {css}".lower())
+    body = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}-", body)
     # Inside HTML neither namespace needs an address, and the page then holds no URL at all.
     return f'<svg class="{css}" viewBox="{view_box[1]}" role="img" aria-label="{label}">{body}'
 

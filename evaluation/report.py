@@ -23,6 +23,7 @@ from .page import (
     figure,
     gap,
     joined,
+    meter,
     quantity,
     section,
     shares,
@@ -238,26 +239,22 @@ def _versus(run: RunFiles) -> Html:
     if not bits or not baseline:
         return gap("No n-gram baseline was measured on these bytes.")
     name = string(run.evaluation, "baseline", "name") or "byte n-gram"
-    scale = 100 / max(bits, baseline)
+    longest = max(bits, baseline)
     better = bits < baseline
     return element(
         "div",
         element("h3", "Bits per byte on the same held-out text (lower is better)"),
         element(
             "div",
-            element("span", "this model"),
-            Html(f'<span class="track"><i class="own" style="width:{bits * scale:.2f}%"></i></span>'),
-            element("b", f"{bits:.3f}"),
-            element("span", name),
-            Html(f'<span class="track"><i style="width:{baseline * scale:.2f}%"></i></span>'),
-            element("b", f"{baseline:.3f}"),
+            meter("this model", bits / longest, f"{bits:.3f}", css="own"),
+            meter(name, baseline / longest, f"{baseline:.3f}"),
             css="versus",
         ),
         element(
             "p",
             "The model needs ",
             element("strong", f"{abs(1 - bits / baseline):.1%} {'fewer' if better else 'more'} bits"),
-            " than the baseline" + ("." if better else ": it has not learned what three bytes tell."),
+            " than the baseline" + ("." if better else ": counts of byte triples predict this text better."),
             css="verdict" if better else "verdict worse",
         ),
         css="card",

@@ -20,7 +20,7 @@ class ScoringProtocol:
     """How a perplexity was measured: without these fields the number means nothing.
 
     bos                  the token that the first one is conditioned on; None: the first token is not scored
-    precision            of the forward pass; the nll itself is always fp32
+    precision            of the matmuls; softmax and sums are always fp32
     documents            how many were scored, `truncated` of them only in part
     documents_available  how many they were drawn from; None: not stated
     """

@@ -15,6 +15,7 @@ from longspan.evaluation.documents import documents_from
 from longspan.evaluation.perplexity import EvalDocument, TokenScores, score, windows_of
 from longspan.evaluation.result import position_edges
 from longspan.kernels.attention import AttentionContext, AttentionSpec, Window
+from longspan.model import zoo
 from longspan.model.config import AttentionPlan, DecoderConfig
 
 CPU = torch.device("cpu")
@@ -419,14 +420,12 @@ SMALL = {
 )
 def test_decoder_equals_the_naive_loop(name: str, spec: AttentionSpec) -> None:
     attention = AttentionPlan(patterns={"full": spec})
-    from longspan.model import zoo
-
     decoder = zoo.build(name, SMALL | {"n_kv_heads": 4, "attention": attention}, seed=0)
 
     class Alone(nn.Module):
         """One row, no padding; document ids only because a spec with documents=True asks for them."""
 
-        head_weight = decoder.head_weight
+        head_weight = decoder.head_weight.detach()
 
         def hidden(self, tokens_BT: Tensor) -> Tensor:
             with torch.no_grad():
