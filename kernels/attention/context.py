@@ -242,6 +242,11 @@ def in_layout(layout: BlockLayout, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
             f"block_sparse covers {pattern.shape[0] * layout.q_block} query and {pattern.shape[1] * layout.kv_block} "
             f"key positions, but the call reaches {int(q_pos.max()) + 1} and {int(kv_pos.max()) + 1}"
         )
+    return in_layout_pattern(layout, pattern, q_pos, kv_pos)
+
+
+def in_layout_pattern(layout: BlockLayout, pattern: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+    """`in_layout` with the pattern as a tensor [query blocks, key blocks] and no check."""
     # Negative positions (queries before the first key, empty key slots) lie in no block.
-    inside = pattern[q_block.clamp(min=0), kv_block.clamp(min=0)]
-    return inside & (q_pos >= 0) & (kv_pos >= 0)
+    q_block, kv_block = (q_pos // layout.q_block).clamp(min=0), (kv_pos // layout.kv_block).clamp(min=0)
+    return pattern[q_block, kv_block] & (q_pos >= 0) & (kv_pos >= 0)

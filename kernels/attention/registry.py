@@ -48,6 +48,7 @@ def _builtin(module: str, name: str) -> Factory:
 _factories: dict[str, Factory] = {
     "reference": _builtin("reference", "Reference"),
     "sdpa": _builtin("sdpa", "SDPA"),
+    "flex": _builtin("flex", "Flex"),
 }
 _loaded: dict[str, AttentionBackend] = {}
 _chosen: dict[tuple[Choice, AttentionSpec, AttentionCall], AttentionBackend] = {}  # what `attend` resolved before
