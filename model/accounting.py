@@ -206,7 +206,7 @@ def training_memory(
     precision: Literal["fp32", "bf16-mixed", "bf16-true"],
     optimizer: Literal["adamw"] = "adamw",
     activation_checkpointing: bool = False,
-    loss_chunk: int = 4096,
+    loss_logits: int = 2**25,
 ) -> MemoryEstimate:
     """What one device holds at the peak of a training step, without the allocator's overhead and dense masks.
 
@@ -224,7 +224,9 @@ def training_memory(
                    2 D                             dropout masks, if there is dropout
                  plus D * (r + c) per token for the final norm
                  with activation checkpointing: r * D per token and layer, plus one layer in full
-    logits       the chunked loss: min(N, loss_chunk) * V * (4 + 4), fp32 logits and their gradient
+    logits       the chunked loss: min(N * V, loss_logits) * (4 + 4), fp32 logits and their gradient; what it keeps for
+                 backward: V * D * (4 + c) for the head's gradient in fp32 and its copy in the compute dtype, and the
+                 gradient of the hidden states, N * D * c
     """
     if precision not in _PRECISION:
         raise ValueError(f"precision={precision!r}: it is one of {', '.join(_PRECISION)}")
@@ -243,7 +245,7 @@ def training_memory(
         gradients=n_parameters * r,
         optimizer=n_parameters * 2 * r if optimizer == "adamw" else 0,
         activations=n_tokens * (stack + D * (r + c)),
-        logits=min(n_tokens, loss_chunk) * config.vocab_size * 8,
+        logits=min(n_tokens * config.vocab_size, loss_logits) * 8 + config.vocab_size * D * (4 + c) + n_tokens * D * c,
     )
 
 
