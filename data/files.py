@@ -19,7 +19,7 @@ _ROW_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", "
 _SUPPORTED = ".txt .md .rst .py and other text, .jsonl, .ndjson (each also .gz), .parquet, .arrow"
 
 # A longer text file is read as several documents, cut at line breaks, so that memory stays bounded.
-LONGEST_TEXT = 64 << 20
+LONGEST_TEXT = 32 << 20
 
 
 class SourceError(ValueError):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
+import numpy as np
+
 _MASK = (1 << 64) - 1
 _ROUNDS = 6
 _LONGEST_PERIOD = 1 << 16
@@ -74,20 +76,19 @@ class SinglePass:
     """Each sequence of each source once, in a fixed order that spreads the sources evenly: for validation."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
-        places = [
-            (Fraction(2 * index + 1, 2 * size), source, index)
-            for source, size in enumerate(sizes)
-            for index in range(size)
-        ]
-        self._addresses = [Address(source, 0, index) for _, source, index in sorted(places)]
+        places = [(np.arange(size) + 0.5) / size for size in sizes]
+        sources = np.repeat(np.arange(len(sizes)), sizes)
+        indices = np.concatenate([np.arange(size) for size in sizes])
+        order = np.lexsort((sources, np.concatenate(places)))
+        self._sources, self._indices = sources[order], indices[order]
 
     def __len__(self) -> int:
-        return len(self._addresses)
+        return len(self._sources)
 
     def address(self, k: int) -> Address:
         if not 0 <= k < len(self):
             raise IndexError(f"sequence {k}: the pass has {len(self)}")
-        return self._addresses[k]
+        return Address(int(self._sources[k]), 0, int(self._indices[k]))
 
 
 def permute(index: int, size: int, *, key: int) -> int:
@@ -153,13 +154,13 @@ def _schedule(counts: Sequence[int]) -> list[int]:
     schedule = []
     for place in range(1, period + 1):
         # A source may be taken when its share after this place exceeds what it had by 1/slack; of those, the one whose
-        # share reaches its next whole number (less 1/slack) first is taken. All in integers, times period · slack.
-        best, deadline = -1, Fraction(0)
-        for source in range(n_sources):
-            if slack * (counts[source] * place - period * taken[source]) >= period:
-                due = Fraction(slack * period * (taken[source] + 1) - period, slack * counts[source])
-                if best < 0 or due < deadline:
-                    best, deadline = source, due
+        # share first comes within 1/slack of the next whole number is taken. In integers: times period and slack.
+        best, best_due = -1, 0
+        for source, count in enumerate(counts):
+            if slack * (count * place - period * taken[source]) >= period:
+                due = slack * (taken[source] + 1) - 1  # over count: when the source must be taken
+                if best < 0 or due * counts[best] < best_due * count:
+                    best, best_due = source, due
         taken[best] += 1
         schedule.append(best)
     return schedule

@@ -87,8 +87,11 @@ def prepare(settings: PrepareSettings, *, progress: Progress | None = None) -> P
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with _lock(directory.with_name(directory.name + ".lock"), progress):
-            if not directory.exists():
-                _build(directory, settings, loaded, progress)
+            building = directory.with_name(directory.name + ".building")
+            if directory.exists():
+                shutil.rmtree(building, ignore_errors=True)  # of a run that was killed right at its end
+            else:
+                _build(directory, building, settings, loaded, progress)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -100,8 +103,13 @@ def prepare(settings: PrepareSettings, *, progress: Progress | None = None) -> P
     return Prepared(store, store.tokenizer(), directory)
 
 
-def _build(directory: Path, settings: PrepareSettings, loaded: Tokenizer | None, progress: Progress | None) -> None:
-    building = directory.with_name(directory.name + ".building")
+def _build(
+    directory: Path,
+    building: Path,
+    settings: PrepareSettings,
+    loaded: Tokenizer | None,
+    progress: Progress | None,
+) -> None:
     try:
         tokenizer = loaded or _tokenizer(building, settings, progress)
     except (ValueError, OSError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import signal
 import threading
 import zipfile
 from collections import deque
@@ -23,8 +24,6 @@ import numpy as np
 
 from .sources import Document
 from .tokenizer import Tokenizer
-
-_GROUP_BYTES = 1 << 20  # text encoded at once: the library needs some hundred bytes a token while it works
 
 
 class StoreError(ValueError):
@@ -92,14 +91,15 @@ def _shard(index: int, pieces: list[Piece]) -> Shard:
 def tokenize_shard(shard: Shard, tokenizer: Tokenizer, directory: Path) -> Path:
     """Tokenise one shard and write its file, complete or not at all."""
     dtype = token_dtype(tokenizer.vocab_size)
+    encoded = iter(
+        tokenizer.encode_arrays([text for piece in shard.pieces for text in (piece.prompt or "", piece.text)])
+    )
+    eos = np.array([tokenizer.eos_id], dtype=dtype)
     tokens: list[np.ndarray] = []
     prompt_lengths: list[int] = []
-    for group in _groups(shard.pieces):
-        texts = [text for piece in group for text in (piece.prompt or "", piece.text)]
-        encoded = iter(tokenizer.encode_batch(texts))
-        for prompt, text in zip(encoded, encoded):
-            prompt_lengths.append(len(prompt))
-            tokens.append(np.array([*prompt, *text, tokenizer.eos_id], dtype=dtype))
+    for prompt, text in zip(encoded, encoded):  # the two are neighbours in one list
+        prompt_lengths.append(len(prompt))
+        tokens.append(np.concatenate((prompt, text, eos), dtype=dtype, casting="unsafe"))
     arrays = {
         "tokens": np.concatenate(tokens),
         "lengths": np.array([len(part) for part in tokens], dtype=np.uint64),
@@ -156,6 +156,10 @@ def tokenize_all(
                     _finish(running, done)
             while running:
                 _finish(running, done)
+        except BrokenProcessPool as error:
+            raise StoreError(
+                "a tokenisation process was killed, probably for lack of memory: use fewer data.tokenize_workers"
+            ) from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -176,12 +180,7 @@ def _skip_finished(
 
 def _finish(running: deque[tuple[Future[Path], int]], done: Callable[[int], None]) -> None:
     future, n_bytes = running.popleft()
-    try:
-        future.result()
-    except BrokenProcessPool as error:
-        raise StoreError(
-            "a tokenisation process was killed, probably for lack of memory: use fewer data.tokenize_workers"
-        ) from error
+    future.result()
     done(n_bytes)
 
 
@@ -193,6 +192,7 @@ _worker: tuple[Tokenizer, Path] | None = None
 def _start_worker(tokenizer: Tokenizer, directory: Path) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops its pool
     _worker = (tokenizer, directory)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
@@ -217,19 +217,6 @@ def _work(shard: Shard) -> Path:
 def token_dtype(vocab_size: int) -> np.dtype:
     """uint16 while every id fits, else uint32."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
-
-
-def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    group: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        group.append(piece)
-        size += piece.n_bytes
-        if size >= _GROUP_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def _one_line(text: str) -> str:

@@ -34,7 +34,7 @@ from .shards import (
     token_dtype,
     tokenize_all,
 )
-from .sources import Document, SourceSpec, read, size_hint
+from .sources import Document, SourceSpec, fingerprint, read, size_hint
 from .tokenizer import Tokenizer
 from .writer import ARRAYS, FORMAT, SPLITS, VERSION, SourceCount, Split, assemble, self_hash, sync_directory
 
@@ -245,7 +245,8 @@ def build_store(
         pieces = _pieces(sources, validation_fraction)
         shards = cut_into_shards(pieces, shard_bytes)
         paths = tokenize_all(shards, tokenizer, building / "shards", workers=workers, done=report)
-        finished = assemble(building / "store", paths, names, tokenizer, validation_fraction)
+        described = [fingerprint(source) for source in sources]
+        finished = assemble(building / "store", paths, described, tokenizer, validation_fraction)
         (building / "store").rename(directory)
         sync_directory(directory.parent)
     except (ValueError, OSError):

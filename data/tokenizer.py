@@ -9,15 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"  # separates documents
 # What other people's tokenizers call the same thing, tried in this order when their configuration does not say.
 _END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]", "<|eos|>")
+
+_GROUP = 1 << 19  # characters encoded at once
 
 # Stated explicitly so that the library does not warn about loader processes that are forked later: those never
 # tokenise. An existing setting is kept.
@@ -45,6 +49,7 @@ class Tokenizer:
         self.eos_id: int = eos_id
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.sha256: str = hashlib.sha256(definition.encode()).hexdigest()
+        self._cuts_at_lines = _splits_words_like_gpt2(json.loads(definition))
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str]]:
         return Tokenizer, (self._definition, self._end_token)
@@ -55,8 +60,17 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel threads."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode_batch` as uint32 arrays. The library needs some 500 bytes a token while it works, so it gets little
+        at a time: long texts too go in pieces, where that cannot change their tokens."""
+        parts: list[list[np.ndarray]] = [[] for _ in texts]
+        for group in _grouped(texts, self._cuts_at_lines):
+            encodings = self._tokenizer.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            for (text, _), encoding in zip(group, encodings):
+                parts[text].append(np.array(encoding.ids, dtype=np.uint32))
+        return [np.concatenate(part) if part else np.empty(0, dtype=np.uint32) for part in parts]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of the ids; bytes that are not UTF-8 (a character cut in half) show as U+FFFD."""
@@ -146,6 +160,46 @@ class StreamDecoder:
             del self._ids[: self._shown]
             self._shown = len(self._ids)
         return piece
+
+
+def _splits_words_like_gpt2(definition: dict[str, Any]) -> bool:
+    """Then no token can span a letter or digit and the line break after it."""
+    split = definition.get("pre_tokenizer") or {}
+    return (
+        definition.get("normalizer") is None
+        and split.get("type") == "ByteLevel"
+        and not split.get("add_prefix_space")
+        and (bool(split.get("use_regex")) or definition["model"].get("merges") == [])
+    )
+
+
+def _grouped(texts: Iterable[str], may_cut: bool) -> Iterator[list[tuple[int, str]]]:
+    """(number of the text, piece of it) in groups of about _GROUP characters."""
+    group: list[tuple[int, str]] = []
+    size = 0
+    for number, text in enumerate(texts):
+        for piece in _pieces(text) if may_cut else (text,):
+            group.append((number, piece))
+            size += len(piece)
+            if size >= _GROUP:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text cut after about every _GROUP characters, between a letter or digit and a line break."""
+    start = 0
+    while len(text) - start > 2 * _GROUP:
+        cut = text.find("\n", start + _GROUP)
+        while cut >= 0 and not text[cut - 1].isalnum():
+            cut = text.find("\n", cut + 1)
+        if cut < 0:
+            break
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def _byte_level(model: models.BPE, use_regex: bool) -> tokenizers.Tokenizer:

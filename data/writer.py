@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,19 +32,14 @@ class SourceCount:
 
 
 class SplitWriter:
-    """Appends documents to the files of one split, hashing as it writes."""
+    """Appends documents to the files of one split, hashing as it writes. `opened` closes the files."""
 
-    def __init__(self, directory: Path, split: Split, with_loss: bool) -> None:
-        names = [
-            "tokens.bin",
-            "offsets.bin",
-            "sources.bin",
-            "bytes.bin",
-            "ids.txt",
-            *(["loss.bin"] if with_loss else []),
-        ]
-        self._directory, self._split = directory, split
-        self._files = {name: (directory / f"{split}.{name}").open("wb") for name in names}
+    def __init__(self, directory: Path, split: Split, with_loss: bool, opened: ExitStack) -> None:
+        names = ["tokens.bin", "offsets.bin", "sources.bin", "bytes.bin", "ids.txt"]
+        if with_loss:
+            names.append("loss.bin")
+        self._split = split
+        self._files = {name: opened.enter_context((directory / f"{split}.{name}").open("wb")) for name in names}
         self._hashes = {name: hashlib.sha256() for name in names}
         self._n_tokens = 0
         self.counts: dict[int, SourceCount] = {}
@@ -79,40 +75,47 @@ class SplitWriter:
                 old.bytes + int(shard["n_bytes"][mine].sum()),
             )
 
-    def close(self) -> dict[str, dict[str, object]]:
+    def seal(self) -> dict[str, dict[str, object]]:
         """Flush to disk; sizes and hashes for the manifest."""
         entries: dict[str, dict[str, object]] = {}
         for name, file in self._files.items():
             file.flush()
             os.fsync(file.fileno())
             entries[f"{self._split}.{name}"] = {"bytes": file.tell(), "sha256": self._hashes[name].hexdigest()}
-            file.close()
         return entries
 
 
 def assemble(
-    directory: Path, shards: list[Path], names: list[str], tokenizer: Tokenizer, validation_fraction: float
+    directory: Path,
+    shards: list[Path],
+    sources: list[dict[str, object]],
+    tokenizer: Tokenizer,
+    validation_fraction: float,
 ) -> dict:
-    """Join the shards into the files of a store; the manifest comes last."""
+    """Join the shards into the files of a store; the manifest comes last. `sources`: a name and a fingerprint each."""
     directory.mkdir()
     threshold = _threshold(shards, validation_fraction)
     with_loss = any(_load(path, "prompt_lengths")["prompt_lengths"].any() for path in shards)
-    writers = {split: SplitWriter(directory, split, with_loss) for split in SPLITS}
-    for path in shards:
-        shard = _load(path)
-        ids = shard["ids"].tobytes().decode().split("\n")
-        held_out = shard["split_hash"] < np.uint64(threshold)
-        writers["train"].append(shard, ids, ~held_out)
-        writers["validation"].append(shard, ids, held_out)
     files: dict[str, dict[str, object]] = {}
-    for writer in writers.values():
-        files |= writer.close()
+    with ExitStack() as opened:
+        writers = {split: SplitWriter(directory, split, with_loss, opened) for split in SPLITS}
+        for path in shards:
+            shard = _load(path)
+            ids = shard["ids"].tobytes().decode().split("\n")
+            held_out = shard["split_hash"] < np.uint64(threshold)
+            writers["train"].append(shard, ids, ~held_out)
+            writers["validation"].append(shard, ids, held_out)
+        for writer in writers.values():
+            files |= writer.seal()
     tokenizer.save(directory)
     for path in sorted(directory.glob("tokenizer*.json")):
         content = path.read_bytes()
         files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     counts = {
-        split: {name: asdict(writers[split].counts.get(index, SourceCount())) for index, name in enumerate(names)}
+        split: {
+            str(source["name"]): asdict(writers[split].counts.get(index, SourceCount()))
+            for index, source in enumerate(sources)
+        }
         for split in SPLITS
     }
     manifest = {
@@ -124,7 +127,7 @@ def assemble(
         "tokenizer_sha256": tokenizer.sha256,
         "validation_fraction": validation_fraction,
         "loss_mask": with_loss,
-        "sources": [{"name": name} for name in names],
+        "sources": sources,
         "counts": counts,
         "files": files,
     }
