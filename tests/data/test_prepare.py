@@ -149,7 +149,7 @@ class TestWrongRequests:
 
 SCRIPT = """
     import os, signal, sys, multiprocessing
-    from longspan.data import writer
+    from longspan.data import shards, writer
     from longspan.data.prepare import *
     from longspan.data.sources import SourceSpec
 
@@ -165,6 +165,8 @@ SCRIPT = """
             die()
 
     if __name__ == "__main__":
+        if {point!r} == "write":
+            shards.np.savez = lambda file, **_: (file.write(b"PK half"), file.flush(), die())
         if {point!r} == "join":
             writer.SplitWriter.seal = die
         if {point!r} == "rename":
@@ -186,7 +188,7 @@ class TestKill:
         assert done.returncode == -signal.SIGKILL, done.stderr
         return done.stdout
 
-    @pytest.mark.parametrize("point", ["tokenizer", "shards", "join", "rename"])
+    @pytest.mark.parametrize("point", ["tokenizer", "write", "shards", "join", "rename"])
     def test_the_same_command_then_finishes(self, tmp_path: Path, texts: Path, point: str, monkeypatch):
         clean = prepare(settings(tmp_path, cache=tmp_path / "clean"))
         self.killed(tmp_path, point)
@@ -201,7 +203,8 @@ class TestKill:
         assert contents(prepared.directory) == contents(clean.directory)
         n_shards = 7
         # What was finished is not done again.
-        assert len(redone) == {"tokenizer": n_shards, "shards": n_shards - 4, "join": 0, "rename": 0}[point]
+        left = {"tokenizer": n_shards, "write": n_shards, "shards": n_shards - 4, "join": 0, "rename": 0}
+        assert len(redone) == left[point]
         assert len(trained) == (point == "tokenizer")
         assert [path.suffix for path in (tmp_path / "cache").iterdir() if not path.is_dir()] == [".lock"]
         assert not list((tmp_path / "cache").glob("*.building"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -106,6 +107,17 @@ def test_workers_and_shards_do_not_change_a_byte(tmp_path: Path, corpus):
     assert seen[-1] == (n_bytes, n_bytes)
     assert len(seen) > 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "rows.jsonl", "texts", "together"]
+
+
+def test_the_same_text_at_another_time_gives_the_same_store(tmp_path: Path, corpus):
+    first = build(tmp_path / "first", corpus)
+    for path in (tmp_path / "texts").iterdir():
+        os.utime(path, (1, 1))
+    again = build(tmp_path / "again", corpus)
+    assert contents(first.directory) == contents(again.directory)
+    assert (
+        again.manifest["sources"][0] | {"name": "texts", "kind": "files", "count": 30} == again.manifest["sources"][0]
+    )
 
 
 def test_ids_above_uint16_take_uint32():
