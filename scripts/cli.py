@@ -64,9 +64,9 @@ VERBS: dict[str, Verb] = {
     ),
     "estimate": Verb(
         "parameters, tokens, FLOPs, memory and time of a run before it starts",
-        "RunRequest",
-        "validate",
-        ("longspan estimate experiment=gpt2_small",),
+        "EstimateRequest",
+        "validate_estimate",
+        ("longspan estimate experiment=gpt2_small", "longspan estimate experiment=llama_300m hardware=A100"),
     ),
     "attention": Verb(
         "which backends can compute an attention on this machine, and why the others cannot",

@@ -23,9 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from longspan.training.config_errors import ConfigError, assignment
+from longspan.training.config_errors import COMMAND_LINE, ConfigError, assignment
 from longspan.training.config_keys import find
-from longspan.training.schema import COMMAND_LINE
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

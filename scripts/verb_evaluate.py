@@ -30,13 +30,13 @@ def run(config: EvaluateConfig) -> int:
         raise UserError(f"output={output}: exists and is not an empty directory; choose another, or set overwrite=true")
     device = choose_device(config.accelerator)
     checkpoint = resolve_checkpoint(config.checkpoint)
+    model = load_model(checkpoint, device=device)
     tokenizer = Tokenizer.load(checkpoint)
     stored = held_out(checkpoint, tokenizer) if config.data.path is None else of_path(config.data, tokenizer)
     protocol = config.evaluation
     documents = documents_from(
         stored, limit=config.data.limit, max_tokens=protocol.max_tokens, decode=tokenizer.decode, seed=0
     )
-    model = load_model(checkpoint, device=device)
     window = protocol.window or training_context(checkpoint) or model.config.max_positions
     with Progress(console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("scoring")

@@ -25,9 +25,9 @@ def run(config: GenerateConfig) -> int:
     prompt = _prompt(config)
     device = choose_device(config.accelerator)
     checkpoint = resolve_checkpoint(config.checkpoint)
-    tokenizer = Tokenizer.load(checkpoint)
     dtype = torch.bfloat16 if computes_in_bf16(config.precision, device) else torch.float32
     model = load_model(checkpoint, device=device, dtype=dtype)
+    tokenizer = Tokenizer.load(checkpoint)
     tokens = tokenizer.encode(prompt) or [tokenizer.eos_id]  # an empty prompt: the start of a document
     steps = stream(
         model,

@@ -47,6 +47,7 @@ _ELSEWHERE = {
     "val_check_interval": "trainer.val_every",
     "warmup_steps": "schedule.warmup",
 }
+COMMAND_LINE = "on the command line"  # the origin, in `where`, of what a user typed
 _CLOSE = 0.65  # difflib ratio from which a name counts as a misspelling
 
 
@@ -174,11 +175,16 @@ def joined(path: str, sentence: str) -> str:
 
 
 def _origin(paths: Sequence[str], where: Mapping[str, str]) -> str:
-    for path in paths:
-        for name, origin in where.items():
-            if name == path or name.startswith(f"{path}.") or path.startswith(f"{name}."):
-                return f" (set {origin})"
-    return ""
+    """Where the keys were set: what was typed is the likelier mistake, then the first of them."""
+    origins = [
+        origin
+        for path in paths
+        for name, origin in where.items()
+        if name == path or name.startswith(f"{path}.") or path.startswith(f"{name}.")
+    ]
+    if not origins:
+        return ""
+    return f" (set {COMMAND_LINE if COMMAND_LINE in origins else origins[0]})"
 
 
 def _nearest_section(schema: type, path: str, head: str) -> str | None:

@@ -11,6 +11,7 @@ from longspan.model import accounting
 from longspan.model.accounting import MemoryEstimate, ParameterCount
 from longspan.model.config import AttentionPlan, DecoderConfig, HeadGroup
 
+from .errors import UserError
 from .metrics import clock, short_count
 from .precision import Arithmetic, choose_arithmetic, choose_device, measured_matmul_flops
 from .schema import RunConfig
@@ -19,6 +20,7 @@ from .schema import RunConfig
 # CPU what the steps of small models reach of the rate of one large matrix product.
 GPU_EFFICIENCY = 0.40
 CPU_EFFICIENCY = 0.35
+ABSENT_GPU = "H100"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,21 +89,50 @@ class Plan:
         ]
 
 
-def plan(config: RunConfig) -> Plan:
-    """The plan of `config` on this machine. Raises UserError when the devices asked for are not there."""
+def plan(config: RunConfig, *, hardware: str | None = None) -> Plan:
+    """The plan of `config` on this machine, or on GPUs of the kind `hardware` ("H100", "A100": accounting.PEAK_FLOPS).
+
+    Where a GPU is asked for and none is here, ABSENT_GPU stands for it: a cluster's jobs are planned on laptops.
+    Raises UserError for unknown hardware, and when fewer GPUs than asked for are here.
+    """
+    if hardware is None and config.trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        hardware = ABSENT_GPU
+    if hardware is not None:
+        return _plan_elsewhere(config, hardware)
     device = choose_device(config.trainer.accelerator, config.trainer.devices)
     arithmetic = choose_arithmetic(config.trainer.precision, device)
     peak = find_peak(device, arithmetic, world=config.trainer.devices * config.trainer.nodes)
     return plan_for(config, resolved_model(config), device, arithmetic, peak)
 
 
-def plan_for(config: RunConfig, model: DecoderConfig, device: torch.device, arithmetic: Arithmetic, peak: Peak) -> Plan:
-    """The plan where device, arithmetic and model are settled already."""
+def _plan_elsewhere(config: RunConfig, hardware: str) -> Plan:
+    device = torch.device("cuda")
+    arithmetic = choose_arithmetic(config.trainer.precision, device)
+    flops = accounting.peak_flops(hardware, arithmetic.compute)
+    if flops is None:
+        known = ", ".join(accounting.PEAK_FLOPS)
+        raise UserError(f"hardware={hardware}: no {arithmetic.precision} rate is known for it; known are {known}")
+    world = config.trainer.devices * config.trainer.nodes
+    peak = Peak(flops * world, f"the data sheet's rate of {world} × {hardware}, which is not in this machine")
+    return plan_for(config, resolved_model(config), device, arithmetic, peak, name=hardware)
+
+
+def plan_for(
+    config: RunConfig,
+    model: DecoderConfig,
+    device: torch.device,
+    arithmetic: Arithmetic,
+    peak: Peak,
+    *,
+    name: str | None = None,
+) -> Plan:
+    """The plan where device, arithmetic and model are settled already; `name` of a device that is not here."""
     trainer, context = config.trainer, config.data.context
     tokens_per_step = trainer.global_batch * context
     tokens = trainer.steps * tokens_per_step
     per_token = accounting.training_flops_per_token(model, length=context)
-    seconds, basis = None, f"no peak rate is known for {device_name(device)}"
+    name = name or device_name(device)
+    seconds, basis = None, f"no peak rate is known for {name}"
     if peak.flops is not None:
         efficiency = GPU_EFFICIENCY if device.type == "cuda" else CPU_EFFICIENCY
         seconds = tokens * per_token / (peak.flops * efficiency)
@@ -123,7 +154,7 @@ def plan_for(config: RunConfig, model: DecoderConfig, device: torch.device, arit
             activation_checkpointing=trainer.activation_checkpointing,
         ),
         kv_bytes_per_token=accounting.kv_bytes_per_token(model, "bfloat16"),
-        device=device_name(device),
+        device=name,
         precision=f"{arithmetic.precision} ({arithmetic.reason})",
         seconds=seconds,
         basis=basis,

@@ -20,11 +20,9 @@ from longspan.model.config import AttentionPlan, DecoderConfig, HeadGroup, Model
 from longspan.model.zoo import CONFIGS, configure
 
 from .config_checks import check_data, check_generate, check_protocol, check_run
-from .config_errors import ConfigError, Problem, lines, translate, wrong
+from .config_errors import COMMAND_LINE, ConfigError, Problem, lines, translate, wrong
 from .config_keys import documented
 from .config_plain import booleans, named, plain, without, written
-
-COMMAND_LINE = "on the command line"  # the origin, in `where`, of what a user typed
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
@@ -357,6 +355,24 @@ class RunConfig(_RunSections):
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EstimateRequest(RunRequest):
+    """`longspan estimate` as a user writes it: a run, and where it would run"""
+
+    hardware: str | None = Field(
+        default=None,
+        description="a kind of GPU that is not in this machine (H100, A100, …); null: this machine, and an H100 where "
+        "trainer.accelerator=gpu finds none",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EstimateConfig(RunConfig):
+    """`longspan estimate` as the code reads it"""
+
+    hardware: str | None = Field(default=None)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class PrepareConfig:
     """`longspan prepare`"""
 
@@ -443,6 +459,7 @@ class ExplainConfig(_ExplainKeys):
 Raw = Mapping[str, Any]
 Where = Mapping[str, str]
 T = TypeVar("T")
+R = TypeVar("R", bound=RunConfig)
 
 
 def validate(raw: Raw, *, where: Where | None = None) -> RunConfig:
@@ -451,23 +468,12 @@ def validate(raw: Raw, *, where: Where | None = None) -> RunConfig:
     `where` maps key paths to where they were set ("on the command line", "in experiment/tiny.yaml"), for the errors.
     Raises ConfigError that lists everything wrong, one line each.
     """
-    request, problems = _parse(RunRequest, raw)
-    config = None
-    if request is not None:
-        model, refused = _model(request, raw)
-        config = _resolved(RunConfig, request, model or DecoderConfig())
-        if "context" not in written(raw, "data") and config.checkpoint is None:
-            fitting = min(config.data.context, config.model.max_positions)
-            config = replace(config, data=replace(config.data, context=fitting))
-        problems += _independent(refused, problems)
-        failed = {key for problem in problems for key in problem.keys}
-        problems += [
-            problem
-            for problem in check_run(config)
-            if failed.isdisjoint(problem.keys)
-            and (model is not None or not any(key.startswith("model.") for key in problem.keys))
-        ]
-    return _sound(config, problems, where)
+    return _validate_run(RunRequest, RunConfig, raw, where)
+
+
+def validate_estimate(raw: Raw, *, where: Where | None = None) -> EstimateConfig:
+    """`longspan estimate`; as `validate`."""
+    return _validate_run(EstimateRequest, EstimateConfig, raw, where)
 
 
 def validate_explain(raw: Raw, *, where: Where | None = None) -> ExplainConfig:
@@ -510,6 +516,26 @@ def as_request(config: RunConfig | ExplainConfig) -> dict[str, Any]:
     del model["architecture"]
     rest = {name: value for name, value in sections.items() if name != "model_name"}
     return {"model": {"name": sections["model_name"], **model}, "attention": {**plan, "backend": backend}, **rest}
+
+
+def _validate_run(request_type: type[RunRequest], config_type: type[R], raw: Raw, where: Where | None) -> R:
+    request, problems = _parse(request_type, raw)
+    config = None
+    if request is not None:
+        model, refused = _model(request, raw)
+        config = _resolved(config_type, request, model or DecoderConfig())
+        if "context" not in written(raw, "data") and config.checkpoint is None:
+            fitting = min(config.data.context, config.model.max_positions)
+            config = replace(config, data=replace(config.data, context=fitting))
+        problems += _independent(refused, problems)
+        failed = {key for problem in problems for key in problem.keys}
+        problems += [
+            problem
+            for problem in check_run(config)
+            if failed.isdisjoint(problem.keys)
+            and (model is not None or not any(key.startswith("model.") for key in problem.keys))
+        ]
+    return _sound(config, problems, where)
 
 
 def _parse(schema: type[T], raw: Raw) -> tuple[T | None, list[Problem]]:
@@ -565,9 +591,11 @@ def _of_model(sentence: str) -> Problem:
     key = head[0] if head else ""
     if key.startswith("attention"):
         return Problem((key,), sentence)
-    if key in {field.name for field in fields(ModelConfig)}:
-        return Problem((f"model.{key}", "model"), f"model.{sentence}")
-    return Problem(("model.name", "model"), f"model: {sentence}")
+    known = {field.name for field in fields(ModelConfig)}
+    mentioned = [f"model.{name}" for name in re.findall(r"\b(\w+)=", sentence) if name in known]
+    if key in known:
+        return Problem((f"model.{key}", *mentioned), f"model.{sentence}")
+    return Problem(("model.name", *mentioned), f"model: {sentence}")
 
 
 def _independent(refused: list[Problem], problems: list[Problem]) -> list[Problem]:
