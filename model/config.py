@@ -30,7 +30,11 @@ class ModelConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadGroup:
-    """A run of query heads that share one spec, for layers whose heads differ (Longformer dilates two heads)."""
+    """A run of query heads that share one spec, for layers whose heads differ (Longformer dilates two heads).
+
+    heads  how many query heads, in order
+    spec   what they attend to
+    """
 
     __pydantic_config__: ClassVar = _FORBID_EXTRA
 
@@ -78,7 +82,9 @@ class DecoderConfig:
     """A decoder-only language model: the GPT-2 and the Llama families by configuration.
 
     vocab_size       rows of the embedding (and of the head)
-    n_layers, d_model, n_heads
+    n_layers         blocks
+    d_model          width of the residual stream
+    n_heads          query heads in a layer
     n_kv_heads       key/value heads; None: n_heads (multi-head), 1: multi-query
     head_dim         None: d_model // n_heads
     d_ff             hidden width of the MLP
@@ -86,7 +92,8 @@ class DecoderConfig:
     positions        learned | rope | alibi | none. `alibi` sets alibi=True on every spec of the attention plan, so that
                      the stored config says what happens; single layers may ask for it under any other choice
     rope_theta       base of the rotary frequencies (Su et al. 2021, arXiv 2104.09864)
-    norm, norm_eps   pre-normalisation in each block and before the head
+    norm             pre-normalisation in each block and before the head
+    norm_eps         added to the variance (the mean square) under its root
     mlp              gelu (exact), gelu_tanh (GPT-2), swiglu (Llama)
     bias             biases in projections, MLP and LayerNorm (RMSNorm and the head never have one)
     tied_head        the output head is the embedding

@@ -170,7 +170,7 @@ def _expand(path: str, annotation: Any, default: object, meaning: str, limits: t
         elif get_origin(plain_option) is tuple and _is_section(_unwrap(arguments[0])[0]):
             yield from _walk(_unwrap(arguments[0])[0], f"{path}.<i>.")
         elif isinstance(get_origin(plain_option), type) and issubclass(get_origin(plain_option), Mapping):
-            yield from _expand(f"{path}.<name>", arguments[1], None, "", ())
+            yield from _expand(f"{path}.<name>", arguments[1], None, "one of them, by the name you give it", ())
 
 
 def _fields(schema: type) -> Iterator[tuple[str, Any, object, str, tuple[Any, ...]]]:

@@ -21,6 +21,10 @@ class Window:
 
     With `dilation` d the attended keys are d positions apart, so the window reaches `left * d` positions back and
     `right * d` forward (Beltagy et al. 2020, arXiv 2004.05150, §3.1: the dilated window counts keys, not span).
+
+    left      keys before the query; None: all
+    right     keys after the query; None: all (under `causal` there are none)
+    dilation  distance between attended keys; 1: adjacent
     """
 
     __pydantic_config__: ClassVar = _FORBID_EXTRA
@@ -68,6 +72,10 @@ class BlockLayout:
     Block numbers come from absolute positions (`position // block`), so the pattern means the same in training and in
     decoding. A position past the pattern is an error, not an empty row.
     Source: block-sparse FlashAttention (Dao et al. 2022, arXiv 2205.14135, §3.3).
+
+    pattern   rows are query blocks, columns key blocks
+    q_block   positions in a query block
+    kv_block  positions in a key block
     """
 
     __pydantic_config__: ClassVar = _FORBID_EXTRA
