@@ -144,11 +144,12 @@ def _tokenizer(building: Path, settings: PrepareSettings, progress: Progress | N
 def _training_texts(settings: PrepareSettings, progress: Progress | None) -> Iterator[str]:
     """Evenly spaced training documents, each source with its share of `train_bytes`."""
     weights = sum(source.weight for source in settings.sources)
+    budgets = [int(settings.tokenizer.train_bytes * source.weight / weights) for source in settings.sources]
+    sizes = [size_hint(source) for source in settings.sources]
+    expected = sum(budget if size is None else min(budget, size) for budget, size in zip(budgets, sizes))
     threshold = int(settings.validation_fraction * 2**64)
     done = 0
-    for source in settings.sources:
-        budget = int(settings.tokenizer.train_bytes * source.weight / weights)
-        total = size_hint(source)
+    for source, budget, total in zip(settings.sources, budgets, sizes):
         rate = 1.0 if total is None else min(1.0, budget / max(1, total))  # unknown size: the first documents
         seen = taken = 0
         for document in read(source):
@@ -163,7 +164,7 @@ def _training_texts(settings: PrepareSettings, progress: Progress | None) -> Ite
                 taken, done = taken + min(size, room), done + min(size, room)
                 yield text
                 if progress is not None:
-                    progress("tokenizer", done, settings.tokenizer.train_bytes)
+                    progress("tokenizer", done, max(expected, done))
             if taken >= budget:
                 break
 

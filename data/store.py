@@ -41,7 +41,7 @@ from .writer import ARRAYS, FORMAT, SPLITS, VERSION, SourceCount, Split, assembl
 __all__ = ["SPLITS", "Documents", "SourceCount", "Split", "StoreError", "TokenStore", "build_store"]
 
 HASHED_ON_OPEN = 1 << 30
-SHARD_BYTES = 4 << 20
+SHARD_BYTES = 2 << 20
 
 Progress = Callable[[int, int | None], None]  # (bytes of text done, bytes in all where known)
 
@@ -141,6 +141,11 @@ class TokenStore:
         if split not in self._documents:
             self._documents[split] = Documents(self, split)
         return self._documents[split]
+
+    @property
+    def skipped_files(self) -> dict[str, int]:
+        """How many files in a source's directory were of no supported kind, where there were any."""
+        return {source["name"]: source["skipped"] for source in self.manifest["sources"] if source.get("skipped")}
 
     def n_tokens(self, split: Split) -> int:
         return sum(count.tokens for count in self.counts[split].values())

@@ -30,6 +30,7 @@ def test_concat_is_the_stream_in_order_less_the_stated_tail(lengths: list[int], 
     assert [token for row in rows(packing) for token in tokens(row)] == stream[: len(stream) - dropped]
     assert packing.n_tokens == len(stream) - dropped
     assert all(len(tokens(row)) == context for row in rows(packing))
+    assert all(span.length > 0 for row in rows(packing) for span in row)
 
     kept = pack(np.array(lengths, dtype=np.int64), context, keep_tail=True)
     whole = [token for row in rows(kept) for token in tokens(row)]

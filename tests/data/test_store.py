@@ -115,6 +115,9 @@ def test_the_same_text_at_another_time_gives_the_same_store(tmp_path: Path, corp
         os.utime(path, (1, 1))
     again = build(tmp_path / "again", corpus)
     assert contents(first.directory) == contents(again.directory)
+    assert again.skipped_files == {}
+    (tmp_path / "texts" / "picture.png").write_bytes(b"\0")
+    assert build(tmp_path / "more", corpus).skipped_files == {"texts": 1}
     assert (
         again.manifest["sources"][0] | {"name": "texts", "kind": "files", "count": 30} == again.manifest["sources"][0]
     )
