@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+# A model of bytes writes any of them, and HTML has no way to hold most.
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {0x7F: 0x2421}
 
 
 class Html(str):
@@ -18,8 +21,8 @@ class Html(str):
 
 
 def text(value: object) -> Html:
-    """`value` as markup: itself when it is markup, escaped otherwise."""
-    return value if isinstance(value, Html) else Html(html.escape(str(value)))
+    """`value` as markup: itself when it is markup, escaped otherwise (control characters as their pictures)."""
+    return value if isinstance(value, Html) else Html(html.escape(str(value).translate(_CONTROLS)))
 
 
 def element(tag: str, *children: object, css: str = "", style: str = "") -> Html:
@@ -71,17 +74,18 @@ def meter(name: str, share: float, value: str, *, css: str = "") -> Html:
     return element("div", element("span", name), element("span", filled, css="track"), element("b", value))
 
 
-def shares(values: Mapping[str, float], show: str, total: float) -> Html:
-    """Parts of a total with bars; `show` says what they are ("parameters", "bytes")."""
-    rows = []
-    for name, value in values.items():
-        bar = element("i", style=f"width:{100 * value / total:.2f}%")
-        rows.append((name.replace("_", " "), element("span", bar, css="bar"), quantity(show, value)))
-    cells = joined(
-        element("tr", element("td", name), element("td", bar, css="wide"), element("td", value))
-        for name, bar, value in rows
+def shares(values: Mapping[str, float], total: float, show: Callable[[float], str]) -> Html:
+    """Parts of a total with bars; `show` writes a value."""
+    rows = (
+        element(
+            "tr",
+            element("td", name.replace("_", " ")),
+            element("td", element("span", element("i", style=f"width:{100 * v / total:.2f}%"), css="bar"), css="wide"),
+            element("td", show(v)),
+        )
+        for name, v in values.items()
     )
-    return element("table", element("tbody", cells), css="shares")
+    return element("table", element("tbody", *rows), css="shares")
 
 
 def _flat(values: Mapping[str, object], path: str) -> Iterable[tuple[str, str]]:
@@ -224,6 +228,9 @@ tbody tr:last-child td{border-bottom:0}
 .shares .bar{height:10px}
 .shares .bar i{background:var(--accent)}
 dl{margin:0;font-size:14px}
+.card.all{grid-column:1/-1}
+.card.all dl{columns:2;column-gap:36px}
+.card.all dl>div{break-inside:avoid}
 dl>div{display:grid;grid-template-columns:minmax(130px,34%) 1fr;gap:14px;padding:5px 0;
 border-bottom:1px solid var(--line)}
 dl>div:last-child{border-bottom:0}
@@ -238,7 +245,7 @@ details[open]{padding-bottom:14px}
 footer{margin-top:36px;padding-top:18px;padding-bottom:40px;color:var(--muted);font-size:13px}
 footer a{color:var(--accent)}
 @media(max-width:820px){figure svg.wide{display:none}figure svg.narrow{display:block}
-.tiles{grid-template-columns:repeat(2,1fr)}.grid{grid-template-columns:minmax(0,1fr)}}
+.tiles{grid-template-columns:repeat(2,1fr)}.grid{grid-template-columns:minmax(0,1fr)}.card.all dl{columns:1}}
 @media(max-width:480px){main,header>div,nav>div,footer{padding-left:14px;padding-right:14px}
 h1{font-size:25px}.tiles{gap:10px}.tile{padding:11px 12px}.tile .value{font-size:22px}
 figure{padding:12px 8px 8px}figcaption{padding-left:6px}dl>div{grid-template-columns:1fr;gap:0}

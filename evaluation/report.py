@@ -44,7 +44,7 @@ def write_report(run_directory: Path | str) -> Path:
     """
     run = read_run(run_directory)
     path = run.directory / "report.html"
-    write_atomically(path, render(run).encode())
+    write_atomically(path, render(run).encode(errors="replace"))  # JSON can hold half a surrogate pair
     return path
 
 
@@ -298,16 +298,15 @@ def _accounting(run: RunFiles) -> Html:
             rest[key] = value
             continue
         total = number(value, "total")
-        parts = {k: float(v) for k, v in value.items() if k != "total" and is_number(v) and v >= 0}
+        parts = {k: v for k, v in value.items() if k != "total" and is_number(v) and v >= 0}
         if total and parts and set(parts) | {"total"} == set(value):
-            what = "bytes" if "memory" in key or "bytes" in key else key
-            heading = element("h3", f"{title}: {bytes_(total) if what == 'bytes' else short(total)}")
-            whole = max(total, *parts.values())
-            cards.append(element("div", heading, shares(parts, what, whole), css="card"))
+            show = bytes_ if "memory" in key or "bytes" in key else short
+            heading = element("h3", f"{title}: {show(total)}")
+            cards.append(element("div", heading, shares(parts, max(total, *parts.values()), show), css="card"))
         else:
             cards.append(element("div", element("h3", title), facts(_keyed(value, key)), css="card"))
     if rest:
-        cards.append(element("div", element("h3", "Totals"), facts(rest), css="card"))
+        cards.append(element("div", element("h3", "Totals"), facts(rest), css="card all"))
     return element("div", *cards, css="grid")
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 _BOOTSTRAP_RESAMPLES = 1000
+_BOOTSTRAP_DOCUMENTS = 10  # with fewer, resampling them says little about the documents not seen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,7 @@ class PerplexityResult:
     """The numbers of one evaluation and how they were measured.
 
     loss            nats per token: sum of nll / tokens
-    loss_interval   95 % bootstrap interval of the loss over documents (seeded); None with fewer than two documents
+    loss_interval   95 % bootstrap interval of the loss over documents (seeded); None with fewer than ten documents
     perplexity      exp(loss)
     bits_per_token  loss / ln 2
     bits_per_byte   sum of nll / ln 2 / UTF-8 bytes of the scored documents; None when they have no bytes
@@ -214,7 +215,7 @@ def _standard_error(total_d: np.ndarray, count_d: np.ndarray) -> float | None:
 def _bootstrap(total_d: np.ndarray, count_d: np.ndarray, seed: int) -> tuple[float, float] | None:
     """95 % percentile interval of the token-weighted loss, resampling documents."""
     n = len(count_d)
-    if n < 2:
+    if n < _BOOTSTRAP_DOCUMENTS:
         return None
     rng = np.random.default_rng(seed)
     losses = np.empty(_BOOTSTRAP_RESAMPLES)

@@ -196,8 +196,8 @@ def test_bootstrap_interval() -> None:
     low, high = result.loss_interval
     assert low < result.loss < high
     assert result == run(ContextCounter(), ones(*range(1, 30)), window=64, stride=64).summary(seed=1)
-    assert run(ContextCounter(), ones(5), window=8, stride=8).summary().loss_interval is None
-    same = run(ContextCounter(), ones(*[4] * 6), window=8, stride=8).summary()
+    assert run(ContextCounter(), ones(*[5] * 9), window=8, stride=8).summary().loss_interval is None
+    same = run(ContextCounter(), ones(*[4] * 10), window=8, stride=8).summary()
     assert same.loss_interval == pytest.approx((same.loss, same.loss))  # no spread between documents, no interval
 
 

@@ -220,6 +220,16 @@ def test_values_of_the_wrong_type_do_not_stop_it(tmp_path: Path) -> None:
     assert "x not finite" in page.text
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_text_that_html_or_utf8_cannot_hold(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "sample.txt").write_bytes(b"a\x00\x1b[31mb\xff\tc")
+    (run / "summary.json").write_text('{"name": "half \\ud800 pair"}')
+    path = write_report(run)
+    assert "a␀␛[31mb\ufffd\tc" in path.read_text()
+    assert "<h1>half ? pair</h1>" in path.read_text()
+
+
 def test_an_empty_directory_and_none(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     assert "has no summary" in report(tmp_path / "run").text
