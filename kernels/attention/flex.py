@@ -40,7 +40,11 @@ class Flex:
         features=frozenset(Feature) - {Feature.DROPOUT, Feature.PAGED},
         dtypes={"cpu": (torch.float32, torch.float64), "cuda": (torch.bfloat16, torch.float16, torch.float32)},
         max_head_dim=256,
-        notes={Feature.DROPOUT: "no hook after the softmax", Feature.PAGED: "needs contiguous keys"},
+        notes={
+            Feature.DROPOUT: "no hook after the softmax",
+            Feature.PAGED: "needs contiguous keys",
+            Feature.BACKWARD: "on CUDA only",
+        },
     )
 
     def unsupported(self, spec: AttentionSpec, call: AttentionCall) -> tuple[Reason, ...]:
@@ -67,6 +71,8 @@ class Flex:
         T, H, D = q_BTHD.shape[1:]
         S, G, E = k_BSGD.shape[1], k_BSGD.shape[2], v_BSGE.shape[3]
         k_BSGD, v_BSGE = context.without_empty_slots(k_BSGD, v_BSGE)
+        if q_BTHD.device.type == "cpu":  # no backward is asked for there, and torch refuses leaves even under no_grad
+            q_BTHD, k_BSGD, v_BSGE = q_BTHD.detach(), k_BSGD.detach(), v_BSGE.detach()
         with_lse = return_lse or spec.learned_sink
         needs_grad = torch.is_grad_enabled() and (q_BTHD.requires_grad or k_BSGD.requires_grad or v_BSGE.requires_grad)
         given = frozenset(context.tensors())

@@ -58,6 +58,7 @@ class SDPA:
             Feature.PAGED: "needs contiguous keys",
             Feature.SOFTCAP: "no hook between scores and softmax",
             Feature.LEARNED_SINK: "needs the lse, which it does not return",
+            Feature.ALIBI: "float32 and float64",
         },
     )
 
