@@ -208,7 +208,8 @@ def training_memory(
     activation_checkpointing: bool = False,
     loss_logits: int = 2**25,
 ) -> MemoryEstimate:
-    """What one device holds at the peak of a training step, without the allocator's overhead and dense masks.
+    """What one device holds at the peak of a training step, without the allocator's overhead and dense masks. Compiled
+    blocks recompute some cheap results and need up to a fifth less.
 
     With P parameters, N = micro_batch * length tokens, c bytes of the compute dtype, r bytes of a weight and of the
     residual stream (bf16-mixed: c = 2, r = 4):

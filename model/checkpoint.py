@@ -105,7 +105,12 @@ def write_directory(target: Path, fill: Callable[[Path], None], *, overwrite: bo
 
 
 def remove_unfinished(parent: Path) -> None:
-    """Deletes what killed writers left in `parent`; only for its sole writer."""
+    """Deletes what killed writers left in `parent`, and puts back a directory that was being replaced when its
+    replacement had not taken its place yet. Only for the sole writer of `parent`."""
+    for replaced in parent.glob(".*.replaced-*"):
+        target = parent / replaced.name[1:].rpartition(".replaced-")[0]
+        if (replaced / "old").is_dir() and not _occupied(target):
+            (replaced / "old").rename(target)
     for leftover in (*parent.glob(".*.partial-*"), *parent.glob(".*.replaced-*")):
         shutil.rmtree(leftover)
 

@@ -79,7 +79,7 @@ def stream(
     Raises ValueError, before any work is done, for an empty prompt, token ids outside the vocabulary, impossible
     settings, and more tokens than a learned position table has rows.
     """
-    _check(model, tokens_BT, max_new_tokens, temperature, top_k, top_p, prefill_chunk)
+    _check(model, tokens_BT, max_new_tokens, temperature, top_k, top_p, pad_token, prefill_chunk)
     return _stream(
         model, tokens_BT, max_new_tokens, temperature, top_k, top_p, seed, stop_tokens, pad_token, prefill_chunk
     )
@@ -182,6 +182,7 @@ def _check(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
+    pad_token: int,
     prefill_chunk: int | None,
 ) -> None:
     config = model.config
@@ -203,6 +204,8 @@ def _check(
         raise ValueError(f"top_k={top_k}: at least one token is kept; null keeps all")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: a probability in (0, 1]; null keeps all")
+    if not 0 <= pad_token < config.vocab_size:
+        raise ValueError(f"pad_token={pad_token}: a token of the model, 0 … {config.vocab_size - 1}")
     if prefill_chunk is not None and prefill_chunk < 1:
         raise ValueError(f"prefill_chunk={prefill_chunk}: a count of tokens is at least 1")
     needed = tokens_BT.shape[1] + max_new_tokens - 1

@@ -176,6 +176,31 @@ def test_a_killed_writer_leaves_no_checkpoint(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_writer_killed_between_its_two_renames_loses_nothing(
+    model: Decoder, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise Killed
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        patch.setattr(checkpoint.shutil, "rmtree", lambda *_args, **_kwargs: None)  # a killed process cleans nothing
+        with pytest.raises(Killed):
+            save_model(model, saved, overwrite=True)
+    assert not saved.exists()
+    checkpoint.remove_unfinished(saved.parent)
+    verify(saved)
+    assert (saved / "tokenizer.json").is_file()  # the old one
+    assert [path.name for path in saved.parent.iterdir()] == ["model"]
+
+
 def test_permissions_are_the_users(model: Decoder, saved: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)

@@ -145,6 +145,7 @@ def test_training_mode_is_suspended_and_restored() -> None:
         (PROMPT, {"top_p": 1.1}, "top_p=1.1"),
         (PROMPT, {"max_new_tokens": -1}, "max_new_tokens=-1"),
         (PROMPT, {"prefill_chunk": 0}, "prefill_chunk=0"),
+        (PROMPT, {"pad_token": -1}, "pad_token=-1: a token of the model, 0 … 255"),
     ],
 )
 def test_refusals(tokens: Tensor, settings: dict[str, float], said: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import replace
 
 import pytest
@@ -76,8 +77,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 @each_model
 @each_plan
-@pytest.mark.parametrize("backend", ["sdpa", "flex", "auto"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("backend", "compiled"), [("sdpa", False), ("flex", False), ("auto", True)])
 def test_bf16_training_step_matches_fp32_on_the_cpu(base: str, plan: str, backend: str, compiled: bool) -> None:
     torch._dynamo.reset()
     model = from_config(config_of(base, plan), seed=0)
@@ -110,7 +110,7 @@ def test_decoding_equals_the_full_pass(base: str, plan: str, dtype: torch.dtype)
     expected = model(tokens_BT, AttentionContext(q_documents=documents)).float()
     cache = ContiguousCache(model.config, B, T, dtype=dtype, device="cuda")
     pieces, start = [], 0
-    for length in [130, 60, *[1] * 110]:
+    for length in [130, 60, 90, *[1] * 20]:
         stop = start + length
         step = AttentionContext(
             q_documents=documents[:, start:stop].contiguous(), kv_documents=documents[:, :stop].contiguous()
@@ -139,6 +139,8 @@ def test_a_seed_samples_the_same_on_both_devices() -> None:
 @pytest.mark.parametrize("name", ["gpt2-small", "llama-150m"])
 def test_memory_estimate_is_near_the_measured_peak(name: str, precision: str) -> None:
     torch._dynamo.reset()
+    gc.collect()  # what earlier tests left alive is not this model's
+    before = torch.cuda.memory_allocated()
     config = replace(configure(name), max_positions=1024)
     micro_batch, length = 8, 1024
     model = from_config(config, seed=0).cuda()
@@ -157,7 +159,8 @@ def test_memory_estimate_is_near_the_measured_peak(name: str, precision: str) ->
         (loss / tokens_BT.numel()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-    measured = torch.cuda.max_memory_allocated()
+    measured = torch.cuda.max_memory_allocated() - before
     estimate = training_memory(config, micro_batch=micro_batch, length=length, precision=precision)
     print(f"\n{name} {precision}: measured {measured / 2**30:.2f} GiB, estimated {estimate.total / 2**30:.2f} GiB")
-    assert estimate.total == pytest.approx(measured, rel=0.2)
+    # Compiled blocks recompute what is cheap (SwiGLU's products, norms), so they may need less than the formula says.
+    assert 0.7 * estimate.total < measured < 1.1 * estimate.total
