@@ -84,14 +84,13 @@ def prepare(settings: PrepareSettings, *, progress: Progress | None = None) -> P
         raise StoreError("data.sources is empty: name at least one source, or give data.path=…")
     loaded = Tokenizer.load(settings.tokenizer.path) if settings.tokenizer.path is not None else None
     directory = Path(settings.cache) / f"{_file_name(settings.name)}-{_key(settings, loaded)}"
+    building = directory.with_name(directory.name + ".building")
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(directory.with_name(directory.name + ".lock"), progress):
-            building = directory.with_name(directory.name + ".building")
-            if directory.exists():
-                shutil.rmtree(building, ignore_errors=True)  # of a run that was killed right at its end
-            else:
-                _build(directory, building, settings, loaded, progress)
+        if not directory.exists():  # a cache that may only be read serves what it has
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(directory.with_name(directory.name + ".lock"), progress):
+                if not directory.exists():
+                    _build(directory, building, settings, loaded, progress)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -99,6 +98,7 @@ def prepare(settings: PrepareSettings, *, progress: Progress | None = None) -> P
             f"no space left on device while writing {directory}: free some, or choose another place with data.cache"
         )
         raise OSError(errno.ENOSPC, message) from error
+    shutil.rmtree(building, ignore_errors=True)  # of a run that was killed right at its end
     store = TokenStore.open(directory)
     return Prepared(store, store.tokenizer(), directory)
 

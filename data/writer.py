@@ -109,7 +109,9 @@ def assemble(
             files |= writer.seal()
     tokenizer.save(directory)
     for path in sorted(directory.glob("tokenizer*.json")):
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read()
+            os.fsync(file.fileno())
         files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     counts = {
         split: {

@@ -58,9 +58,12 @@ def test_the_second_time_nothing_is_built(tmp_path: Path, texts: Path, monkeypat
     assert first.tokenizer.vocab_size == 300
     assert first.store.tokenizer_sha256 == first.tokenizer.sha256
     monkeypatch.setattr(module, "build_store", None)
+    monkeypatch.setattr(module, "_lock", None)  # a cache that may only be read will do
+    (first.directory.parent / f"{first.directory.name}.building").mkdir()  # left by a kill right at the end
     again = prepare(settings(tmp_path, name="my text!", workers=2))
     assert again.directory == first.directory
     assert again.tokenizer.sha256 == first.tokenizer.sha256
+    assert not list((tmp_path / "cache").glob("*.building"))
 
 
 def test_anything_that_matters_makes_another_store(tmp_path: Path, texts: Path):
@@ -184,9 +187,11 @@ class TestKill:
         script = tmp_path / f"{point}.py"
         names = {"point": point, "texts": str(tmp_path / "texts"), "cache": str(tmp_path / "cache"), "workers": workers}
         script.write_text(textwrap.dedent(SCRIPT).format(**names))
-        done = subprocess.run([sys.executable, script], capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        return done.stdout
+        # Into files: a pipe would stay open as long as a process that outlives its parent holds it.
+        with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+            done = subprocess.run([sys.executable, script], stdout=out, stderr=err, check=False)
+        assert done.returncode == -signal.SIGKILL, (tmp_path / "err").read_text()
+        return (tmp_path / "out").read_text()
 
     @pytest.mark.parametrize("point", ["tokenizer", "write", "shards", "join", "rename"])
     def test_the_same_command_then_finishes(self, tmp_path: Path, texts: Path, point: str, monkeypatch):
@@ -213,9 +218,12 @@ class TestKill:
         workers = [int(pid) for pid in self.killed(tmp_path, "shards", workers=2).split()]
         assert len(workers) == 2
         deadline = time.monotonic() + 20
-        while any(map(alive, workers)):
-            assert time.monotonic() < deadline, "tokenisation processes wait for a parent that is dead"
+        while any(map(alive, workers)) and time.monotonic() < deadline:
             time.sleep(0.05)
+        orphans = [pid for pid in workers if alive(pid)]
+        for pid in orphans:
+            os.kill(pid, signal.SIGKILL)
+        assert not orphans, "tokenisation processes wait for a parent that is dead"
         assert prepare(settings(tmp_path)).store.n_tokens("train") > 0
 
 
