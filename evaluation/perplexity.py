@@ -24,9 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longspan.kernels.attention import AttentionContext
 from longspan.kernels.cross_entropy import token_nll
-from longspan.model.config import DecoderConfig
 
 from .documents import EvalDocument
 from .result import PerplexityResult, ScoringProtocol, summarise
@@ -37,7 +35,6 @@ Precision = Literal["fp32", "bf16"]
 class LanguageModel(Protocol):
     """What scoring needs of a model: a `model.decoder.Decoder` has it."""
 
-    config: DecoderConfig
     training: bool
 
     @property
@@ -45,8 +42,8 @@ class LanguageModel(Protocol):
         """[V, D]: logits are hidden @ head_weight.T"""
         ...
 
-    def hidden(self, tokens_BT: Tensor, context: AttentionContext | None = None) -> Tensor:
-        """Final hidden states [B, T, D]; a position sees itself and the ones before it."""
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """Final hidden states [B, T, D]; a position sees itself and the ones before it, and each row is a document."""
         ...
 
     def train(self, mode: bool = True) -> nn.Module: ...
@@ -204,19 +201,14 @@ def _score_batch(
     length = max(piece.end - piece.start for piece in pieces)
     tokens_BT = np.zeros((len(pieces), length), dtype=np.int64)
     new_BT = np.zeros((len(pieces), length), dtype=bool)
-    documents_BT = np.full((len(pieces), length), -1, dtype=np.int64)
     for row, piece in enumerate(pieces):
         tokens_BT[row, : piece.end - piece.start] = inputs[piece.document][piece.start : piece.end]
         new_BT[row, piece.scored - piece.start : piece.end - piece.start] = True
-        documents_BT[row, : piece.end - piece.start] = 0
     targets_N = np.concatenate([targets[piece.document][piece.scored : piece.end] for piece in pieces])
 
-    context = None
-    if any(spec.documents for specs in model.config.attention.specs().values() for spec in specs):
-        context = AttentionContext(q_documents=torch.from_numpy(documents_BT).to(device))
     autocast = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
     with autocast:
-        hidden_BTD = model.hidden(torch.from_numpy(tokens_BT).to(device), context)
+        hidden_BTD = model.hidden(torch.from_numpy(tokens_BT).to(device))
         hidden_ND = hidden_BTD[torch.from_numpy(new_BT).to(device)]
         nll_N = token_nll(hidden_ND, model.head_weight, torch.from_numpy(targets_N).to(device))
     return nll_N.float().cpu().numpy()

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from longspan.evaluation.documents import documents_from
 from longspan.evaluation.perplexity import EvalDocument, TokenScores, score, windows_of
 from longspan.evaluation.result import position_edges
-from longspan.kernels.attention import AttentionContext, AttentionSpec, Window
+from longspan.kernels.attention import AttentionSpec, Window
 from longspan.model import zoo
-from longspan.model.config import AttentionPlan, DecoderConfig
+from longspan.model.config import AttentionPlan
 
 CPU = torch.device("cpu")
 few = settings(max_examples=25, deadline=None)
@@ -25,16 +25,13 @@ few = settings(max_examples=25, deadline=None)
 class ContextCounter(nn.Module):
     """Gives token 1 the nll f(number of tokens seen), so that a loss tells exactly which windows were run."""
 
-    config = DecoderConfig()
-
     def __init__(self, f=float) -> None:
         super().__init__()
         self.f = f
         self.head_weight = torch.eye(2)
         self.shapes: list[tuple[int, int]] = []
 
-    def hidden(self, tokens_BT: Tensor, context=None) -> Tensor:
-        assert context is None
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
         self.shapes.append((tokens_BT.shape[0], tokens_BT.shape[1]))
         nll_T = torch.tensor([self.f(t + 1) for t in range(tokens_BT.shape[1])], dtype=torch.float64)
         # softmax([0, x])[1] = exp(-nll)  <=>  x = -log(exp(nll) - 1)
@@ -45,8 +42,6 @@ class ContextCounter(nn.Module):
 class RunningMean(nn.Module):
     """A causal model whose every prediction depends on every token in the window before it."""
 
-    config = DecoderConfig()
-
     def __init__(self, vocabulary: int = 11, seed: int = 0) -> None:
         super().__init__()
         g = torch.Generator().manual_seed(seed)
@@ -54,7 +49,7 @@ class RunningMean(nn.Module):
         self.head_weight = torch.randn(vocabulary, 6, generator=g)
         self.dropout = nn.Dropout(0.5)
 
-    def hidden(self, tokens_BT: Tensor, context=None) -> Tensor:
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
         embedded_BTD = self.embedding[tokens_BT]
         steps_T1 = torch.arange(1, tokens_BT.shape[1] + 1)[:, None]
         return self.dropout(embedded_BTD.cumsum(1) / steps_T1 + embedded_BTD)
@@ -423,13 +418,13 @@ def test_decoder_equals_the_naive_loop(name: str, spec: AttentionSpec) -> None:
     decoder = zoo.build(name, SMALL | {"n_kv_heads": 4, "attention": attention}, seed=0)
 
     class Alone(nn.Module):
-        """One row, no padding; document ids only because a spec with documents=True asks for them."""
+        """One row and no padding."""
 
         head_weight = decoder.head_weight.detach()
 
         def hidden(self, tokens_BT: Tensor) -> Tensor:
             with torch.no_grad():
-                return decoder.eval().hidden(tokens_BT, AttentionContext(q_documents=torch.zeros_like(tokens_BT)))
+                return decoder.eval().hidden(tokens_BT)
 
     docs = random_documents([31, 1, 24, 7, 25], vocabulary=61)
     scores = run(decoder, docs, window=24, stride=9, bos=60, batch=4)
