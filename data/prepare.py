@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from .shards import StoreError, split_hash
 from .sources import SourceSpec, fingerprint, read, size_hint
@@ -197,11 +197,25 @@ def _cores() -> int:
 @contextmanager
 def _lock(path: Path, progress: Progress | None) -> Iterator[None]:
     """Hold a file lock; the kernel drops it when the process dies, however it dies."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if progress is not None:
-                progress("waiting", 0, None)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    while True:
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if progress is not None:
+                    progress("waiting", 0, None)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(file, path):  # the holder before us removed it, so a third may hold a new one
+                continue
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from longspan.data import store as module
-from longspan.data.shards import split_hash, token_dtype
-from longspan.data.sources import SourceError, SourceSpec, read
+from longspan.data.shards import cut_into_shards, piece_of, split_hash, token_dtype
+from longspan.data.sources import Document, SourceError, SourceSpec, read
 from longspan.data.store import SPLITS, StoreError, TokenStore, build_store
 from longspan.data.tokenizer import byte_level, train_bpe
 
@@ -107,6 +107,17 @@ def test_workers_and_shards_do_not_change_a_byte(tmp_path: Path, corpus):
     assert seen[-1] == (n_bytes, n_bytes)
     assert len(seen) > 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "rows.jsonl", "texts", "together"]
+
+
+def test_a_finished_shard_is_known_by_its_texts():
+    def names(*texts: str) -> list[str]:
+        pieces = [piece_of(Document(text, "source", str(number)), 0) for number, text in enumerate(texts)]
+        return [shard.file_name for shard in cut_into_shards(pieces, shard_bytes=4)]
+
+    before = names("ab", "cd", "ef", "gh", "i")
+    assert len(before) == 3
+    assert names("ab", "cd", "ef", "gx", "i") == [before[0], names("ab", "cd", "ef", "gx")[1], before[2]]
+    assert names("ab", "cd", "ef", "gx")[1] != before[1]
 
 
 def test_the_same_text_at_another_time_gives_the_same_store(tmp_path: Path, corpus):
