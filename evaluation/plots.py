@@ -109,7 +109,7 @@ def loss_by_position(buckets: Sequence[PositionBucket], *, width: float = NARROW
     """Mean loss over log-spaced positions in the document, with two standard errors over documents each way."""
     if not buckets:
         return None
-    centre = np.array([np.sqrt(max(b.start, 0.5) * max(b.end - 1, b.start, 0.5)) for b in buckets]) + 0.5
+    centre = np.array([np.sqrt((b.start + 1) * b.end) for b in buckets])  # counted from 1: the axis is logarithmic
     loss = np.array([b.loss for b in buckets])
     error = np.array([np.nan if b.standard_error is None else 2 * b.standard_error for b in buckets])
     with _axes(width, 3.5) as (figure, axes):
@@ -117,7 +117,7 @@ def loss_by_position(buckets: Sequence[PositionBucket], *, width: float = NARROW
         axes.plot(centre, loss, color=BLUE, linewidth=1.8, marker="o", markersize=4.5, markeredgecolor="white")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: _short(x))
-        axes.set_xlabel("position in the document (tokens, log scale)")
+        axes.set_xlabel("position in the document (tokens, first = 1, log scale)")
         axes.set_ylabel("loss (nats per token)")
     return figure
 

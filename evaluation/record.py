@@ -100,11 +100,10 @@ def markdown(result: PerplexityResult, baseline: BaselineResult | None = None, *
             for name, s in result.by_source.items()
         ]
         lines += [""]
-    lines += ["## By position in the document", "", "| tokens | loss | ± s.e. | tokens scored | documents |"]
+    lines += ["## By position in the document", "", "| position | loss | ± s.e. | tokens | documents |"]
     lines += ["|---|--:|--:|--:|--:|"]
     lines += [
-        f"| {b.start:,} – {b.end - 1:,} | {b.loss:.4f} | {_optional(b.standard_error)} "
-        f"| {b.tokens:,} | {b.documents:,} |"
+        f"| {b.positions} | {b.loss:.4f} | {_optional(b.standard_error)} | {b.tokens:,} | {b.documents:,} |"
         for b in result.by_position
     ]
     return "\n".join(lines) + "\n"

@@ -218,7 +218,7 @@ def _evaluation(run: RunFiles) -> Html:
     if buckets:
         rows = [
             (
-                f"{b.start:,} – {b.end - 1:,}" if b.end - b.start > 1 else f"{b.start:,}",
+                b.positions,
                 f"{b.loss:.4f}",
                 "—" if b.standard_error is None else f"{b.standard_error:.4f}",
                 f"{b.tokens:,}",
@@ -344,7 +344,7 @@ def _environment(run: RunFiles) -> Html:
         if values
     ]
     if run.summary:
-        cards.append(element("div", element("h3", "Summary of the run"), facts(run.summary), css="card"))
+        cards.append(element("div", element("h3", "Summary of the run"), facts(run.summary), css="card all"))
     return element("div", *cards, css="grid") if cards else gap("lineage.json names neither hardware nor versions.")
 
 

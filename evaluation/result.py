@@ -67,6 +67,11 @@ class PositionBucket:
     tokens: int
     documents: int
 
+    @property
+    def positions(self) -> str:
+        """The positions in words: "5", or "8 – 11" (both included)."""
+        return f"{self.start:,}" if self.end - self.start == 1 else f"{self.start:,} – {self.end - 1:,}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceResult:

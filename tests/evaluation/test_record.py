@@ -51,7 +51,7 @@ def test_files_and_their_numbers(tmp_path: Path) -> None:
     assert text.startswith("# My model\n")
     assert "| a\\|b&lt;c | 1.5000 |" in text
     assert "Protocol: Each document alone" in text
-    assert "| 0 – 0 | 2.0000 | 1.0000 | 2 | 2 |" in text
+    assert "| 0 | 2.0000 | 1.0000 | 2 | 2 |" in text
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
