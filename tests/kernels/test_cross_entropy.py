@@ -117,15 +117,41 @@ def test_compiles_whole() -> None:
         torch.testing.assert_close(x, y, rtol=0, atol=1e-14)
 
 
+def test_the_function_for_the_compiler_is_the_same_and_ignores_padding() -> None:
+    torch.manual_seed(1)
+    logits, targets = torch.randn(6, 7, dtype=torch.float64), torch.tensor([[0], [3], [6], [2], [2], [1]])
+    padded = torch.cat([logits, torch.full((6, 3), 1e3, dtype=torch.float64)], dim=1)
+    nll, gradient = cross_entropy._nll_and_gradient_functional(padded, targets, 7)
+    expected_nll, expected = cross_entropy._nll_and_gradient(logits, targets, 7)
+    torch.testing.assert_close(nll, expected_nll, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(gradient[:, :7], expected, rtol=0, atol=1e-14)
+    assert (gradient[:, 7:] == 0).all()
+
+
+def test_rows_are_aligned_where_the_device_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, bias, targets = inputs()
+    expected = linear_cross_entropy(hidden, weight, targets, bias_V=bias)
+    nll = cross_entropy.token_nll(hidden, weight, targets, bias_V=bias)
+    monkeypatch.setitem(cross_entropy.ALIGN, "cpu", 16)
+    assert cross_entropy._aligned(weight, weight.dtype).shape == (-(-V // 16) * 16, weight.shape[1])
+    monkeypatch.setattr(cross_entropy, "_nll_and_gradient", cross_entropy._nll_and_gradient_functional)
+    padded = linear_cross_entropy(hidden, weight, targets, bias_V=bias)
+    leaves = (hidden, weight, bias)
+    torch.testing.assert_close(padded, expected, rtol=1e-14, atol=0)
+    for x, y in zip(torch.autograd.grad(padded, leaves), torch.autograd.grad(expected, leaves)):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-13)
+    torch.testing.assert_close(cross_entropy.token_nll(hidden, weight, targets, bias_V=bias), nll, rtol=1e-14, atol=0)
+
+
 def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    compute = cross_entropy._log_probabilities
+    compute = cross_entropy._nll_and_gradient
 
-    def watched(*args: Tensor) -> Tensor:
-        seen.append(compute(*args))
-        return seen[-1].clone()
+    def watched(logits: Tensor, targets: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+        seen.append(logits)
+        return compute(logits, targets, vocabulary)
 
-    monkeypatch.setattr(cross_entropy, "_log_probabilities", watched)
+    monkeypatch.setattr(cross_entropy, "_nll_and_gradient", watched)
     hidden, weight = torch.randn(50, 4), torch.randn(1000, 4, requires_grad=True)
     linear_cross_entropy(hidden, weight, torch.zeros(50, dtype=torch.long), chunk=16).backward()
     assert [list(logits.shape) for logits in seen] == [[16, 1000]] * 3 + [[2, 1000]]

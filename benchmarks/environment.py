@@ -1,0 +1,68 @@
+"""What a measurement was taken on: hardware, versions, commit. Every row of `results/` carries it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def describe() -> dict[str, str]:
+    """GPU, driver, versions and commit. `LONGSPAN_COMMIT` names the commit where the tree is not a checkout."""
+    facts = {"commit": os.environ.get("LONGSPAN_COMMIT") or _output("git", "rev-parse", "--short", "HEAD") or "unknown"}
+    facts["python"] = platform.python_version()
+    facts["torch"] = torch.__version__
+    try:
+        import triton
+
+        facts["triton"] = triton.__version__
+    except ImportError:
+        facts["triton"] = "none"
+    if torch.cuda.is_available():
+        facts["device"] = torch.cuda.get_device_name()
+        facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
+    else:
+        facts["device"] = platform.processor() or platform.machine()
+        facts["driver"] = "none"
+    return facts
+
+
+def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """p20, p50 and p80 of at least two samples."""
+    cuts = statistics.quantiles(samples, n=5, method="inclusive")
+    return cuts[0], statistics.median(samples), cuts[3]
+
+
+def append(file: str, rows: Sequence[Mapping[str, object]], directory: Path = RESULTS) -> Path:
+    """Append rows to `results/<file>`; a file whose columns differ is refused rather than mixed."""
+    path = directory / file
+    columns = list(rows[0])
+    if path.exists():
+        with path.open(newline="") as handle:
+            present = next(csv.reader(handle))
+        if present != columns:
+            raise ValueError(f"{path} has the columns {present}, these rows have {columns}: start a new file")
+    fresh = not path.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as handle:
+        writer = csv.DictWriter(handle, columns)
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603  fixed commands
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
