@@ -173,7 +173,7 @@ def score_mod(
     """Softcap, then ALiBi, on scaled scores; None when the spec has neither."""
     softcap, slopes_H = spec.softcap, params.alibi_slopes
     if spec.alibi and slopes_H is not None:
-        query_at, key_at = _positions(context, n_queries, n_keys)
+        query_at, key_at = _positions(context, n_queries, n_keys, device)
 
         def linear_bias(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             if softcap is not None:
@@ -194,7 +194,7 @@ def mask_mod(
     spec: AttentionSpec, context: AttentionContext, n_queries: int, n_keys: int, device: torch.device
 ) -> MaskMod | None:
     """`AttentionContext.allowed` for one pair, as FlexAttention compiles it; None when every pair is visible."""
-    query_at, key_at = _positions(context, n_queries, n_keys)
+    query_at, key_at = _positions(context, n_queries, n_keys, device)
     window, layout = spec.window, spec.block_sparse
 
     def neighbour(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -255,9 +255,10 @@ def _of_query(flags: Tensor) -> MaskMod:
     return flagged_query
 
 
-def _positions(context: AttentionContext, n_queries: int, n_keys: int) -> tuple[Row, Row]:
+def _positions(context: AttentionContext, n_queries: int, n_keys: int, device: torch.device) -> tuple[Row, Row]:
     """Positions of queries and keys: arithmetic where the context gives none, look-ups where it does."""
-    offset = n_keys - n_queries
+    # A tensor, because a number in a closure is compiled in, and a decoder would compile at every token.
+    offset = torch.full((), n_keys - n_queries, dtype=torch.int32, device=device)
 
     def bottom_right(b: Tensor, q_idx: Tensor) -> Tensor:
         return q_idx + offset
@@ -266,7 +267,10 @@ def _positions(context: AttentionContext, n_queries: int, n_keys: int) -> tuple[
         return kv_idx
 
     explicit = context.q_positions is not None or context.kv_positions is not None
-    query_at = _lookup(context.query_positions(n_queries, n_keys)) if explicit else bottom_right
+    if explicit:
+        query_at = _lookup(context.query_positions(n_queries, n_keys))
+    else:
+        query_at = index if n_queries == n_keys else bottom_right
     return query_at, index if context.kv_positions is None else _lookup(context.kv_positions)
 
 

@@ -20,6 +20,7 @@ from longspan.kernels.attention import (
     attend,
 )
 from longspan.kernels.attention.registry import prepare
+from longspan.kernels.testing import assert_within_budget, plain_attention
 
 B, H, G, D, E = 2, 4, 2, 16, 24
 LAYOUT = BlockLayout.from_rows([[1, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 0]], q_block=40, kv_block=51)
@@ -93,14 +94,6 @@ def cast(params: AttentionParams, dtype: torch.dtype) -> AttentionParams:
     return AttentionParams(params.alibi_slopes.to(dtype), params.sink_logits.to(dtype))
 
 
-def close(ours: Tensor, exact: Tensor, twin: Tensor, dtype: torch.dtype) -> None:
-    """Finite, and within twice a plain low-precision implementation's error plus rounding of the largest value."""
-    assert bool(torch.isfinite(ours).all())
-    rounding = torch.finfo(dtype).eps * max(exact.abs().max().item(), 1.0)
-    error, budget = (ours.double() - exact).abs().max().item(), (twin.double() - exact).abs().max().item()
-    assert error <= 2 * budget + 2 * rounding, f"error {error:.3g}, twin {budget:.3g}, rounding {rounding:.3g}"
-
-
 @pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("name", SPECS)
@@ -151,30 +144,12 @@ def test_sdpa_gradients(name: str, dtype: torch.dtype) -> None:
             leaves = [x.detach().to(kind).requires_grad_() for x in tensors]
             given = cast(params, kind)
             if backend == "twin":
-                out = plain_low_precision(*leaves, spec, context, given)
+                out = plain_attention(*leaves, spec=spec, context=context, params=given)
             else:
                 out = attend(*leaves, spec=spec, context=context, params=given, backend=backend).out
             results.append([out, *torch.autograd.grad(out, leaves, grad_out.to(kind))])
         for exact, ours, twin in zip(*results, strict=True):
-            close(ours, exact, twin, dtype)
-
-
-def plain_low_precision(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, context: AttentionContext, params: AttentionParams
-) -> Tensor:
-    """The twin: a softmax as anybody writes it, every intermediate in the inputs' dtype."""
-    T, S = q.shape[1], k.shape[1]
-    k, v = context.without_empty_slots(k, v)
-    k, v = (x.repeat_interleave(H // G, dim=2) for x in (k, v))
-    scores = torch.einsum("bthd,bshd->bhts", q, k) * spec.softmax_scale(D)
-    if spec.alibi:
-        assert params.alibi_slopes is not None
-        distance = (context.query_positions(T, S)[:, :, None] - context.key_positions(S)[:, None]).abs()
-        scores = scores - params.alibi_slopes[:, None, None] * distance[:, None].to(q.dtype)
-    allowed = context.allowed(spec, slice(0, T), slice(0, S), lengths=(T, S))[:, None]
-    scores = scores.masked_fill(~allowed, torch.finfo(q.dtype).min)
-    weights = torch.softmax(scores, dim=-1).masked_fill(~allowed, 0)
-    return torch.einsum("bhts,bshe->bthe", weights, v)
+            assert_within_budget(ours, exact, twin)
 
 
 def test_learned_slopes_get_their_gradient_through_sdpa() -> None:
