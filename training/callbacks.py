@@ -31,7 +31,7 @@ from .checkpointing import Best, Checkpoints
 from .datamodule import PackedData
 from .errors import RunFailed, Terminated
 from .metrics import MetricsLog, Row
-from .module import LanguageModel
+from .module import LanguageModel, StepResult
 from .progress import ProgressView
 from .signals import SignalFlag
 
@@ -138,7 +138,7 @@ class RunLoop(Callback):
             self._restore(trainer, module, self._resume)
         self._last_row = self._last_view = (trainer.global_step, self._watch.seconds)
         if self._resume is not None and self._validation_due(trainer.global_step):
-            # A signal stopped the run after this step; its validation was left for now.
+            # A signal stopped the run after this step, before its validation.
             self._validate(trainer, module)
             self._write_row(trainer, module)
         self._resume = None
@@ -161,6 +161,7 @@ class RunLoop(Callback):
         set_optimizer_state_dict(module.model, optimizer, state["optimizer"], options=options)
         for group, values in zip(optimizer.param_groups, configured, strict=True):
             group.update(values)
+        module.last = StepResult(**state["last"]) if state["last"] is not None else None
         module.skipped, module.skips_in_a_row = state["skipped"], state["skips_in_a_row"]
         saved = state["rng"]
         if len(saved) == trainer.world_size:
@@ -187,7 +188,8 @@ class RunLoop(Callback):
         if self._validation_due(step) and not stopped_by:
             improved = self._validate(trainer, module)
         validated = self._validated_step == step
-        if validated or self._cadence.due(self._cadence.log_every, step) or step == 1:
+        postponed = self._validation_due(step)  # to the next session, and the row that names its result with it
+        if not postponed and (validated or step == 1 or self._cadence.due(self._cadence.log_every, step)):
             self._write_row(trainer, module)
         self._show(trainer, module, always=validated)
         if improved or stopped_by or self._cadence.due(self._cadence.save_every, step):
@@ -296,6 +298,7 @@ class RunLoop(Callback):
                 "rng": states,
                 "data": self._data.state_dict(),
                 "seconds": self._watch.seconds,
+                "last": asdict(module.last) if module.last is not None else None,
                 "skipped": module.skipped,
                 "skips_in_a_row": module.skips_in_a_row,
                 "best": asdict(self.best) if self.best is not None else None,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 
-from longspan.kernels.attention.spec import AttentionSpec
 from longspan.model import accounting
 from longspan.model.accounting import MemoryEstimate, ParameterCount
-from longspan.model.config import AttentionPlan, DecoderConfig, HeadGroup
+from longspan.model.config import DecoderConfig
 
 from .errors import UserError
 from .metrics import clock, short_count
 from .precision import Arithmetic, choose_arithmetic, choose_device, measured_matmul_flops
 from .schema import RunConfig
+from .start import planned_model
 
 # Shares of the peak that a training step reaches: on a GPU what well-tuned dense training of these sizes reports, on a
 # CPU what the steps of small models reach of the rate of one large matrix product.
@@ -102,7 +102,7 @@ def plan(config: RunConfig, *, hardware: str | None = None) -> Plan:
     device = choose_device(config.trainer.accelerator, config.trainer.devices)
     arithmetic = choose_arithmetic(config.trainer.precision, device)
     peak = find_peak(device, arithmetic, world=config.trainer.devices * config.trainer.nodes)
-    return plan_for(config, resolved_model(config), device, arithmetic, peak)
+    return plan_for(config, planned_model(config), device, arithmetic, peak)
 
 
 def _plan_elsewhere(config: RunConfig, hardware: str) -> Plan:
@@ -114,7 +114,7 @@ def _plan_elsewhere(config: RunConfig, hardware: str) -> Plan:
         raise UserError(f"hardware={hardware}: no {arithmetic.precision} rate is known for it; known are {known}")
     world = config.trainer.devices * config.trainer.nodes
     peak = Peak(flops * world, f"the data sheet's rate of {world} × {hardware}, which is not in this machine")
-    return plan_for(config, resolved_model(config), device, arithmetic, peak, name=hardware)
+    return plan_for(config, planned_model(config), device, arithmetic, peak, name=hardware)
 
 
 def plan_for(
@@ -174,18 +174,3 @@ def find_peak(device: torch.device, arithmetic: Arithmetic, *, world: int) -> Pe
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def resolved_model(config: RunConfig) -> DecoderConfig:
-    """The model with `data.document_mask` in every attention pattern, so that checkpoints say what was used."""
-    if not config.data.document_mask:
-        return config.model
-
-    def masked(pattern: AttentionSpec | tuple[HeadGroup, ...]) -> AttentionSpec | tuple[HeadGroup, ...]:
-        if isinstance(pattern, AttentionSpec):
-            return replace(pattern, documents=True)
-        return tuple(replace(group, spec=replace(group.spec, documents=True)) for group in pattern)
-
-    attention = config.model.attention
-    patterns = {name: masked(pattern) for name, pattern in attention.patterns.items()}
-    return replace(config.model, attention=AttentionPlan(patterns=patterns, layers=attention.layers))

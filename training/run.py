@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,7 +29,7 @@ from longspan.model.decoder import Decoder, from_config
 
 from . import run_directory as files
 from .callbacks import Cadence, RunLoop, Throughput
-from .checkpointing import Checkpoints, load_state, newest
+from .checkpointing import Checkpoints, load_state
 from .data_settings import prepare_settings, source_specs
 from .datamodule import BatchPlan, PackedData
 from .errors import RunFailed, Terminated, UserError
@@ -37,11 +37,12 @@ from .finish import evaluate, sample
 from .metrics import MetricsFile, MetricsLog, WandbTracker, wandb_mode
 from .module import LanguageModel, NonFinite, checkpoint_activations, compile_blocks
 from .optim import build_schedule
-from .plan import Peak, Plan, find_peak, plan, plan_for, resolved_model
+from .plan import Peak, Plan, find_peak, plan, plan_for
 from .precision import Arithmetic, choose_arithmetic, choose_device
 from .progress import ProgressView, choose_style, logging_to
 from .schema import RunConfig, as_request
 from .signals import SignalFlag
+from .start import Origin, find_directory, find_origin, model_of, tokenizer_of
 
 __all__ = ["RunResult", "plan", "train"]
 
@@ -65,19 +66,6 @@ class RunResult:
     bits_per_byte: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Origin:
-    """Where a run starts: from nothing, from weights (`parent`), or from full state (`state` of `checkpoint`).
-
-    checkpoint  directory with the starting weights; None: fresh ones
-    parent      what lineage.json names: the checkpoint that the run's first step started from
-    """
-
-    checkpoint: Path | None = None
-    parent: str | None = None
-    resumes: bool = False
-
-
 def train(config: RunConfig) -> RunResult:
     """Trains, evaluates, samples and reports; returns when all of it is done.
 
@@ -97,7 +85,7 @@ def train(config: RunConfig) -> RunResult:
     except ValueError as error:
         raise UserError(str(error)) from error
 
-    directory = _directory(config)
+    directory = find_directory(config)
     is_main = process_rank(config) == 0
     console = Console(soft_wrap=True) if is_main and config.callbacks.progress != "off" else None
     with ExitStack() as stack:
@@ -129,12 +117,12 @@ def _train(
     *,
     is_main: bool,
 ) -> RunResult:
-    origin = _origin(config, directory)
-    model_config = _model_config(config, origin)
+    origin = find_origin(config, directory)
+    model_config = model_of(config, origin)
     _check_length(config, model_config)
     _check_attention(config, model_config, device, arithmetic)
     prepared = prepare(
-        prepare_settings(config.data, tokenizer=_tokenizer_of(config, origin)), progress=_Stages() if is_main else None
+        prepare_settings(config.data, tokenizer=tokenizer_of(config, origin)), progress=_Stages() if is_main else None
     )
     _check_vocabulary(prepared.tokenizer, model_config)
     world = config.trainer.devices * config.trainer.nodes
@@ -303,91 +291,10 @@ def _finish(
     return result
 
 
-# -- where a run starts -----------------------------------------------------------------------------------------------
+# -- building and checking --------------------------------------------------------------------------------------------
 
 
-def _directory(config: RunConfig) -> Path:
-    """The run directory: `output`, or the run that `resume` names."""
-    if config.resume is None or config.resume == "auto":
-        return Path(config.directory)
-    named = Path(config.resume)
-    if config.output is not None and Path(config.output).resolve() != named.resolve():
-        raise UserError(
-            f"resume={config.resume}: a run continues in its own directory; leave out output={config.output}"
-        )
-    if not files.is_run(named):
-        raise UserError(
-            f"resume={config.resume}: is not a run (it has neither {files.CONFIG} nor {files.CHECKPOINTS}/)"
-        )
-    return named
-
-
-def _origin(config: RunConfig, directory: Path) -> _Origin:
-    if config.resume is not None and config.checkpoint is not None:
-        raise UserError(
-            f"checkpoint={config.checkpoint} starts anew from weights, resume={config.resume} continues a run; give one"
-        )
-    if config.checkpoint is not None:
-        chosen = model_checkpoint.resolve_checkpoint(config.checkpoint)
-        model_checkpoint.verify(chosen)
-        return _Origin(checkpoint=chosen, parent=str(chosen))
-    if config.resume is None:
-        return _Origin()
-    found = newest(directory)
-    if found is not None:
-        parent = files.read_json(found / files.LINEAGE).get("parent")
-        return _Origin(checkpoint=found, parent=parent, resumes=True)
-    if config.resume != "auto":
-        raise UserError(f"resume={config.resume}: the run has no checkpoint that is complete; start it anew")
-    return _Origin()
-
-
-def _model_config(config: RunConfig, origin: _Origin) -> DecoderConfig:
-    """The configured model; the checkpoint's where the run starts (or once started) from given weights."""
-    wanted = resolved_model(config)
-    if origin.checkpoint is None:
-        return wanted
-    found = model_checkpoint.load_config(origin.checkpoint)
-    differing = _differences(wanted, found)
-    if origin.parent is not None:
-        if differing:
-            logger.info("the model is the checkpoint's: %s", differing)
-        return resolved_model(replace(config, model=found))
-    if differing:
-        raise UserError(f"resume: the configured model is not the one that {origin.checkpoint} holds: {differing}")
-    return found
-
-
-def _differences(wanted: DecoderConfig, found: DecoderConfig) -> str:
-    names = [name for name in DecoderConfig.__dataclass_fields__ if getattr(wanted, name) != getattr(found, name)]
-    return ", ".join(
-        "attention differs" if name == "attention" else f"{name}={getattr(found, name)}, not {getattr(wanted, name)}"
-        for name in names
-    )
-
-
-def _tokenizer_of(config: RunConfig, origin: _Origin) -> Path | None:
-    """The tokenizer that starting weights were trained with. Raises UserError when another one is asked for."""
-    if origin.parent is None or origin.checkpoint is None:
-        return None
-    theirs = origin.checkpoint / model_checkpoint.TOKENIZER
-    if not theirs.is_file():
-        logger.warning(
-            "%s has no tokenizer; data.tokenizer must be the one that its weights were trained with", origin.checkpoint
-        )
-        return None
-    asked = config.data.tokenizer
-    if asked.kind == "file" and asked.path is not None:
-        if Tokenizer.load(asked.path).sha256 != Tokenizer.load(origin.checkpoint).sha256:
-            raise UserError(
-                f"data.tokenizer.path={asked.path}: not the tokenizer of {origin.checkpoint}, whose weights know only "
-                "their own; leave data.tokenizer out"
-            )
-        return None
-    return origin.checkpoint
-
-
-def _model(config: RunConfig, model_config: DecoderConfig, origin: _Origin, arithmetic: Arithmetic) -> Decoder:
+def _model(config: RunConfig, model_config: DecoderConfig, origin: Origin, arithmetic: Arithmetic) -> Decoder:
     model = from_config(model_config, seed=config.seed)
     if origin.checkpoint is not None:
         weights = model_checkpoint.load_weights(origin.checkpoint)
@@ -405,9 +312,6 @@ def _model(config: RunConfig, model_config: DecoderConfig, origin: _Origin, arit
 def _set_backends(model: Decoder, config: RunConfig) -> None:
     backend = config.attention_backend
     model.set_backends(train=backend.train, prefill=backend.prefill, decode=backend.decode)
-
-
-# -- checks that need more than the config ----------------------------------------------------------------------------
 
 
 def _check_length(config: RunConfig, model: DecoderConfig) -> None:
@@ -447,7 +351,7 @@ def _check_vocabulary(tokenizer: Tokenizer, model: DecoderConfig) -> None:
 def _open_directory(
     config: RunConfig,
     directory: Path,
-    origin: _Origin,
+    origin: Origin,
     prepared: Prepared,
     costs: Plan,
     device: torch.device,

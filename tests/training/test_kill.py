@@ -1,0 +1,92 @@
+"""Really killed processes: the same command with resume=auto continues to the bit-identical loss sequence."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from longspan.training.checkpointing import Checkpoints
+from longspan.training.metrics import read_rows
+
+
+def curve(run: Path) -> list[tuple]:
+    """What must be equal bit by bit: everything but times."""
+    return [
+        (row.step, row.tokens, row.loss, row.validation_loss, row.lr, row.grad_norm, row.skipped)
+        for row in read_rows(run / "metrics.csv")
+    ]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict[str, list[tuple]]:
+    return {}
+
+
+@pytest.fixture
+def expected(uninterrupted: dict, runner, request_of, tmp_path: Path) -> Callable[..., list[tuple]]:
+    """The curve of the run that nobody interrupts."""
+
+    def get(ranks: int = 1, **changes: object) -> list[tuple]:
+        key = f"{ranks} {changes}"
+        if key not in uninterrupted:
+            whole = tmp_path / f"whole-{len(uninterrupted)}"
+            assert runner.run(request_of(output=str(whole), **changes), ranks=ranks) == 0, runner.log.read_text()
+            uninterrupted[key] = curve(whole)
+            assert len(uninterrupted[key]) == 10
+        return uninterrupted[key]
+
+    return get
+
+
+@pytest.mark.parametrize("moment", ["row:1", "row:5", "half:6", "before:6", "after:8", "forget:9", "row:10"])
+def test_kill_9_then_the_same_command(moment: str, runner, request_of, expected, tmp_path: Path) -> None:
+    config = request_of(resume="auto")
+    assert runner.run(config, kill=moment) == -signal.SIGKILL, runner.log.read_text()
+    assert runner.run(config) == 0, runner.log.read_text()
+    assert curve(tmp_path / "run") == expected()
+    assert not [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir() if entry.name.startswith(".")]
+    assert Checkpoints(tmp_path / "run", keep=2).steps() == [9, 10]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_saves_the_step_it_came_in(name: str, code: int, runner, request_of, expected, tmp_path: Path) -> None:
+    config = request_of(resume="auto")
+    # Step 4 is due for validation; the run stops without it and makes up for it when it continues.
+    assert runner.run(config, kill=f"{name}:3") == code, runner.log.read_text()
+    assert Checkpoints(tmp_path / "run", keep=2).steps() == [3, 4]
+    assert runner.log.read_text().splitlines()[-1] == (
+        f"{name}: saved {tmp_path}/run/checkpoints/step-00000004; the same command with resume=auto continues"
+    )
+    assert runner.run(config) == 0, runner.log.read_text()
+    assert curve(tmp_path / "run") == expected()
+
+
+def test_loader_processes_change_nothing(runner, request_of, expected, tmp_path: Path) -> None:
+    config = request_of(resume="auto", data__workers=2)
+    assert runner.run(config, kill="row:5") == -signal.SIGKILL, runner.log.read_text()
+    assert runner.run(config) == 0, runner.log.read_text()
+    assert curve(tmp_path / "run") == expected()
+
+
+def test_two_processes_stop_together_and_continue(runner, request_of, expected, tmp_path: Path) -> None:
+    changes = {"trainer__devices": 2, "trainer__strategy": "ddp"}
+    config = request_of(resume="auto", **changes)
+    runner.start(config, kill="groupSIGTERM:4", ranks=2)
+    assert runner.finish() == [143, 0], runner.log.read_text()
+    assert Checkpoints(tmp_path / "run", keep=2).steps() == [4, 5]
+    runner.start(config, ranks=2)
+    assert runner.finish() == [0, 0], runner.log.read_text()
+    assert curve(tmp_path / "run") == expected(ranks=2, **changes)
+
+
+def test_two_processes_compute_what_one_does(runner, request_of, expected) -> None:
+    alone = expected(model__dropout=0.0)
+    together = expected(ranks=2, model__dropout=0.0, trainer__devices=2, trainer__strategy="ddp")
+    for one, two in zip(alone, together, strict=True):
+        assert one[:2] == two[:2]
+        assert two[2] == pytest.approx(one[2], abs=2e-6)  # loss
+        assert two[3] == pytest.approx(one[3], abs=2e-6)  # validation loss
+        assert two[5] == pytest.approx(one[5], rel=1e-4)  # gradient norm

@@ -1,0 +1,136 @@
+"""Where a run starts: from nothing, from given weights or from its own last checkpoint, and what that decides."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from longspan.data.tokenizer import Tokenizer
+from longspan.kernels.attention.spec import AttentionSpec
+from longspan.model import checkpoint as model_checkpoint
+from longspan.model.config import AttentionPlan, DecoderConfig, HeadGroup
+
+from . import run_directory as files
+from .checkpointing import newest
+from .errors import UserError
+from .schema import RunConfig
+
+logger = logging.getLogger("longspan.training")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a run starts: from nothing, from weights (`parent`), or from full state (`state` of `checkpoint`).
+
+    checkpoint  directory with the starting weights; None: fresh ones
+    parent      what lineage.json names: the checkpoint that the run's first step started from
+    """
+
+    checkpoint: Path | None = None
+    parent: str | None = None
+    resumes: bool = False
+
+
+def find_directory(config: RunConfig) -> Path:
+    """The run directory: `output`, or the run that `resume` names."""
+    if config.resume is None or config.resume == "auto":
+        return Path(config.directory)
+    named = Path(config.resume)
+    if config.output is not None and Path(config.output).resolve() != named.resolve():
+        raise UserError(
+            f"resume={config.resume}: a run continues in its own directory; leave out output={config.output}"
+        )
+    if not files.is_run(named):
+        raise UserError(
+            f"resume={config.resume}: is not a run (it has neither {files.CONFIG} nor {files.CHECKPOINTS}/)"
+        )
+    return named
+
+
+def find_origin(config: RunConfig, directory: Path) -> Origin:
+    """Raises UserError or CheckpointError where there is nothing to start from."""
+    if config.resume is not None and config.checkpoint is not None:
+        raise UserError(
+            f"checkpoint={config.checkpoint} starts anew from weights, resume={config.resume} continues a run; give one"
+        )
+    if config.checkpoint is not None:
+        chosen = model_checkpoint.resolve_checkpoint(config.checkpoint)
+        model_checkpoint.verify(chosen)
+        return Origin(checkpoint=chosen, parent=str(chosen))
+    if config.resume is None:
+        return Origin()
+    found = newest(directory)
+    if found is not None:
+        parent = files.read_json(found / files.LINEAGE).get("parent")
+        return Origin(checkpoint=found, parent=parent, resumes=True)
+    if config.resume != "auto":
+        raise UserError(f"resume={config.resume}: the run has no checkpoint that is complete; start it anew")
+    return Origin()
+
+
+def model_of(config: RunConfig, origin: Origin) -> DecoderConfig:
+    """The configured model; the checkpoint's where the run starts (or once started) from given weights."""
+    wanted = resolved_model(config)
+    if origin.checkpoint is None:
+        return wanted
+    found = model_checkpoint.load_config(origin.checkpoint)
+    differing = _differences(wanted, found)
+    if origin.parent is not None:
+        if differing:
+            logger.info("the model is the checkpoint's: %s", differing)
+        return resolved_model(replace(config, model=found))
+    if differing:
+        raise UserError(f"resume: the configured model is not the one that {origin.checkpoint} holds: {differing}")
+    return found
+
+
+def planned_model(config: RunConfig) -> DecoderConfig:
+    """The model that a run of `config` would train, as far as can be told without looking at its directory."""
+    if config.checkpoint is None:
+        return resolved_model(config)
+    return model_of(config, find_origin(config, find_directory(config)))
+
+
+def _differences(wanted: DecoderConfig, found: DecoderConfig) -> str:
+    names = [name for name in DecoderConfig.__dataclass_fields__ if getattr(wanted, name) != getattr(found, name)]
+    return ", ".join(
+        "attention differs" if name == "attention" else f"{name}={getattr(found, name)}, not {getattr(wanted, name)}"
+        for name in names
+    )
+
+
+def tokenizer_of(config: RunConfig, origin: Origin) -> Path | None:
+    """The tokenizer that starting weights were trained with. Raises UserError when another one is asked for."""
+    if origin.parent is None or origin.checkpoint is None:
+        return None
+    theirs = origin.checkpoint / model_checkpoint.TOKENIZER
+    if not theirs.is_file():
+        logger.warning(
+            "%s has no tokenizer; data.tokenizer must be the one that its weights were trained with", origin.checkpoint
+        )
+        return None
+    asked = config.data.tokenizer
+    if asked.kind == "file" and asked.path is not None:
+        if Tokenizer.load(asked.path).sha256 != Tokenizer.load(origin.checkpoint).sha256:
+            raise UserError(
+                f"data.tokenizer.path={asked.path}: not the tokenizer of {origin.checkpoint}, whose weights know only "
+                "their own; leave data.tokenizer out"
+            )
+        return None
+    return origin.checkpoint
+
+
+def resolved_model(config: RunConfig) -> DecoderConfig:
+    """The model with `data.document_mask` in every attention pattern, so that checkpoints say what was used."""
+    if not config.data.document_mask:
+        return config.model
+
+    def masked(pattern: AttentionSpec | tuple[HeadGroup, ...]) -> AttentionSpec | tuple[HeadGroup, ...]:
+        if isinstance(pattern, AttentionSpec):
+            return replace(pattern, documents=True)
+        return tuple(replace(group, spec=replace(group.spec, documents=True)) for group in pattern)
+
+    attention = config.model.attention
+    patterns = {name: masked(pattern) for name, pattern in attention.patterns.items()}
+    return replace(config.model, attention=AttentionPlan(patterns=patterns, layers=attention.layers))
