@@ -42,6 +42,12 @@ class Composed:
 
 
 @dataclass(frozen=True, slots=True)
+class _Choice:
+    group: str
+    option: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Value:
     key: str
     value: Any
@@ -60,7 +66,7 @@ def compose(config: str, arguments: Sequence[str], *, schema: type, config_dir: 
         raise ConfigError([f"--config-dir={config_dir}: no such directory"])
     options = group_options(config, directories)
     problems: list[str] = []
-    choices: list[str] = []
+    choices: dict[str, str] = {}  # by group: the last choice counts
     values: list[_Value] = []
     for argument in arguments:
         try:
@@ -68,11 +74,20 @@ def compose(config: str, arguments: Sequence[str], *, schema: type, config_dir: 
         except ConfigError as error:
             problems.extend(error.problems)
             continue
-        choices.append(parsed) if isinstance(parsed, str) else values.append(parsed)
+        if isinstance(parsed, _Value):
+            values.append(parsed)
+        else:
+            choices[parsed.group] = parsed.option
     if problems:
         raise ConfigError(problems)
 
-    tree, where = _compose_groups(config, choices, directories)
+    optional = {group for group, option in _groups(config) if option is None}
+    overrides = [
+        f"{group}={option}" if option != "null" else f"~{group}"
+        for group, option in choices.items()
+        if option != "null" or group not in optional
+    ]
+    tree, where = _compose_groups(config, overrides, directories)
     for each in values:
         if not each.verbatim:
             _apply(tree, each)
@@ -90,20 +105,20 @@ def group_options(config: str, directories: Sequence[Path] = (CONFIGS,)) -> dict
     """Every group of a verb's config with its options."""
     return {
         group: tuple(sorted({path.stem for root in directories for path in (root / group).glob("*.yaml")}))
-        for group in _groups(config)
+        for group, _ in _groups(config)
     }
 
 
-def _groups(config: str) -> Iterator[str]:
+def _groups(config: str) -> Iterator[tuple[str, str | None]]:
+    """The groups of a verb's config, each with the option it has unless another is chosen."""
     for entry in _load(CONFIGS / f"{config}.yaml").get("defaults", ()):
         if isinstance(entry, Mapping):
-            yield from (str(name) for name in entry)
+            yield from ((str(group), option) for group, option in entry.items())
         elif entry != "_self_":
             yield from _groups(str(entry))
 
 
-def _parse(argument: str, options: Mapping[str, Sequence[str]], schema: type) -> str | _Value:
-    """A group choice (for Hydra) or a value."""
+def _parse(argument: str, options: Mapping[str, Sequence[str]], schema: type) -> _Choice | _Value:
     key, equals, text = argument.partition("=")
     if key.startswith("~"):
         if not _KEY.fullmatch(key[1:]) or key[1:] in options:
@@ -116,14 +131,12 @@ def _parse(argument: str, options: Mapping[str, Sequence[str]], schema: type) ->
         raise ConfigError([f"{argument}: expected key=value, with a key like trainer.steps" + _flag_hint(argument)])
     if key in options:
         if text in options[key] or text == "null":
-            return f"{key}={text}"
+            return _Choice(key, text)
         near = difflib.get_close_matches(text, options[key], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError([f"{assignment(key, text)}: {key} has {', '.join(options[key])}{hint} (set {COMMAND_LINE})"])
     if key == "hydra" or key.startswith("hydra."):
-        raise ConfigError(
-            [f"{argument}: configs are composed with Hydra, but its launcher and its settings are not used"]
-        )
+        raise ConfigError([f"{argument}: configs are composed with Hydra, but its settings and launchers are not used"])
     key = _dotted(key)
     known = find(schema, key)
     if known is not None and known.is_text and not (known.allowed.endswith("null") and text == "null"):

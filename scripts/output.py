@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+from rich.console import Console
+from rich.progress import Progress
 
 
 class _Dumper(yaml.SafeDumper):
@@ -23,6 +25,12 @@ _Dumper.add_representer(
 def as_yaml(config: Mapping[str, Any]) -> str:
     """A config as the YAML that would compose to it."""
     return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+
+
+def progress_bars() -> Progress:
+    """Bars on stderr that vanish when done; nothing where stderr is no terminal."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
 from longspan.data.tokenizer import Tokenizer
 from longspan.evaluation.documents import documents_from
 from longspan.evaluation.perplexity import score
@@ -18,7 +15,7 @@ from longspan.training.schema import EvaluateConfig
 
 from .documents import held_out, of_path, training_context
 from .machine import choose_device, computes_in_bf16
-from .output import as_yaml
+from .output import as_yaml, progress_bars
 
 
 def run(config: EvaluateConfig) -> int:
@@ -38,7 +35,7 @@ def run(config: EvaluateConfig) -> int:
         stored, limit=config.data.limit, max_tokens=protocol.max_tokens, decode=tokenizer.decode, seed=0
     )
     window = protocol.window or training_context(checkpoint) or model.config.max_positions
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    with progress_bars() as bars:
         task = bars.add_task("scoring")
         scores = score(
             model,

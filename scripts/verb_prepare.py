@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import Progress
-
 from longspan.data.prepare import Stage, prepare
 from longspan.training.config_plain import plain
 from longspan.training.data_settings import prepare_settings
 from longspan.training.schema import PrepareConfig
 
-from .output import as_yaml, table
+from .output import as_yaml, progress_bars, table
 
 _DOING: dict[Stage, str] = {
     "waiting": "waiting for another process that prepares the same data",
@@ -23,7 +20,7 @@ def run(config: PrepareConfig) -> int:
     if config.dry_run:
         print(as_yaml(plain(config)), end="")
         return 0
-    with Progress(console=Console(stderr=True), transient=True) as bars:
+    with progress_bars() as bars:
         tasks = {}
 
         def progress(stage: Stage, done: int, total: int | None) -> None:

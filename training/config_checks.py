@@ -87,7 +87,11 @@ def _check_source(source: SourceConfig, path: str) -> Iterator[Problem]:
     if source.kind == "stdlib" and source.path is not None:
         yield _problem((f"{path}.path", source.path), f"is not read with {path}.kind=stdlib; set {path}.kind=files")
     if source.kind != "stdlib" and source.path is None:
-        what = "a file, directory or glob" if source.kind == "files" else "the data set's name"
+        what = (
+            "a file, directory or glob (or data.path)"
+            if source.kind == "files"
+            else "the data set's name (or data.path)"
+        )
         yield _problem((f"{path}.kind", source.kind), f"needs {path}.path, {what}")
     if source.kind != "hub":
         given = {"config": source.config, "revision": source.revision, "streaming": source.streaming or None}

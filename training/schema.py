@@ -33,7 +33,8 @@ def _branch(value: object) -> str:
 
 def _every_phase(value: object) -> object:
     """`backend: sdpa` and `backend: [flex, reference]` mean all phases."""
-    return dict.fromkeys(("train", "prefill", "decode"), value) if isinstance(value, str | list) else value
+    alone = isinstance(value, str | list) and bool(value)
+    return dict.fromkeys(("train", "prefill", "decode"), value) if alone else value
 
 
 # The branch of a union is told by the value's shape, so that an error speaks of the branch that was meant.
@@ -570,9 +571,8 @@ def _model(request: Any, raw: Raw) -> tuple[DecoderConfig | None, list[Problem]]
         if patterns is None:
             plan = start.attention if layers is None else replace(start.attention, layers=layers)
         elif layers is None and len(patterns) != 1:
-            raise ValueError(
-                f"attention.layers: says which of {', '.join(patterns)} each layer has, repeated cyclically"
-            )
+            names = ", ".join(patterns)
+            raise ValueError(f"attention.layers: is required: which of {names} each layer has, repeated cyclically")
         else:
             plan = AttentionPlan(patterns=patterns, layers=layers or tuple(patterns))
         model = replace(start, attention=plan)

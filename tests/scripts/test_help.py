@@ -1,0 +1,49 @@
+"""`--help` is the reference: every key of the schema, every option of every group."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from longspan.scripts.cli import VERBS, main
+from longspan.scripts.compose import group_options
+from longspan.training import schema
+from longspan.training.config_keys import keys
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_key_is_listed_with_type_and_meaning(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    out = capsys.readouterr().out
+    words = " ".join(out.split())
+    for key in keys(getattr(schema, VERBS[verb].request)):
+        if "<i>.spec." in key.path:
+            continue
+        assert re.search(rf"^  {re.escape(key.path)}(=|  \(required\)|$)", out, re.MULTILINE), key.path
+        assert f"[{key.allowed}]" in words
+        assert " ".join(key.meaning.split())[1:] in words
+    for group, options in group_options(verb).items():
+        assert re.search(rf"{group} +{re.escape(', '.join(options))}", words), group
+
+
+def test_the_values_are_those_of_the_config_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    plain = capsys.readouterr().out
+    assert "\n  trainer.steps=1000\n" in plain
+    assert "\n  checkpoint=null\n" in plain
+    assert "\n  data.context=1024\n" in plain
+    assert main(["train", "experiment=gpt2_small", "--help"]) == 0
+    assert "\n  trainer.steps=300\n" in capsys.readouterr().out
+    assert main(["generate", "--help"]) == 0
+    assert "\n  checkpoint  (required)\n" in capsys.readouterr().out
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from longspan.scripts.cli import main; main(['train', '--help']); sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
