@@ -225,3 +225,38 @@ def test_explicit_positions_restart_the_encoding() -> None:
         )
         apart = torch.cat([model(tokens_BT[:, :cut]), model(tokens_BT[:, cut:])], dim=1)
         torch.testing.assert_close(packed, apart, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kv_heads", [8, 4])
+@pytest.mark.parametrize(
+    "spec",
+    [WINDOW, causal(learned_sink=True), causal(alibi=True), causal(alibi=True, learned_sink=True, sink_tokens=1)],
+)
+def test_groups_of_equal_heads_are_one_group(spec: AttentionSpec, kv_heads: int) -> None:
+    """Each group reads its own heads, key/value heads, slopes and sinks, wherever it stands in the layer."""
+    sizes = {"n_heads": 8, "n_kv_heads": kv_heads, "n_layers": 1, "init_std": 0.2}
+    groups = tuple(HeadGroup(heads=n, spec=spec) for n in (2, 4, 2))
+    whole = build("llama-tiny", {**sizes, "attention": plan(spec)}, seed=0)
+    split = build("llama-tiny", {**sizes, "attention": plan(groups)}, seed=0)
+    if spec.learned_sink:
+        with torch.no_grad():
+            for model in (whole, split):
+                model.blocks[0].attention.sink_logits.copy_(torch.linspace(-3, 3, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(split(tokens()), whole(tokens()), atol=1e-5, rtol=0)
+        mixed = build(
+            "llama-tiny", {**sizes, "attention": plan((*groups[:2], HeadGroup(heads=2, spec=causal())))}, seed=0
+        )
+        assert not torch.allclose(mixed(tokens()), whole(tokens()), atol=1e-2)
+
+
+def test_sinks_belong_to_the_groups_that_ask_for_them() -> None:
+    sink = causal(learned_sink=True)
+    groups = (HeadGroup(heads=2, spec=sink), HeadGroup(heads=4, spec=causal()), HeadGroup(heads=2, spec=sink))
+    sizes = {"n_heads": 8, "n_kv_heads": 4, "n_layers": 1, "init_std": 0.2}
+    some = build("llama-tiny", {**sizes, "attention": plan(groups)}, seed=0)
+    every = build("llama-tiny", {**sizes, "attention": plan(sink)}, seed=0)
+    with torch.no_grad():
+        some.blocks[0].attention.sink_logits.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        every.blocks[0].attention.sink_logits.copy_(torch.tensor([1.0, 2.0, *[-torch.inf] * 4, 3.0, 4.0]))
+        torch.testing.assert_close(some(tokens()), every(tokens()), atol=1e-5, rtol=0)
