@@ -225,6 +225,7 @@ class RunLoop(Callback):
         for index, batch in enumerate(self._data.val_dataloader()):
             total += module.validation_step(batch.to(module.device), index)
         module.train()
+        module.reshard()
         if trainer.world_size > 1:
             torch.distributed.all_reduce(total)
         nll, n_tokens = total.tolist()

@@ -115,6 +115,11 @@ class LanguageModel(LightningModule):
         """Whether FSDP holds the weights in parts."""
         return isinstance(self.objective, FSDPModule)
 
+    def reshard(self) -> None:
+        """Frees what a forward pass without a backward pass leaves gathered (FSDP keeps the root for it)."""
+        if isinstance(self.objective, FSDPModule):
+            self.objective.reshard()
+
     def plain_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer without Lightning's wrapper."""
         optimizer = self.optimizers(use_pl_optimizer=False)

@@ -74,8 +74,6 @@ def train(config: RunConfig) -> RunResult:
     after saving.
     """
     device = choose_device(config.trainer.accelerator, config.trainer.devices)
-    if config.trainer.strategy == "fsdp" and device.type != "cuda":
-        raise UserError("trainer.strategy=fsdp: shards over GPUs and none is visible; use ddp")
     arithmetic = choose_arithmetic(config.trainer.precision, device)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)

@@ -82,11 +82,29 @@ def test_two_processes_stop_together_and_continue(runner, request_of, expected, 
     assert curve(tmp_path / "run") == expected(ranks=2, **changes)
 
 
-def test_two_processes_compute_what_one_does(runner, request_of, expected) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_compute_what_one_does(strategy: str, runner, request_of, expected) -> None:
     alone = expected(model__dropout=0.0)
-    together = expected(ranks=2, model__dropout=0.0, trainer__devices=2, trainer__strategy="ddp")
+    # (The schema lets nobody ask for FSDP on a CPU by name; gloo can do it, so that it is tested everywhere.)
+    shape = {"trainer__devices": 2, "trainer__strategy": strategy, "trainer__accelerator": "auto"}
+    together = expected(ranks=2, model__dropout=0.0, **shape)
     for one, two in zip(alone, together, strict=True):
         assert one[:2] == two[:2]
         assert two[2] == pytest.approx(one[2], abs=2e-6)  # loss
         assert two[3] == pytest.approx(one[3], abs=2e-6)  # validation loss
         assert two[5] == pytest.approx(one[5], rel=1e-4)  # gradient norm
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sharded_state_continues_anywhere(ranks: int, runner, request_of, expected, tmp_path: Path) -> None:
+    shape = {"trainer__devices": 2, "trainer__strategy": "fsdp", "trainer__accelerator": "auto"}
+    config = request_of(resume="auto", model__dropout=0.0, **shape)
+    runner.start(config, kill="groupSIGTERM:4", ranks=2)
+    assert runner.finish() == [143, 0], runner.log.read_text()
+    if ranks == 1:
+        config = request_of(resume="auto", model__dropout=0.0)
+    assert runner.run(config, ranks=ranks) == 0, runner.log.read_text()
+    continued, alone = curve(tmp_path / "run"), expected(model__dropout=0.0)
+    assert [row[:2] for row in continued] == [row[:2] for row in alone]
+    assert [row[2] for row in continued] == pytest.approx([row[2] for row in alone], abs=2e-6)
+    assert [row[3] for row in continued if row[3]] == pytest.approx([row[3] for row in alone if row[3]], abs=2e-6)
