@@ -206,7 +206,7 @@ def training_memory(
     precision: Literal["fp32", "bf16-mixed", "bf16-true"],
     optimizer: Literal["adamw"] = "adamw",
     activation_checkpointing: bool = False,
-    loss_logits: int = 2**25,
+    loss_logits: int = 2**26,
 ) -> MemoryEstimate:
     """What one device holds at the peak of a training step, without the allocator's overhead and dense masks. Compiled
     blocks recompute some cheap results and need up to a fifth less.
@@ -225,9 +225,9 @@ def training_memory(
                    2 D                             dropout masks, if there is dropout
                  plus D * (r + c) per token for the final norm
                  with activation checkpointing: r * D per token and layer, plus one layer in full
-    logits       the chunked loss: min(N * V, loss_logits) * (4 + 4), fp32 logits and their gradient; what it keeps for
-                 backward: V * D * (4 + c) for the head's gradient in fp32 and its copy in the compute dtype, and the
-                 gradient of the hidden states, N * D * c
+    logits       the chunked loss: min(N * V, loss_logits) * 2c, logits and their gradient; what it keeps for backward:
+                 V * D * (4 + c), the head's gradient in fp32 and the head in the compute dtype; N * D * c, the gradient
+                 of the hidden states
     """
     if precision not in _PRECISION:
         raise ValueError(f"precision={precision!r}: it is one of {', '.join(_PRECISION)}")
@@ -246,7 +246,9 @@ def training_memory(
         gradients=n_parameters * r,
         optimizer=n_parameters * 2 * r if optimizer == "adamw" else 0,
         activations=n_tokens * (stack + D * (r + c)),
-        logits=min(n_tokens * config.vocab_size, loss_logits) * 8 + config.vocab_size * D * (4 + c) + n_tokens * D * c,
+        logits=min(n_tokens * config.vocab_size, loss_logits) * 2 * c
+        + config.vocab_size * D * (4 + c)
+        + n_tokens * D * c,
     )
 
 

@@ -74,6 +74,7 @@ def test_distribution_by_hand() -> None:
     assert of(top_p=0.51)[0] == [round(2 / 3, 6), round(1 / 3, 6), 0, 0]
     assert of(top_p=0.71)[1] == [0, round(2 / 9, 6), round(3 / 9, 6), round(4 / 9, 6)]
     assert of(top_p=0.69)[1] == [0, 0, round(3 / 7, 6), round(4 / 7, 6)]
+    assert distribution(torch.zeros(1, 4), top_p=0.5).tolist() == [[0.5, 0.5, 0, 0]]  # two quarters reach a half
     assert of(top_p=1.0) == of()
     # top-p counts what top-k left: of {0.5, 0.25} the first is two thirds.
     assert of(top_k=2, top_p=0.6)[0] == [1, 0, 0, 0]
