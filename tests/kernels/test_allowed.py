@@ -106,6 +106,13 @@ def test_sinks_follow_positions_not_slots() -> None:
     ) == ["1100"]
 
 
+def test_sinks_far_from_the_start() -> None:
+    spec = AttentionSpec(causal=True, window=Window(left=0), documents=True, sink_tokens=1)
+    far = ids(9_000_000_000, 9_000_000_001, 9_000_000_002)
+    given = {"q_positions": far, "kv_positions": far, "q_documents": ids(0, 0, 1)}
+    assert matrix(spec, 3, 3, **given) == ["100", "110", "001"]
+
+
 def test_a_padded_slot_does_not_start_a_document() -> None:
     spec = AttentionSpec(causal=True, window=Window(left=0), documents=True, sink_tokens=1)
     context = AttentionContext(q_documents=ids(0, 0), kv_documents=ids(0, 0, 0), kv_positions=ids(-1, 0, 1))

@@ -215,6 +215,26 @@ def test_traces_as_one_graph(backend: str, name: str) -> None:
         torch.testing.assert_close(compiled(q, k, v, given), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_a_new_batch_does_not_recompile(backend: str) -> None:
+    spec = SPECS["sinks per document"]
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def layer(q: Tensor, context: AttentionContext) -> Tensor:
+        return attend(q, q, q, spec=spec, context=context, backend=backend).out
+
+    q = torch.randn(2, 20, 2, 16)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(3):
+            ids = torch.randint(0, 3, (2, 20), generator=torch.Generator().manual_seed(step))
+            context = AttentionContext(q_documents=ids)
+            prepare(context, spec, AttentionCall(n_queries=20, n_keys=20, head_dim=16, n_heads=2), backend=backend)
+            first = layer(q, context)
+            expected = attend(first, first, first, spec=spec, context=context, backend="reference").out
+            torch.testing.assert_close(layer(first, context), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_traced_gradients(backend: str) -> None:
     spec = SPECS["sinks per document"]
