@@ -384,6 +384,7 @@ def test_limit_and_seed() -> None:
     stored = Stored([str(i) for i in range(50)])
     ids = [[d.id for d in documents_from(stored, limit=5, seed=seed)] for seed in (0, 0, 1)]
     assert len(ids[0]) == 5
+    assert all(each == sorted(each, key=int) for each in ids)
     assert ids[0] == ids[1] != ids[2]
 
 
