@@ -266,7 +266,10 @@ def test_a_pure_function_of_its_files(tmp_path: Path) -> None:
 def test_a_long_sample_is_cut_with_a_word(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     (run / "sample.txt").write_text("x" * 20_001)
-    assert "The first 20,000 of 20,001 characters" in report(run).text
+    page = report(run)
+    assert "The first 20,000 of 20,001 characters" in page.text
+    assert page.text.count("x" * 20_000) == 1
+    assert "x" * 20_001 not in page.text
 
 
 # -- metrics.csv ------------------------------------------------------------------------------------------------------
