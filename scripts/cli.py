@@ -117,7 +117,8 @@ def explain_failure(error: Exception) -> tuple[int, list[str]]:
     if isinstance(error, Terminated):
         return error.exit_code, [_one_line(error)]
     if _disk_is_full(error):
-        return FAILED, [_one_line(error)]
+        advice = "; free some and run the same command again" if type(error) is OSError and error.filename else ""
+        return FAILED, [_one_line(error) + advice]
     if isinstance(error, RunFailed):
         return FAILED, [_one_line(error)]
     if _users_mistake(error):

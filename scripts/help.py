@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -90,3 +91,47 @@ def _shown(value: object) -> str:
 
 def _wrapped(text: str, width: int, indent: str) -> list[str]:
     return textwrap.wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+# -- docs/configuration.md ---------------------------------------------------------------------------------------------
+
+REFERENCE_BEGINS = "<!-- keys: made by `python -m longspan.scripts.help docs/configuration.md`; do not edit below -->"
+
+
+def reference(verbs: Mapping[str, type]) -> str:
+    """Markdown tables of every key of every verb; a key that an earlier verb has is not repeated."""
+    text: list[str] = [REFERENCE_BEGINS]
+    seen: set[tuple[str, str]] = set()
+    for verb, schema in verbs.items():
+        fresh = [key for key in keys(schema) if (key.path, key.meaning) not in seen and "<i>.spec." not in key.path]
+        seen.update((key.path, key.meaning) for key in fresh)
+        text += ["", f"### `longspan {verb}`", ""]
+        if not fresh:
+            text.append("The keys above, as far as `--help` lists them.")
+            continue
+        text += ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+        text += [f"| `{key.path}` | {_default(key)} | {_cell(key.allowed)} | {_cell(key.meaning)} |" for key in fresh]
+    return "\n".join(text) + "\n"
+
+
+def _default(key: Key) -> str:
+    value = _current(key, {})
+    return "required" if value is REQUIRED else "" if value is _OPEN else f"`{_shown(value)}`".replace("|", "\\|")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _rewrite(document: Path) -> None:
+    from longspan.training import schema
+
+    from .cli import VERBS
+
+    kept = document.read_text(encoding="utf-8").partition(REFERENCE_BEGINS)[0]
+    tables = reference({verb: getattr(schema, facts.request) for verb, facts in VERBS.items()})
+    document.write_text(kept + tables, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _rewrite(Path(sys.argv[1]))

@@ -378,7 +378,6 @@ class PrepareConfig:
     """`longspan prepare`"""
 
     data: DataConfig = Field(default=DataConfig(), description="see data.*")
-    seed: int = Field(default=0, ge=0, description="seed of the run this is for")
     dry_run: bool = Field(default=False, description="print the resolved config; do nothing")
 
 

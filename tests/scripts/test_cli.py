@@ -118,7 +118,7 @@ def test_a_wrong_request_is_refused_before_torch_is_imported() -> None:
     assert done.stderr.splitlines() == [
         "longspan train: trainer.stps=5: unknown key; did you mean trainer.steps? (set on the command line)"
     ]
-    assert seconds < 15  # 0.7 s on an idle machine; the bound only catches an import gone astray
+    assert seconds < 15  # about one on an idle machine; the bound only catches an import gone astray
 
 
 # -- mistakes that show when files are read --------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_data_that_cannot_be_read(refused: Refused, content: bytes | None, words
         (line,) = refused(verb, *tiny, "data.path=text.txt")
         assert "text.txt" in line
         assert words in line
-    assert not Path("runs").exists()
+    assert not Path("runs/tiny").exists()
 
 
 def test_a_window_with_a_backend_that_cannot(refused: Refused) -> None:
@@ -246,7 +246,11 @@ def _from_numpy(config: object) -> int:
         (_raising(Terminated(signal.SIGINT, "saved")), 130, "saved"),
         (_raising(RunFailed("the loss is NaN")), 1, "the loss is NaN"),
         (_raising(FileNotFoundError(2, "No such file or directory", "x")), 2, "x: No such file or directory"),
-        (_raising(OSError(errno.ENOSPC, "No space left on device", "runs/a")), 1, "runs/a: No space left on device"),
+        (
+            _raising(OSError(errno.ENOSPC, "No space left on device", "runs/a")),
+            1,
+            "runs/a: No space left on device; free some and run the same command again",
+        ),
         (_raising(ValueError("two\nlines")), 1, "ValueError: two lines (LONGSPAN_TRACEBACK=1 shows where)"),
         (_from_torch, 1, "RuntimeError: shape '[3]' is invalid for input of size 2 (LONGSPAN_TRACEBACK=1 shows where)"),
         (
