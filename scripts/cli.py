@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         code, lines = explain_failure(error)
         for line in lines:
-            print(f"{speaker}: {line}", file=sys.stderr)
+            print(f"{speaker}: {_printable(line)}", file=sys.stderr)
     return code
 
 
@@ -235,6 +235,11 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fspath(error.filename)}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _printable(line: str) -> str:
+    """What a user typed may hold control characters; a line stays a line."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
 
 
 def _silence_stdout() -> None:

@@ -172,7 +172,8 @@ def _compose_groups(config: str, choices: list[str], directories: Sequence[Path]
             tree = hydra_compose(config, overrides)
             loader = GlobalHydra.instance().config_loader()
             parts = loader.compute_defaults_list(config, overrides, RunMode.RUN).defaults
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
+        # Hydra raises the last two for YAML that is no defaults list, such as `override /model: no`.
         raise ConfigError([_one_line(error)]) from error
     where: dict[str, str] = {}
     for part in parts:

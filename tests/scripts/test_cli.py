@@ -87,6 +87,7 @@ def test_sweeps_are_shell_loops(refused: Refused) -> None:
                                           "give one of them (set on the command line)"),
         (["data=files"], "data.sources.0.kind=files: needs data.sources.0.path, a file, directory or glob (or data.path) "
                          "(set in configs/data/files.yaml)"),
+        (["a\x1eb\n=1"], "a\\x1eb\\n=1: expected key=value, with a key like trainer.steps"),
         (["--config-dir=nowhere"], "--config-dir=nowhere: no such directory"),
     ],
 )  # fmt: skip
