@@ -8,7 +8,8 @@ Legend: B batch, T queries, S keys, H query heads, G key/value heads, D head dim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -149,14 +150,18 @@ def _fused(
     )
 
 
-def _uncompiled(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSE: Tensor, **options: Any) -> Any:
-    """flex_attention run plainly, by torch's own switch for that (a module attribute; there is no argument)."""
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Run flex_attention as it stands, by torch's own switch for that (a module attribute; there is no argument)."""
     before = torch_flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
     torch_flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
     try:
-        return _fused(q_BHTD, k_BGSD, v_BGSE, **options)
+        yield
     finally:
         torch_flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
+
+
+_uncompiled = _plainly()(_fused)
 
 
 # -- the definition, in the kernel's terms -----------------------------------------------------------------------------

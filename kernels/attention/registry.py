@@ -113,12 +113,15 @@ class _NotImportable:
         raise UnsupportedAttention([Rejection(self.name, (Reason("import", self.problem),))])
 
 
-@torch.compiler.assume_constant_result
 def _load_all() -> bool:
     """Imports cannot be traced, and a traced dict does not see what is added to it: load before it is looked at."""
     for name in _factories:
         get(name)
     return True
+
+
+# What torch.compiler.assume_constant_result does; the decorator itself would import dynamo, and triton with it.
+_load_all._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # functions take attributes
 
 
 def available() -> dict[str, Capabilities]:

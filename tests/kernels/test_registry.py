@@ -218,7 +218,8 @@ def test_strangers_register_and_run() -> None:
     assert torch.equal(ours, attend(*qkv(), spec=LOCAL, backend="reference").out)
     with pytest.raises(ValueError, match="this name is taken"):
         register("stranger", Stranger)
-    register("stranger", Stranger, replace=True)
+    register("stranger", Reference, replace=True)
+    assert resolve("stranger", CAUSAL, CALL).name == "reference"
     with pytest.raises(ValueError, match="'auto' means the preference order"):
         register("auto", Stranger)
 
