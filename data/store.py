@@ -236,7 +236,6 @@ def build_store(
     for name in names:
         if names.count(name) > 1:
             raise StoreError(f"{names.count(name)} sources are called '{name}': give each a name of its own")
-    _start_building(building, tokenizer, shard_bytes)
     done_bytes, hints = 0, [size_hint(source) for source in sources]
     total = None if None in hints else sum(hint for hint in hints if hint is not None)
 
@@ -247,6 +246,7 @@ def build_store(
             progress(done_bytes, None if total is None else max(total, done_bytes))
 
     try:
+        _start_building(building, tokenizer, shard_bytes)
         pieces = _pieces(sources, validation_fraction)
         shards = cut_into_shards(pieces, shard_bytes)
         paths = tokenize_all(shards, tokenizer, building / "shards", workers=workers, done=report)

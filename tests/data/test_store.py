@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from longspan.data import store as module
-from longspan.data.shards import cut_into_shards, piece_of, split_hash, token_dtype
+from longspan.data.shards import cut_into_shards, piece_of, split_hash, token_dtype, tokenize_shard
 from longspan.data.sources import Document, SourceError, SourceSpec, read
 from longspan.data.store import SPLITS, StoreError, TokenStore, build_store
 from longspan.data.tokenizer import byte_level, train_bpe
@@ -292,8 +291,8 @@ class TestRefusals:
         wanted = build(tmp_path / "wanted", corpus, shard_bytes=2000)
         building = tmp_path / "store.building"
         (building / "shards").mkdir(parents=True)
-        build_store(tmp_path / "other", corpus, BYTES, validation_fraction=0.2, shard_bytes=2000)
         (building / "plan.json").write_text("{}")
-        (building / "shards" / "shard-000000-0123456789abcdef.npz").write_bytes(b"old")
+        pieces = [piece_of(document, index) for index, source in enumerate(corpus) for document in read(source)]
+        for shard in cut_into_shards(pieces, 2000):
+            tokenize_shard(shard, BYTES, building / "shards")
         assert contents(build(tmp_path / "store", corpus, shard_bytes=2000).directory) == contents(wanted.directory)
-        shutil.rmtree(tmp_path / "other")
