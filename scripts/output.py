@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 
 class _Dumper(yaml.SafeDumper):
-    """Short lists on one line; floats as OmegaConf reads them back."""
+    """Lists of plain values on one line."""
 
 
 _Dumper.add_representer(
