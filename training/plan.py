@@ -19,7 +19,7 @@ from .start import planned_model
 # Shares of the peak that a training step reaches: on a GPU what well-tuned dense training of these sizes reports, on a
 # CPU what the steps of small models reach of the rate of one large matrix product.
 GPU_EFFICIENCY = 0.40
-CPU_EFFICIENCY = 0.35
+CPU_EFFICIENCY = 0.25
 ABSENT_GPU = "H100"
 
 

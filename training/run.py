@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -166,7 +167,7 @@ def _train(
         )
         if not is_main:
             return _result(directory, loop, config.trainer.steps, None)
-        return _finish(config, directory, model, loop, prepared, arithmetic, device, costs)
+        return _finish(config, directory, loop, prepared, arithmetic, device, costs)
 
 
 def _fit(
@@ -251,13 +252,16 @@ def _fit(
             trainer.fit(module, datamodule=data)
         except NonFinite as error:
             raise RunFailed(f"{error}; {checkpoints.last_good()}") from error
+        except SystemExit:
+            if signals.received == signal.SIGINT:  # a second one: Lightning has turned it into an exit with code 1
+                raise KeyboardInterrupt from None
+            raise
     return loop
 
 
 def _finish(
     config: RunConfig,
     directory: Path,
-    model: Decoder,
     loop: RunLoop,
     prepared: Prepared,
     arithmetic: Arithmetic,

@@ -90,10 +90,15 @@ def child(request: dict, environment: dict[str, str]) -> int:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     warnings.simplefilter("error")
-    if request.get("kill"):
-        arm(request["kill"])
+    return exit_code(request["config"], request.get("kill"))
+
+
+def exit_code(config: dict, kill: str | None) -> int:
+    """What the command line makes of a run."""
+    if kill is not None:
+        arm(kill)
     try:
-        run.train(schema.validate(request["config"]))
+        run.train(schema.validate(config))
     except UserError as error:
         print(error, flush=True)
         return 2
@@ -132,4 +137,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:  # one run, in this process: FILE [moment]
+        sys.exit(exit_code(json.loads(Path(sys.argv[1]).read_text()), sys.argv[2] if len(sys.argv) > 2 else None))
     main()

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import random
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,3 +115,38 @@ def test_sharded_state_continues_anywhere(ranks: int, runner, request_of, expect
     assert [row[:2] for row in continued] == [row[:2] for row in alone]
     assert [row[2] for row in continued] == pytest.approx([row[2] for row in alone], abs=2e-6)
     assert [row[3] for row in continued if row[3]] == pytest.approx([row[3] for row in alone if row[3]], abs=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_kill_9_at_any_moment(seed: int, runner, request_of, expected, tmp_path: Path) -> None:
+    """Killed from outside, again and again, after times that nobody chose."""
+    config = request_of(resume="auto")
+    rng = random.Random(seed)
+    code = -signal.SIGKILL
+    for _ in range(20):
+        (pid,) = runner.start(config)
+        time.sleep(rng.uniform(0.05, 1.5))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        (code,) = runner.finish()
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, runner.log.read_text()
+    if code:
+        assert runner.run(config) == 0, runner.log.read_text()
+    assert curve(tmp_path / "run") == expected()
+
+
+@pytest.mark.slow
+def test_processes_that_lightning_starts(request_of, expected, tmp_path: Path) -> None:
+    """The launcher of `longspan train trainer.devices=2`: SIGTERM to the whole group, then the same command again."""
+    changes = {"trainer__devices": 2, "trainer__strategy": "ddp"}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(request_of(resume="auto", **changes)))
+    command = [sys.executable, str(Path(__file__).with_name("runner.py")), str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.run([*command, "groupSIGTERM:4"], env=environment, start_new_session=True, timeout=240)
+    assert first.returncode == 143
+    assert subprocess.run(command, env=environment, start_new_session=True, timeout=240).returncode == 0
+    assert curve(tmp_path / "run") == expected(ranks=2, **changes)
