@@ -144,20 +144,25 @@ _SHAPES_THE_MASK = frozenset(
     }
 )
 
+_SMALL_MASK = 2**22  # query-key pairs: a dense mask of 2,048 × 2,048
+
 
 def preference(spec: AttentionSpec, call: AttentionCall) -> tuple[str, ...]:
     """What "auto" tries, in order: a pure function of the device, the spec and the call.
 
     CPU            sdpa, reference
-    CUDA           sdpa for plain causal and full attention and for decoding (its fused kernels; one query's mask is
-                   small); flex first for everything that shapes the mask, because it skips what is masked
+    CUDA           sdpa for plain causal and full attention (its fused kernels), and without gradients wherever the
+                   dense mask is small (decoding, prompts: flex would compile for each new kind of call); flex first
+                   for everything else that shapes the mask, because it skips what is masked
     another device reference
     """
     if call.device == "cpu":
         return ("sdpa", "reference")
     if call.device == "cuda":
         # The places of the kernels to come: "hopper", "triton" before these, "decode" before them in the decode phase.
-        if call.phase == Phase.DECODE or _SHAPES_THE_MASK.isdisjoint(needed(spec, call)):
+        pairs = None if call.n_queries is None or call.n_keys is None else call.n_queries * call.n_keys
+        small = pairs is not None and pairs <= _SMALL_MASK and not call.needs_grad
+        if small or call.phase == Phase.DECODE or _SHAPES_THE_MASK.isdisjoint(needed(spec, call)):
             return ("sdpa", "flex", "reference")
         return ("flex", "sdpa", "reference")
     return ("reference",)
