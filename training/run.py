@@ -101,10 +101,8 @@ def train(config: RunConfig) -> RunResult:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise RunFailed(
-                f"no space left on the disk ({error.filename or error}); "
-                f"{Checkpoints(directory, keep=1).last_good()}; free some space and continue with resume=auto"
-            ) from error
+            what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+            raise RunFailed(f"{what}; {Checkpoints(directory, keep=1).last_good()}") from error
 
 
 def _train(
@@ -490,7 +488,7 @@ def _strategy(config: RunConfig) -> Strategy | str:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Silences tips, advertisements and notices ("GPU available: False"), and two warnings that are not for us."""
+    """Silences tips, advertisements and notices ("GPU available: False"), and three warnings that are not for us."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     former = [each.level for each in loggers]
     for each in loggers:
@@ -499,6 +497,8 @@ def _quiet_lightning() -> Iterator[None]:
         with warnings.catch_warnings():
             # Lightning 2.6 makes tree specs in a way that torch 2.13 announces to change.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+            # Lightning builds DDP on a side stream, where the gradients' accumulators then stay: one synchronisation.
+            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match", UserWarning)
             # Sequences come ready-made from a memory map: one process keeps up, and data.workers is the user's choice.
             warnings.filterwarnings("ignore", ".*does not have many workers.*", PossibleUserWarning)
             yield

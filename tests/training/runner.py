@@ -90,6 +90,7 @@ def child(request: dict, environment: dict[str, str]) -> int:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", ".*torch.jit.*is deprecated", DeprecationWarning)  # inductor's own, on a GPU
     return exit_code(request["config"], request.get("kill"))
 
 

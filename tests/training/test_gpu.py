@@ -12,7 +12,8 @@ from longspan.training.metrics import read_rows
 from longspan.training.run import train
 from longspan.training.schema import validate
 
-pytestmark = pytest.mark.gpu
+# Inductor, imported by the first compilation, uses what torch itself deprecates.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")]
 
 SHAPE = {"n_layers": 2, "d_model": 128, "n_heads": 2, "d_ff": 256}
 

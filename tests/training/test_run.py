@@ -20,7 +20,7 @@ from longspan.training import checkpointing, run_directory
 from longspan.training.checkpointing import Checkpoints, load_state, newest
 from longspan.training.data_settings import prepare_settings
 from longspan.training.errors import RunFailed, UserError
-from longspan.training.metrics import read_rows
+from longspan.training.metrics import MetricsFile, Row, read_rows
 from longspan.training.plan import plan
 from longspan.training.run import RunResult, train
 from longspan.training.schema import validate
@@ -257,6 +257,15 @@ def test_a_full_disk(request_of: Request, tmp_path: Path, monkeypatch: pytest.Mo
     assert "step-00000004" in str(e.value)
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(entry.name for entry in checkpoints.iterdir()) == ["best.json", "step-00000003", "step-00000004"]
+
+
+def test_a_disk_that_fills_up_elsewhere(request_of: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: MetricsFile, row: Row) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.csv")
+
+    monkeypatch.setattr(MetricsFile, "append", full)
+    with pytest.raises(RunFailed, match=r"^metrics.csv: No space left on device; there is no checkpoint yet$"):
+        go(request_of())
 
 
 def test_a_nan_names_the_last_good_checkpoint(request_of: Request, tmp_path: Path) -> None:
