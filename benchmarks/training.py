@@ -2,7 +2,7 @@
 
     python -m longspan.benchmarks.training [length batch]      (default: 1024 32)
 
-Both sides train the same weights on the same random tokens: bf16 autocast, fused AdamW, `torch.compile`, no dropout; the
+Both train the same weights on the same random tokens: bf16 autocast, fused AdamW, `torch.compile`, no dropout. The
 timing is void unless both report the same first loss. Rounds are interleaved, so that clocks favour nobody.
 MFU: causal-halved model FLOPs (`model.accounting`) over the GPU's dense bf16 peak; recomputation is not counted.
 """
