@@ -76,8 +76,9 @@ class Flex:
             q_BTHD, k_BSGD, v_BSGE = q_BTHD.detach(), k_BSGD.detach(), v_BSGE.detach()
         with_lse = return_lse or spec.learned_sink
         needs_grad = torch.is_grad_enabled() and (q_BTHD.requires_grad or k_BSGD.requires_grad or v_BSGE.requires_grad)
-        given = frozenset(context.tensors())
-        kernel = _kernel((spec, H, G, D, E, q_BTHD.dtype, with_lse, needs_grad, given), q_BTHD.device)
+        given = frozenset((name, tensor.shape) for name, tensor in context.tensors().items())
+        kind = (spec, q_BTHD.shape, k_BSGD.shape, E, q_BTHD.dtype, with_lse, needs_grad, given)
+        kernel = _kernel(kind, q_BTHD.device)
         result = kernel(
             q_BTHD.transpose(1, 2),
             k_BSGD.transpose(1, 2),
@@ -113,8 +114,9 @@ def _kernel(kind: Hashable, device: torch.device) -> Callable[..., Any]:
     """flex_attention as it must be called from here: as it is while tracing (the caller's graph takes it in), compiled
     on CUDA, uncompiled on CPU (where compiling takes longer than anybody's check of a mask).
 
-    torch.compile counts recompilations by code object and gives up after eight. Each kind of call gets a copy of the
-    code, so that only lengths vary within one; `fullgraph` makes giving up an error instead of a slow fallback.
+    One compilation for each kind of call, lengths included: torch 2.11 fails to compile flex_attention for dynamic
+    lengths on CUDA. torch.compile counts recompilations by code object and gives up after eight, so each kind gets a
+    copy of the code; `fullgraph` makes giving up an error instead of a slow fallback.
     """
     if torch.compiler.is_compiling():
         return flex_attention
@@ -123,7 +125,7 @@ def _kernel(kind: Hashable, device: torch.device) -> Callable[..., Any]:
     if kind not in _kernels:
         copy = FunctionType(_fused.__code__.replace(), _fused.__globals__, "flex_attention_of_one_kind")
         copy.__kwdefaults__ = _fused.__kwdefaults__
-        _kernels[kind] = torch.compile(copy, fullgraph=True)
+        _kernels[kind] = torch.compile(copy, fullgraph=True, dynamic=False)
     return _kernels[kind]
 
 

@@ -119,8 +119,10 @@ def gradients(
     return [out, *torch.autograd.grad(out, [*leaves, *learned], grad_out.to(CUDA, dtype))]
 
 
-@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+KINDS = [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False), (torch.float32, False)]
+
+
+@pytest.mark.parametrize(("dtype", "ragged"), KINDS, ids=["bf16", "bf16 ragged", "fp16", "fp32"])
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 def test_values_and_gradients(backend: str, name: str, dtype: torch.dtype, ragged: bool) -> None:
@@ -131,7 +133,8 @@ def test_values_and_gradients(backend: str, name: str, dtype: torch.dtype, ragge
         with pytest.raises(UnsupportedAttention):
             attend(*(x.to(dtype) for x in tensors), spec=spec, context=context, params=params, backend=backend)
         return
-    for T, S in LENGTHS:
+    # Each length is a compilation for flex; half precision differs from bf16 in nothing but the dtype.
+    for T, S in LENGTHS[:1] if dtype == torch.float16 else LENGTHS:
         tensors, context, params = make(spec, T, S, ragged=ragged)
         tensors = [x.to(dtype).double() for x in tensors]
         exact = gradients("reference", tensors, torch.float64, spec, context, params)
@@ -169,9 +172,9 @@ def test_flex_head_dims() -> None:
 
 
 def test_flex_survives_many_lengths() -> None:
-    """A decoder asks with a new number of keys at every token; torch gives up after eight recompilations."""
+    """torch gives up after eight recompilations of one piece of code."""
     spec = SPECS["window"]
-    for S in range(200, 230):
+    for S in range(200, 210):
         tensors, context, params = make(spec, 1, S)
         exact = attend(*tensors, spec=spec, context=context, params=params, backend="reference").out
         ours = attend(*(x.float() for x in tensors), spec=spec, context=context, params=params, backend="flex").out
