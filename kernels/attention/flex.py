@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, and_masks, flex_attention, or_masks
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    FlexKernelOptions,
+    and_masks,
+    flex_attention,
+    or_masks,
+)
 
 from .backend import AttentionCall, AttentionOutput, AttentionParams, Capabilities, Feature, Reason, check
 from .context import AttentionContext, in_layout_pattern, in_window
@@ -88,6 +95,7 @@ class Flex:
             scale=spec.softmax_scale(D),
             enable_gqa=H != G,
             return_aux=AuxRequest(lse=True) if with_lse else None,
+            kernel_options=_KERNEL,
         )
         if not with_lse:
             return AttentionOutput(result.transpose(1, 2))
@@ -107,6 +115,10 @@ class Flex:
 
 # -- the kernel --------------------------------------------------------------------------------------------------------
 
+# Below 128 queries torch picks its split-KV kernel by itself, for which torch 2.11 then finds no configuration on an
+# H100 ("NoValidChoicesError", 4:2 heads of 64). The main kernel serves all lengths.
+_KERNEL: FlexKernelOptions = {"BACKEND": "TRITON"}
+
 _kernels: dict[Hashable, Callable[..., Any]] = {}  # compiled flex_attention, one for each kind of call
 
 
@@ -114,9 +126,8 @@ def _kernel(kind: Hashable, device: torch.device) -> Callable[..., Any]:
     """flex_attention as it must be called from here: as it is while tracing (the caller's graph takes it in), compiled
     on CUDA, uncompiled on CPU (where compiling takes longer than anybody's check of a mask).
 
-    One compilation for each kind of call, lengths included: torch 2.11 fails to compile flex_attention for dynamic
-    lengths on CUDA. torch.compile counts recompilations by code object and gives up after eight, so each kind gets a
-    copy of the code; `fullgraph` makes giving up an error instead of a slow fallback.
+    One compilation for each kind of call, lengths included. torch.compile counts recompilations by code object and
+    gives up after eight, so each kind gets a copy of the code; `fullgraph` makes giving up an error, not a fallback.
     """
     if torch.compiler.is_compiling():
         return flex_attention
@@ -139,6 +150,7 @@ def _fused(
     scale: float,
     enable_gqa: bool,
     return_aux: AuxRequest | None,
+    kernel_options: FlexKernelOptions,
 ) -> Any:
     return flex_attention(
         q_BHTD,
@@ -149,6 +161,7 @@ def _fused(
         scale=scale,
         enable_gqa=enable_gqa,
         return_aux=return_aux,
+        kernel_options=kernel_options,
     )
 
 
