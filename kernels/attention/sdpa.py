@@ -20,8 +20,8 @@ from .spec import AttentionSpec
 
 MASK_LIMIT = 2**26  # pairs (query, key) of a dense mask: 8192 × 8192. Above it the mask alone is gigabytes
 
-# Who may compute a masked call on CUDA. Not cuDNN: left to choose, torch 2.11 on an H100 erred by 3.8 where a plain bf16
-# softmax errs by 0.014 (grouped heads, a window with global tokens, a batch row with a third of its keys missing).
+# Who may compute a masked call on CUDA. Not cuDNN: left to choose, torch 2.11 on an H100 erred by 3.8 where a plain
+# bf16 softmax errs by 0.014 (grouped heads, window and global tokens, a batch row with a third of its keys missing).
 _WITH_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
