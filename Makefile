@@ -66,7 +66,7 @@ contracts: $(VENV)/.dev typing
 	PYTHONPATH=.typing $(BIN)/lint-imports
 
 docs-check: $(VENV)/.dev typing
-	$(BIN)/python -m pytest tests/docs $(ARGS)
+	$(BIN)/python -m pytest tests/test_docs.py tests/scripts/test_docs.py tests/kernels/test_docs.py $(ARGS)
 
 build: $(VENV)/.dev
 	$(BIN)/python -m build

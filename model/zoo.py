@@ -63,12 +63,12 @@ CONFIGS: Mapping[str, DecoderConfig] = MappingProxyType(
         # For two CPU cores and a few minutes (`make quickstart`).
         "quickstart": DecoderConfig(
             vocab_size=8192,
-            n_layers=6,
+            n_layers=4,
             d_model=256,
             n_heads=4,
             d_ff=1024,
             max_positions=512,
-        ),  # 6,967,296
+        ),  # 5,387,776
     }
 )
 
