@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 import uuid
 from dataclasses import dataclass, fields
@@ -11,7 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+from .errors import RunFailed
 from .schema import LoggerConfig
+
+logger = logging.getLogger("longspan.training")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +191,7 @@ class WandbTracker:
             resume="allow",
             mode="online" if mode == "online" else "offline",
             config=settings,
+            settings=wandb.Settings(silent=mode != "online"),
         )
 
     def log(self, row: Row) -> None:
@@ -198,13 +203,29 @@ class WandbTracker:
 
 
 def wandb_mode(config: LoggerConfig) -> str:
-    """online, offline or off. Without a key nothing asks for an account: `auto` is then off, and `online` offline."""
-    has_key = bool(os.environ.get("WANDB_API_KEY"))
-    if config.wandb == "auto":
-        return "online" if has_key else "off"
-    if config.wandb == "online" and not has_key:
-        return "offline"
+    """online, offline or off. Nothing ever asks for an account: without a key, `auto` and `online` are offline, which
+    writes files in the run directory that `wandb sync` can send later."""
+    if config.wandb in ("auto", "online"):
+        return "online" if os.environ.get("WANDB_API_KEY") else "offline"
     return config.wandb
+
+
+def open_trackers(config: LoggerConfig, directory: Path, name: str, settings: dict[str, object]) -> tuple[Tracker, ...]:
+    """What the config asks for. Where nobody asked (`auto`), wandb failing to start costs a log line, not the run."""
+    mode = wandb_mode(config)
+    if mode == "off":
+        return ()
+    import wandb
+
+    try:
+        return (WandbTracker(config, mode, directory, name, settings),)
+    except (wandb.Error, OSError) as error:
+        if config.wandb != "auto":
+            raise RunFailed(
+                f"logger.wandb={config.wandb}: wandb does not start ({error}); try logger.wandb=off"
+            ) from error
+        logger.warning("wandb does not start (%s); metrics go to %s only", error, directory / "metrics.csv")
+        return ()
 
 
 class MetricsLog:

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from longspan.training.errors import RunFailed
 from longspan.training.metrics import (
     COLUMNS,
     MetricsFile,
@@ -16,6 +17,7 @@ from longspan.training.metrics import (
     WandbTracker,
     clock,
     format_row,
+    open_trackers,
     read_rows,
     short_count,
     wandb_mode,
@@ -85,12 +87,27 @@ def test_a_line_for_people() -> None:
 def test_wandb_needs_no_account(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     modes = ("auto", "online", "offline", "off")
-    assert [wandb_mode(LoggerConfig(wandb=mode)) for mode in modes] == ["off", "offline", "offline", "off"]
+    assert [wandb_mode(LoggerConfig(wandb=mode)) for mode in modes] == ["offline", "offline", "offline", "off"]
     monkeypatch.setenv("WANDB_API_KEY", "k")
     assert [wandb_mode(LoggerConfig(wandb=mode)) for mode in modes] == ["online", "online", "offline", "off"]
 
 
-@pytest.mark.slow
+def test_a_wandb_that_cannot_start_costs_a_line_unless_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    def refuse(**_: object) -> None:
+        raise wandb.Error("no service")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    assert open_trackers(LoggerConfig(wandb="off"), tmp_path, "name", {}) == ()
+    assert open_trackers(LoggerConfig(), tmp_path, "name", {}) == ()
+    assert "wandb does not start (no service)" in caplog.text
+    with pytest.raises(RunFailed, match=r"logger\.wandb=offline: wandb does not start"):
+        open_trackers(LoggerConfig(wandb="offline"), tmp_path, "name", {})
+
+
 def test_wandb_offline_writes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
