@@ -67,3 +67,21 @@ def test_compiled_blocks_and_recomputation(gpu_request, tmp_path: Path) -> None:
     train(validate(plain))
     train(validate(clever))
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), abs=1e-3)
+
+
+def test_loss_curves_of_backends_agree(gpu_request, tmp_path: Path) -> None:
+    """200 fp32 steps with a windowed pattern: sdpa, flex and the reference within 1e-4."""
+    curves = {}
+    for backend in ("reference", "sdpa", "flex"):
+        raw = gpu_request(
+            output=str(tmp_path / backend), model__dropout=0.0, trainer__steps=200, trainer__precision="fp32"
+        )
+        raw["attention"] = {
+            "patterns": {"local": {"causal": True, "window": {"left": 15}}},
+            "layers": ["local"],
+            "backend": {"train": backend},
+        }
+        train(validate(raw))
+        curves[backend] = losses(tmp_path / backend)
+    assert curves["sdpa"] == pytest.approx(curves["reference"], abs=1e-4)
+    assert curves["flex"] == pytest.approx(curves["reference"], abs=1e-4)
