@@ -99,6 +99,7 @@ class RunLoop(Callback):
         metrics: MetricsLog | None = None,
         view: ProgressView | None = None,
         resume: dict[str, Any] | None = None,
+        advice: str = "resume=auto",
     ) -> None:
         self.best: Best | None = None
         self.validation_loss: float | None = None
@@ -111,6 +112,7 @@ class RunLoop(Callback):
         self._metrics = metrics
         self._view = view
         self._resume = resume
+        self._advice = advice
         self._validated_step = 0
         self._last_row: tuple[int, float] = (0, 0.0)  # (step, seconds) of the row before
         self._last_view: tuple[int, float] = (0, 0.0)
@@ -197,7 +199,8 @@ class RunLoop(Callback):
         if stopped_by:
             name = signal.Signals(stopped_by).name
             raise Terminated(
-                stopped_by, f"{name}: saved {self._checkpoints.path(step)}; the same command with resume=auto continues"
+                stopped_by,
+                f"{name}: saved {self._checkpoints.path(step)}; the same command with {self._advice} continues",
             )
         self._watch.go()
 

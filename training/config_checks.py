@@ -16,13 +16,17 @@ _SPECIAL_TOKENS = 1  # the document separator; data's tokenizers add no other
 def check_run(config: RunConfig) -> Iterator[Problem]:
     """Everything about a run that two keys can contradict each other on."""
     yield from check_data(config.data)
-    if config.checkpoint is None:  # otherwise the checkpoint brings its own model and tokenizer
-        yield from _check_vocabulary(config)
-        yield from _check_lengths(config)
-    yield from check_protocol(config.evaluation, default_window=config.data.context)
+    if config.checkpoint is None and config.resume is None:  # otherwise model and tokenizer may be a checkpoint's
+        yield from check_vocabulary(config)
+        yield from check_lengths(config)
+    yield from check_protocol(config.evaluation, default_window=None if config.context_open else config.data.context)
     yield from _check_trainer(config)
     yield from _check_schedule(config)
     yield from _check_directories(config)
+    yield from check_documents(config)
+
+
+def check_documents(config: RunConfig) -> Iterator[Problem]:
     for name, specs in config.model.attention.specs().items():
         if any(spec.documents for spec in specs) and not config.data.document_mask:
             yield _problem(
@@ -100,7 +104,7 @@ def _check_source(source: SourceConfig, path: str) -> Iterator[Problem]:
                 yield _problem((f"{path}.{name}", value), f"belongs to kind=hub, and {path}.kind={source.kind}")
 
 
-def _check_vocabulary(config: RunConfig) -> Iterator[Problem]:
+def check_vocabulary(config: RunConfig) -> Iterator[Problem]:
     tokenizer = config.data.tokenizer
     needed = {"bpe": tokenizer.vocab_size, "bytes": 256 + _SPECIAL_TOKENS, "file": 0}[tokenizer.kind]
     if needed > config.model.vocab_size:
@@ -112,13 +116,19 @@ def _check_vocabulary(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _check_lengths(config: RunConfig) -> Iterator[Problem]:
-    """A table of learned positions ends; the other encodings reach as far as they are asked to."""
+def check_lengths(config: RunConfig, *, fixed_by: str | None = None) -> Iterator[Problem]:
+    """A table of learned positions ends; the other encodings reach as far as they are asked to.
+
+    `fixed_by` names the checkpoint that brings the model, whose table cannot be made longer.
+    """
     model = config.model
     if model.positions != "learned":
         return
     rows = model.max_positions
-    advice = f"model.max_positions={rows} learned positions; raise model.max_positions or lower it"
+    if fixed_by is None:
+        advice = f"model.max_positions={rows} learned positions; raise model.max_positions or lower it"
+    else:
+        advice = f"the {rows} learned positions of {fixed_by}; lower it"
     if config.data.context > rows:
         yield _problem(("data.context", config.data.context), f"is longer than {advice}", "model.max_positions")
     window = config.evaluation.window
@@ -177,7 +187,8 @@ def _check_directories(config: RunConfig) -> Iterator[Problem]:
     if config.checkpoint is not None and config.resume is not None:
         yield _problem(
             ("checkpoint", config.checkpoint),
-            f"starts anew from weights and resume={config.resume} continues a run; give one of them",
+            f"starts anew from weights and resume={config.resume} continues a run; give one of them "
+            "(resume=auto alone continues a run that started from weights)",
             "resume",
         )
     if config.resume is not None and config.overwrite:

@@ -14,7 +14,7 @@ from .errors import UserError
 from .metrics import clock, short_count
 from .precision import Arithmetic, choose_arithmetic, choose_device, measured_matmul_flops
 from .schema import RunConfig
-from .start import planned_model
+from .start import find_directory, find_origin, settle
 
 # Shares of the peak that a training step reaches: on a GPU what well-tuned dense training of these sizes reports, on a
 # CPU what the steps of small models reach of the rate of one large matrix product.
@@ -95,6 +95,8 @@ def plan(config: RunConfig, *, hardware: str | None = None) -> Plan:
     Where a GPU is asked for and none is here, ABSENT_GPU stands for it: a cluster's jobs are planned on laptops.
     Raises UserError for unknown hardware, and when fewer GPUs than asked for are here.
     """
+    directory = find_directory(config)
+    config = settle(config, find_origin(config, directory), directory)
     if hardware is None and config.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         hardware = ABSENT_GPU
     if hardware is not None:
@@ -102,7 +104,7 @@ def plan(config: RunConfig, *, hardware: str | None = None) -> Plan:
     device = choose_device(config.trainer.accelerator, config.trainer.devices)
     arithmetic = choose_arithmetic(config.trainer.precision, device)
     peak = find_peak(device, arithmetic, world=config.trainer.devices * config.trainer.nodes)
-    return plan_for(config, planned_model(config), device, arithmetic, peak)
+    return plan_for(config, device, arithmetic, peak)
 
 
 def _plan_elsewhere(config: RunConfig, hardware: str) -> Plan:
@@ -114,20 +116,19 @@ def _plan_elsewhere(config: RunConfig, hardware: str) -> Plan:
         raise UserError(f"hardware={hardware}: no {arithmetic.precision} rate is known for it; known are {known}")
     world = config.trainer.devices * config.trainer.nodes
     peak = Peak(flops * world, f"the data sheet's rate of {world} × {hardware}, which is not in this machine")
-    return plan_for(config, planned_model(config), device, arithmetic, peak, name=hardware)
+    return plan_for(config, device, arithmetic, peak, name=hardware)
 
 
 def plan_for(
     config: RunConfig,
-    model: DecoderConfig,
     device: torch.device,
     arithmetic: Arithmetic,
     peak: Peak,
     *,
     name: str | None = None,
 ) -> Plan:
-    """The plan where device, arithmetic and model are settled already; `name` of a device that is not here."""
-    trainer, context = config.trainer, config.data.context
+    """The plan where device, arithmetic and config are settled already; `name` of a device that is not here."""
+    model, trainer, context = config.model, config.trainer, config.data.context
     tokens_per_step = trainer.global_batch * context
     tokens = trainer.steps * tokens_per_step
     per_token = accounting.training_flops_per_token(model, length=context)

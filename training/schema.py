@@ -119,7 +119,10 @@ class DataConfig:
     tokenizer: TokenizerConfig = Field(default=TokenizerConfig(), description="see data.tokenizer.*")
     cache: str = Field(default="cache", description="where token stores and tokenizers are kept between runs")
     context: int = Field(
-        default=1024, ge=2, description="tokens in a training sequence; not given: model.max_positions, at most 1024"
+        default=1024,
+        ge=2,
+        description="tokens in a training sequence; not given: the model's max_positions, at most 1024 (what the run "
+        "has that is resumed)",
     )
     packing: Literal["concat", "best_fit"] = Field(
         default="concat",
@@ -349,6 +352,9 @@ class RunConfig(_RunSections):
     model: DecoderConfig
     model_name: str | None = Field(default=None, description="the named size that the model started from")
     attention_backend: BackendPlan = Field(default=BackendPlan())
+    context_open: bool = Field(
+        default=False, description="data.context was not written, and the checkpoint that a run starts from decides it"
+    )
 
     @property
     def directory(self) -> str:
@@ -514,7 +520,9 @@ def as_request(config: RunConfig | ExplainConfig) -> dict[str, Any]:
     model, backend = sections.pop("model"), sections.pop("attention_backend")
     plan = model.pop("attention")
     del model["architecture"]
-    rest = {name: value for name, value in sections.items() if name != "model_name"}
+    if sections.get("context_open"):
+        del sections["data"]["context"]
+    rest = {name: value for name, value in sections.items() if name not in ("model_name", "context_open")}
     return {"model": {"name": sections["model_name"], **model}, "attention": {**plan, "backend": backend}, **rest}
 
 
@@ -524,9 +532,11 @@ def _validate_run(request_type: type[RunRequest], config_type: type[R], raw: Raw
     if request is not None:
         model, refused = _model(request, raw)
         config = _resolved(config_type, request, model or DecoderConfig())
-        if "context" not in written(raw, "data") and config.checkpoint is None:
-            fitting = min(config.data.context, config.model.max_positions)
-            config = replace(config, data=replace(config.data, context=fitting))
+        if "context" not in written(raw, "data"):
+            if config.checkpoint is None:
+                fitting = min(config.data.context, config.model.max_positions)
+                config = replace(config, data=replace(config.data, context=fitting))
+            config = replace(config, context_open=config.checkpoint is not None or config.resume is not None)
         problems += _independent(refused, problems)
         failed = {key for problem in problems for key in problem.keys}
         problems += [

@@ -13,15 +13,17 @@ from longspan.model.config import AttentionPlan, DecoderConfig, HeadGroup
 
 from . import run_directory as files
 from .checkpointing import newest
+from .config_checks import check_documents, check_lengths, check_protocol, check_vocabulary
+from .config_errors import ConfigError, lines
 from .errors import UserError
-from .schema import RunConfig
+from .schema import DataConfig, RunConfig
 
 logger = logging.getLogger("longspan.training")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Where a run starts: from nothing, from weights (`parent`), or from full state (`state` of `checkpoint`).
+    """Where a run starts: from nothing, from weights, or from the full state of its own last checkpoint (`resumes`).
 
     checkpoint  directory with the starting weights; None: fresh ones
     parent      what lineage.json names: the checkpoint that the run's first step started from
@@ -55,9 +57,7 @@ def find_origin(config: RunConfig, directory: Path) -> Origin:
             f"checkpoint={config.checkpoint} starts anew from weights, resume={config.resume} continues a run; give one"
         )
     if config.checkpoint is not None:
-        chosen = model_checkpoint.resolve_checkpoint(config.checkpoint)
-        model_checkpoint.verify(chosen)
-        return Origin(checkpoint=chosen, parent=str(chosen))
+        return _from_weights(config.checkpoint)
     if config.resume is None:
         return Origin()
     found = newest(directory)
@@ -66,7 +66,51 @@ def find_origin(config: RunConfig, directory: Path) -> Origin:
         return Origin(checkpoint=found, parent=parent, resumes=True)
     if config.resume != "auto":
         raise UserError(f"resume={config.resume}: the run has no checkpoint that is complete; start it anew")
-    return Origin()
+    recorded = directory / files.LINEAGE
+    parent = files.read_json(recorded).get("parent") if recorded.is_file() else None
+    # Killed before its first checkpoint, a run that started from weights starts from them again.
+    return Origin() if parent is None else _from_weights(parent)
+
+
+def _from_weights(path: str) -> Origin:
+    chosen = model_checkpoint.resolve_checkpoint(path)
+    model_checkpoint.verify(chosen)
+    return Origin(checkpoint=chosen, parent=str(chosen))
+
+
+def settle(config: RunConfig, origin: Origin, directory: Path) -> RunConfig:
+    """The config with what its starting point decides: the model, and a context that was left open.
+
+    Makes the checks that the schema could not make without knowing the model; raises ConfigError.
+    """
+    model = model_of(config, origin)
+    config = replace(config, model=model, model_name=None if origin.parent is not None else config.model_name)
+    if config.context_open:
+        data = replace(config.data, context=_open_context(origin, directory, model))
+        config = replace(config, data=data, context_open=False)
+    problems = [
+        *check_lengths(config, fixed_by=None if origin.checkpoint is None else str(origin.checkpoint)),
+        *check_protocol(config.evaluation, default_window=config.data.context),
+        *check_documents(config),
+    ]
+    if origin.parent is None:  # otherwise the weights bring their tokenizer
+        problems += check_vocabulary(config)
+    if problems:
+        raise ConfigError(lines(problems, {}))
+    return config
+
+
+def _open_context(origin: Origin, directory: Path, model: DecoderConfig) -> int:
+    """What the resumed run has; for a new one, as much of the default as the model is built for."""
+    saved = directory / files.CONFIG
+    if origin.resumes and saved.is_file():
+        try:
+            return int(files.read_json(saved)["data"]["context"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{saved}: does not say data.context, which the resumed run has; give data.context"
+            ) from error
+    return min(DataConfig().context, model.max_positions)
 
 
 def model_of(config: RunConfig, origin: Origin) -> DecoderConfig:
@@ -83,13 +127,6 @@ def model_of(config: RunConfig, origin: Origin) -> DecoderConfig:
     if differing:
         raise UserError(f"resume: the configured model is not the one that {origin.checkpoint} holds: {differing}")
     return found
-
-
-def planned_model(config: RunConfig) -> DecoderConfig:
-    """The model that a run of `config` would train, as far as can be told without looking at its directory."""
-    if config.checkpoint is None:
-        return resolved_model(config)
-    return model_of(config, find_origin(config, find_directory(config)))
 
 
 def _differences(wanted: DecoderConfig, found: DecoderConfig) -> str:

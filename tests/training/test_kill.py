@@ -71,6 +71,34 @@ def test_a_signal_saves_the_step_it_came_in(name: str, code: int, runner, reques
     assert curve(tmp_path / "run") == expected()
 
 
+@pytest.mark.parametrize("moment", ["SIGTERM:3", "row:2"])
+def test_a_run_that_started_from_weights(moment: str, runner, request_of, tmp_path: Path) -> None:
+    """Continued as its last words say; killed before its first checkpoint, it starts from the weights again."""
+    base = request_of(output=str(tmp_path / "base"), trainer__steps=2)
+    assert runner.run(base) == 0, runner.log.read_text()
+    # The model and the context of this command line are not the run's.
+    tuned = request_of(model={"name": "llama-tiny", "vocab_size": 300}, trainer__steps=6)
+    tuned["data"].pop("context")
+    start = {**tuned, "checkpoint": base["output"]}
+    assert runner.run({**start, "output": str(tmp_path / "whole")}) == 0, runner.log.read_text()
+
+    code = runner.run(start, kill=moment)
+    if moment == "row:2":
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 143, runner.log.read_text()
+        assert (
+            runner.log.read_text()
+            .splitlines()[-1]
+            .endswith("step-00000004; the same command with resume=auto instead of checkpoint= continues")
+        )
+    assert runner.run({**start, "resume": "auto"}) == 2
+    assert runner.run({**tuned, "resume": "auto"}) == 0, runner.log.read_text()
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    lineages = [json.loads((tmp_path / name / "lineage.json").read_text()) for name in ("run", "whole")]
+    assert lineages[0]["parent"] == lineages[1]["parent"] is not None
+
+
 def test_loader_processes_change_nothing(runner, request_of, expected, tmp_path: Path) -> None:
     config = request_of(resume="auto", data__workers=2)
     assert runner.run(config, kill="row:5") == -signal.SIGKILL, runner.log.read_text()

@@ -23,7 +23,7 @@ from longspan.training.errors import RunFailed, UserError
 from longspan.training.metrics import MetricsFile, Row, read_rows
 from longspan.training.plan import plan
 from longspan.training.run import RunResult, train
-from longspan.training.schema import validate
+from longspan.training.schema import as_request, validate
 
 Request = Callable[..., dict]
 
@@ -140,6 +140,60 @@ def test_starting_from_weights(finished: Path, request_of: Request, tmp_path: Pa
     # Continued, it still is the checkpoint's model.
     raw.pop("checkpoint")
     assert go({**raw, "resume": "auto", "trainer": {**raw["trainer"], "steps": 3}}).final_step == 3
+
+
+def without_context(raw: dict) -> dict:
+    raw["data"].pop("context")
+    return raw
+
+
+def test_the_context_is_what_the_checkpoint_can_read(finished: Path, request_of: Request, tmp_path: Path) -> None:
+    # The checkpoint has 128 learned positions; the model of the command line, which is not trained, has 4096.
+    raw = without_context(request_of(checkpoint=str(finished), trainer__steps=1, model={"name": "llama-20m"}))
+    planned = plan(validate(raw))
+    assert planned.tokens_per_step == 8 * 128
+    assert planned.model.n_layers == 1
+    assert "context" not in as_request(validate(raw))["data"]  # what `dry_run` prints does not claim 1024
+    go(raw)
+    saved = validate(json.loads((tmp_path / "run" / "config.yaml").read_text()))
+    assert saved.data.context == 128
+    assert saved.model == load_config(Checkpoints(tmp_path / "run", keep=1).path(1))
+    assert [row.tokens for row in rows_of(tmp_path / "run")] == [8 * 128]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__context": 129}, r"^data.context=129: is longer than the 128 learned positions of .*; lower it$"),
+        ({"evaluation": {"window": 129}}, r"^evaluation.window=129: is longer than the 128 learned positions of "),
+        ({"evaluation": {"stride": 17}}, r"^evaluation.stride=17: is larger than the window \(data.context=16\)"),
+    ],
+)
+def test_lengths_that_the_checkpoint_cannot_read(
+    changes: dict, message: str, finished: Path, request_of: Request
+) -> None:
+    refused(request_of(checkpoint=str(finished), model={"name": "llama-20m"}, **changes), message)
+
+
+def test_a_resumed_run_keeps_its_context(finished: Path, request_of: Request, tmp_path: Path) -> None:
+    raw = request_of(checkpoint=str(finished), trainer__steps=1, data__context=128, model={"name": "llama-20m"})
+    go(raw)
+    # Resumed with what the command line defaults to: a model with other lengths, and no context.
+    raw = without_context(request_of(resume="auto", trainer__steps=2, model={"name": "gpt-tiny", "max_positions": 64}))
+    assert plan(validate(raw)).tokens_per_step == 8 * 128
+    go(raw)
+    assert [row.tokens for row in rows_of(tmp_path / "run")] == [8 * 128, 16 * 128]
+    raw["data"]["context"] = 127  # what is written counts: 64 positions are not the run's
+    with pytest.raises(UserError, match=r"not what the run was trained on \(context: 128 → 127\)"):
+        go(raw)
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    with pytest.raises(UserError, match=r"config.yaml: does not say data.context"):
+        go(without_context(raw))
+
+
+def test_lengths_of_a_new_run_with_resume_auto(request_of: Request) -> None:
+    refused(request_of(resume="auto", data__context=129), r"data.context=129: is longer than model.max_positions=128")
+    refused(request_of(resume="auto", model__vocab_size=256), r"data.tokenizer.kind=bytes: makes 257 tokens")
 
 
 def refused(raw: dict, message: str, error: type[Exception] = UserError) -> None:
