@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+
+SAMPLE_SEED = 0  # every budgeted sample of ours: two evaluations of the same store score the same documents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,12 @@ class EvalDocument:
     id: str = ""
     truncated: bool = False
 
+    def text(self, decode: Callable[[Sequence[int]], str]) -> str:
+        """What `tokens` stand for, by a tokenizer's `decode`."""
+        text = decode(self.tokens.tolist())
+        # A cut inside a multi-byte character decodes to U+FFFD, which is no part of the text.
+        return text.rstrip("\ufffd") if self.truncated else text
+
 
 class StoredDocuments(Protocol):
     """One split of a token store (`data.store.TokenStore.documents`)."""
@@ -43,7 +51,7 @@ def documents_from(
     limit: int | None = None,
     max_tokens: int | None = None,
     decode: Callable[[Sequence[int]], str] | None = None,
-    seed: int = 0,
+    seed: int = SAMPLE_SEED,
 ) -> list[EvalDocument]:
     """A sample of a store's documents: whole ones in a seeded random order until a budget is spent.
 
@@ -74,10 +82,8 @@ def _stored(
     documents: StoredDocuments, i: int, take: int, decode: Callable[[Sequence[int]], str] | None
 ) -> EvalDocument:
     tokens = np.asarray(documents.tokens(i))
-    truncated = take < len(tokens)
-    n_bytes = int(documents.n_bytes(i))
-    if truncated and decode is not None:
-        tokens = tokens[:take]
-        # A cut inside a multi-byte character decodes to U+FFFD, which is no part of the text.
-        n_bytes = len(decode(tokens.tolist()).rstrip("\ufffd").encode())
-    return EvalDocument(tokens=tokens, n_bytes=n_bytes, source=str(documents.source(i)), id=str(i), truncated=truncated)
+    whole = EvalDocument(tokens=tokens, n_bytes=int(documents.n_bytes(i)), source=str(documents.source(i)), id=str(i))
+    if take == len(tokens) or decode is None:
+        return whole
+    cut = replace(whole, tokens=tokens[:take], truncated=True)
+    return replace(cut, n_bytes=len(cut.text(decode).encode()))

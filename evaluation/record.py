@@ -84,7 +84,8 @@ def markdown(result: PerplexityResult, baseline: BaselineResult | None = None, *
         ("scored", f"{result.tokens:,} tokens, {result.bytes:,} bytes, {result.documents:,} documents"),
     ]
     if baseline is not None:
-        note = f"{baseline.bits_per_byte:.4f} bits per byte, fitted on {baseline.trained_bytes:,} bytes"
+        measured = "" if baseline.bytes == result.bytes else f" on {baseline.bytes:,} bytes (the text as decoded)"
+        note = f"{baseline.bits_per_byte:.4f} bits per byte{measured}, fitted on {baseline.trained_bytes:,} bytes"
         if result.bits_per_byte is not None:
             change = 100 * (result.bits_per_byte / baseline.bits_per_byte - 1)
             note += f"; the model differs by {change:+.1f} %"
@@ -123,4 +124,9 @@ def _finite(value: object) -> object:
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return finite_or_none(value) if isinstance(value, float) else value
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return None if value is None or not math.isfinite(value) else value

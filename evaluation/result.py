@@ -24,6 +24,8 @@ class ScoringProtocol:
     precision            of the matmuls; softmax and sums are always fp32
     documents            how many were scored, `truncated` of them only in part
     documents_available  how many they were drawn from; None: not stated
+    max_tokens           the budget that they were drawn for; None: all tokens
+    sample_seed          of the draw; None: not stated
     """
 
     window: int
@@ -33,6 +35,8 @@ class ScoringProtocol:
     precision: str
     documents: int
     documents_available: int | None = None
+    max_tokens: int | None = None
+    sample_seed: int | None = None
     truncated: int = 0
 
     @property
@@ -46,6 +50,8 @@ class ScoringProtocol:
         scope = f"{self.documents:,} documents"
         if self.documents_available is not None:
             scope = f"{self.documents:,} of {self.documents_available:,} documents"
+        if self.max_tokens is not None:
+            scope += f" (at most {self.max_tokens:,} tokens, drawn with seed {self.sample_seed})"
         cut = f"{self.truncated:,} of them truncated" if self.truncated else "none truncated"
         return (
             f"Each document alone, {each} scored exactly once, in {windows}; mean over tokens; "

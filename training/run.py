@@ -22,6 +22,7 @@ from rich.console import Console
 
 from longspan.data.prepare import Prepared, Stage, prepare
 from longspan.data.tokenizer import Tokenizer
+from longspan.evaluation.evaluate import Evaluation
 from longspan.evaluation.report import write_report
 from longspan.kernels.attention import Phase
 from longspan.model import checkpoint as model_checkpoint
@@ -270,7 +271,7 @@ def _finish(
     chosen = model_checkpoint.resolve_checkpoint(directory)
     model = model_checkpoint.load_model(chosen, device=device)
     _set_backends(model, config)
-    evaluation: dict | None = None
+    evaluation: Evaluation | None = None
     if config.evaluation.enabled and len(prepared.store.documents("validation")):
         evaluation = evaluate(
             model,
@@ -279,9 +280,8 @@ def _finish(
             context=config.data.context,
             arithmetic=arithmetic,
             device=device,
-            seed=config.seed,
         )
-        files.write_json(directory / files.EVALUATION, {"checkpoint": chosen.name, **evaluation})
+        files.write_json(directory / files.EVALUATION, {"checkpoint": chosen.name, **evaluation.record()})
     sample(model, prepared.tokenizer, config.sample, seed=config.seed, directory=directory)
     result = _result(directory, loop, config.trainer.steps, evaluation)
     files.write_json(directory / files.SUMMARY, _summary(config, result, chosen, loop, costs, evaluation))
@@ -399,18 +399,18 @@ def _metrics(config: RunConfig, directory: Path, *, resumed_step: int) -> Iterat
         yield metrics
 
 
-def _result(directory: Path, loop: RunLoop, steps: int, evaluation: dict | None) -> RunResult:
+def _result(directory: Path, loop: RunLoop, steps: int, evaluation: Evaluation | None) -> RunResult:
     return RunResult(
         directory=directory,
         final_step=steps,
         validation_loss=loop.validation_loss,
         best_step=loop.best.step if loop.best is not None else None,
-        bits_per_byte=evaluation["perplexity"]["bits_per_byte"] if evaluation is not None else None,
+        bits_per_byte=evaluation.result.bits_per_byte if evaluation is not None else None,
     )
 
 
 def _summary(
-    config: RunConfig, result: RunResult, chosen: Path, loop: RunLoop, costs: Plan, evaluation: dict | None
+    config: RunConfig, result: RunResult, chosen: Path, loop: RunLoop, costs: Plan, evaluation: Evaluation | None
 ) -> dict[str, object]:
     summary: dict[str, object] = {
         "name": config.name,
@@ -426,21 +426,16 @@ def _summary(
         "finished": files.now(),
     }
     if evaluation is not None:
-        summary["perplexity"] = evaluation["perplexity"]["perplexity"]
-        summary["bits_per_byte"] = evaluation["perplexity"]["bits_per_byte"]
-        summary["baseline_bits_per_byte"] = evaluation["baseline"]["bits_per_byte"]
+        summary |= evaluation.headline()
     return summary
 
 
-def _closing_words(result: RunResult, evaluation: dict | None, directory: Path) -> str:
+def _closing_words(result: RunResult, evaluation: Evaluation | None, directory: Path) -> str:
     words = [f"step {result.final_step}"]
     if result.validation_loss is not None:
         words.append(f"validation loss {result.validation_loss:.3f}")
     if evaluation is not None:
-        words.append(f"perplexity {evaluation['perplexity']['perplexity']:.2f}")
-        if result.bits_per_byte is not None:
-            other = evaluation["baseline"]
-            words.append(f"{result.bits_per_byte:.3f} bits per byte ({other['name']}: {other['bits_per_byte']:.3f})")
+        words.append(evaluation.words())
     return ", ".join(words) + f"; everything is in {directory}"
 
 

@@ -1,0 +1,127 @@
+"""One evaluation, the same at the end of a run and for `longspan evaluate`: which documents, which protocol, against what.
+
+A run and a later evaluation of its checkpoint agree to the last digit because both come through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from longspan.data.store import Documents
+from longspan.data.tokenizer import Tokenizer
+
+from .documents import SAMPLE_SEED, StoredDocuments, documents_from
+from .perplexity import LanguageModel, Precision, score
+from .record import BaselineResult, evaluation_record, finite_or_none, measure_baseline
+from .result import PerplexityResult
+
+BASELINE_BYTES = 50_000_000  # of training text: beyond that three bytes have nothing more to learn
+
+
+class Scoring(Protocol):
+    """The choices that a user makes (`evaluation.*` of a configuration).
+
+    max_tokens  score at most this many; None: all
+    window      tokens that a forward pass sees; None: the context that the model was trained with
+    stride      new tokens scored per window; None: half the window
+    batch       windows in a forward pass
+    """
+
+    @property
+    def max_tokens(self) -> int | None: ...
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def stride(self) -> int | None: ...
+    @property
+    def batch(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a model costs on held-out documents, and what a byte n-gram does on the same text (None: not measured)."""
+
+    result: PerplexityResult
+    baseline: BaselineResult | None
+
+    def record(self) -> dict[str, object]:
+        """Plain data for evaluation.json."""
+        return evaluation_record(self.result, self.baseline)
+
+    def headline(self) -> dict[str, float | None]:
+        """For summary.json: the numbers that runs are compared by; null where they are not finite or not measured."""
+        numbers = {"perplexity": self.result.perplexity, "bits_per_byte": self.result.bits_per_byte}
+        if self.baseline is not None:
+            numbers["baseline_bits_per_byte"] = self.baseline.bits_per_byte
+        return {name: finite_or_none(value) for name, value in numbers.items()}
+
+    def words(self) -> str:
+        """One line for a log."""
+        words = f"perplexity {self.result.perplexity:.2f}"
+        if self.result.bits_per_byte is None:
+            return words
+        words += f", {self.result.bits_per_byte:.3f} bits per byte"
+        if self.baseline is None:
+            return words
+        return f"{words} ({self.baseline.name}: {self.baseline.bits_per_byte:.3f})"
+
+
+def evaluate_documents(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    stored: StoredDocuments,
+    scoring: Scoring,
+    *,
+    context: int,
+    device: torch.device | str,
+    precision: Precision,
+    train: Documents | None = None,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Score a sample of `stored` documents, each preceded by the end-of-text token.
+
+    context   the window where `scoring` names none
+    train     training documents of the same tokenizer, to fit the baseline on; None or empty: no baseline
+    limit     at most this many documents
+    progress  called with (tokens scored, tokens in all)
+    Raises ValueError for a request that cannot be met: no documents, a stride beyond the window, foreign tokens.
+    """
+    documents = documents_from(
+        stored, limit=limit, max_tokens=scoring.max_tokens, decode=tokenizer.decode, seed=SAMPLE_SEED
+    )
+    window = scoring.window or context
+    scores = score(
+        model,
+        documents,
+        window=window,
+        stride=scoring.stride or max(1, window // 2),
+        bos=tokenizer.eos_id,
+        batch=scoring.batch,
+        device=device,
+        precision=precision,
+        progress=progress,
+        documents_available=len(stored),
+    )
+    protocol = replace(scores.protocol, max_tokens=scoring.max_tokens, sample_seed=SAMPLE_SEED)
+    baseline = None
+    texts = [document.text(tokenizer.decode) for document in documents]
+    if train is not None and len(train) and any(texts):
+        baseline = measure_baseline(spread_texts(train, tokenizer, BASELINE_BYTES), texts)
+    return Evaluation(replace(scores, protocol=protocol).summary(), baseline)
+
+
+def spread_texts(documents: Documents, tokenizer: Tokenizer, limit: int) -> Iterator[str]:
+    """Texts of documents evenly spread over a split, about `limit` bytes of them; a longer document is cut there."""
+    every = max(1, -(-int(documents.byte_counts.sum()) // limit))
+    left = limit
+    for index in range(0, len(documents), every):
+        text = tokenizer.decode(documents.tokens(index)[:left].tolist())
+        yield text
+        left -= len(text.encode())
+        if left <= 0:
+            return
