@@ -44,7 +44,7 @@ from .precision import Arithmetic, choose_arithmetic, choose_device
 from .progress import ProgressView, choose_style, logging_to
 from .schema import RunConfig, as_request
 from .signals import SignalFlag
-from .start import Origin, find_directory, find_origin, model_of, tokenizer_of
+from .start import Origin, find_directory, find_origin, settle, tokenizer_of
 
 __all__ = ["RunResult", "plan", "train"]
 
@@ -116,13 +116,12 @@ def _train(
     is_main: bool,
 ) -> RunResult:
     origin = find_origin(config, directory)
-    model_config = model_of(config, origin)
-    _check_length(config, model_config)
-    _check_attention(config, model_config, device, arithmetic)
+    config = settle(config, origin, directory)
+    _check_attention(config, device, arithmetic)
     prepared = prepare(
         prepare_settings(config.data, tokenizer=tokenizer_of(config, origin)), progress=_Stages() if is_main else None
     )
-    _check_vocabulary(prepared.tokenizer, model_config)
+    _check_vocabulary(prepared.tokenizer, config.model)
     world = config.trainer.devices * config.trainer.nodes
     data = PackedData(
         prepared.store,
@@ -146,8 +145,8 @@ def _train(
                 f"trainer.steps={config.trainer.steps}: the run in {directory} is at step {state['step']} already"
             )
     peak = find_peak(device, arithmetic, world=world)
-    costs = plan_for(config, model_config, device, arithmetic, peak)
-    model = _model(config, model_config, origin, arithmetic)
+    costs = plan_for(config, device, arithmetic, peak)
+    model = _model(config, origin, arithmetic)
 
     # From here on the request is known to be sound, and the run directory is written.
     step = int(state["step"]) if state is not None else 0
@@ -213,6 +212,8 @@ def _fit(
             metrics=metrics,
             view=view,
             resume=state,
+            # A run that started from weights continues without naming them again.
+            advice="resume=auto" if config.checkpoint is None else "resume=auto instead of checkpoint=",
         )
         if state is not None and state["step"] >= steps:
             loop.adopt(state)
@@ -294,8 +295,8 @@ def _finish(
 # -- building and checking --------------------------------------------------------------------------------------------
 
 
-def _model(config: RunConfig, model_config: DecoderConfig, origin: Origin, arithmetic: Arithmetic) -> Decoder:
-    model = from_config(model_config, seed=config.seed)
+def _model(config: RunConfig, origin: Origin, arithmetic: Arithmetic) -> Decoder:
+    model = from_config(config.model, seed=config.seed)
     if origin.checkpoint is not None:
         weights = model_checkpoint.load_weights(origin.checkpoint)
         model_checkpoint.check_weights(model, weights, asked_by=str(origin.checkpoint))
@@ -314,19 +315,9 @@ def _set_backends(model: Decoder, config: RunConfig) -> None:
     model.set_backends(train=backend.train, prefill=backend.prefill, decode=backend.decode)
 
 
-def _check_length(config: RunConfig, model: DecoderConfig) -> None:
-    if model.positions == "learned" and config.data.context > model.max_positions:
-        raise UserError(
-            f"data.context={config.data.context}: longer than the model's {model.max_positions} learned positions; "
-            "lower it, or raise model.max_positions"
-        )
-
-
-def _check_attention(
-    config: RunConfig, model_config: DecoderConfig, device: torch.device, arithmetic: Arithmetic
-) -> None:
+def _check_attention(config: RunConfig, device: torch.device, arithmetic: Arithmetic) -> None:
     """Raises UnsupportedAttention before any data is read, for every phase that the run goes through."""
-    model = from_config(model_config, device="meta")
+    model = from_config(config.model, device="meta")
     _set_backends(model, config)
     dtype, context = arithmetic.compute, config.data.context
     model.check_attention(
