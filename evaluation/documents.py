@@ -9,6 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
+from longspan.data.sources import SourceSpec, read
+from longspan.data.tokenizer import Tokenizer
+
 SAMPLE_SEED = 0  # every budgeted sample of ours: two evaluations of the same store score the same documents
 
 
@@ -43,6 +46,38 @@ class StoredDocuments(Protocol):
     def tokens(self, document: int, /) -> np.ndarray: ...
     def n_bytes(self, document: int, /) -> int: ...
     def source(self, document: int, /) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TextDocuments:
+    """Tokenised documents in memory, in the form of a store's: each ends with the separator."""
+
+    ids: Sequence[np.ndarray]
+    sizes: Sequence[int]
+    sources: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def tokens(self, document: int) -> np.ndarray:
+        return self.ids[document]
+
+    def n_bytes(self, document: int) -> int:
+        return self.sizes[document]
+
+    def source(self, document: int) -> str:
+        return self.sources[document]
+
+
+def text_documents(source: SourceSpec, tokenizer: Tokenizer) -> TextDocuments:
+    """The documents of a source, tokenised. Raises SourceError for one that holds none."""
+    documents = list(read(source))
+    encoded = tokenizer.encode_batch([document.text for document in documents])
+    return TextDocuments(
+        [np.array([*ids, tokenizer.eos_id]) for ids in encoded],
+        [len(document.text.encode()) for document in documents],
+        [document.source for document in documents],
+    )
 
 
 def documents_from(

@@ -1,4 +1,4 @@
-"""One evaluation, the same at the end of a run and for `longspan evaluate`: which documents, which protocol, against what.
+"""One evaluation, for the end of a run and for `longspan evaluate`: which documents, which protocol, against what.
 
 A run and a later evaluation of its checkpoint agree to the last digit because both come through here.
 """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from longspan.kernels.attention import AttentionCall, Phase, explain
-from longspan.training.schema import ExplainConfig, as_request
+from longspan.training.precision import choose_device
+from longspan.training.schema import Accelerator, ExplainConfig, as_request
 
 from .output import as_yaml
 
@@ -40,7 +41,6 @@ def run(config: ExplainConfig) -> int:
     return 0
 
 
-def _device(accelerator: str) -> str:
-    if accelerator == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return "cuda" if accelerator == "gpu" else "cpu"
+def _device(accelerator: Accelerator) -> str:
+    """A question about GPUs may be asked where there is none."""
+    return "cuda" if accelerator == "gpu" else choose_device(accelerator).type

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+from longspan.data.sources import from_path
+from longspan.data.store import Documents
 from longspan.data.tokenizer import Tokenizer
-from longspan.evaluation.documents import documents_from
-from longspan.evaluation.perplexity import score
+from longspan.evaluation.documents import StoredDocuments, text_documents
+from longspan.evaluation.evaluate import evaluate_documents
 from longspan.evaluation.record import markdown, write_evaluation
 from longspan.model.checkpoint import load_model, resolve_checkpoint
 from longspan.training.config_plain import plain
 from longspan.training.errors import UserError
-from longspan.training.schema import EvaluateConfig
+from longspan.training.held_out import trained_with, training_store
+from longspan.training.precision import choose_device, inference_precision
+from longspan.training.schema import EvaluateConfig, EvaluationDataConfig
 
-from .documents import held_out, of_path, training_context
-from .machine import choose_device, computes_in_bf16
 from .output import as_yaml, progress_bars
 
 
@@ -25,32 +29,44 @@ def run(config: EvaluateConfig) -> int:
     output = Path(config.output or f"evaluations/{Path(config.checkpoint).resolve().name}")
     if output.exists() and not (output.is_dir() and (config.overwrite or not any(output.iterdir()))):
         raise UserError(f"output={output}: exists and is not an empty directory; choose another, or set overwrite=true")
-    device = choose_device(config.accelerator)
+    device = choose_device(config.accelerator, key="accelerator")
     checkpoint = resolve_checkpoint(config.checkpoint)
     model = load_model(checkpoint, device=device)
     tokenizer = Tokenizer.load(checkpoint)
-    stored = held_out(checkpoint, tokenizer) if config.data.path is None else of_path(config.data, tokenizer)
-    protocol = config.evaluation
-    documents = documents_from(
-        stored, limit=config.data.limit, max_tokens=protocol.max_tokens, decode=tokenizer.decode, seed=0
-    )
-    window = protocol.window or training_context(checkpoint) or model.config.max_positions
+    stored, train = _documents(config.data, checkpoint, tokenizer)
+    trained = trained_with(checkpoint)
     with progress_bars() as bars:
         task = bars.add_task("scoring")
-        scores = score(
+        found = evaluate_documents(
             model,
-            documents,
-            window=window,
-            stride=protocol.stride or max(1, window // 2),
-            bos=tokenizer.eos_id,
-            batch=protocol.batch,
+            tokenizer,
+            stored,
+            config.evaluation,
+            context=trained.context or model.config.max_positions,
             device=device,
-            precision="bf16" if computes_in_bf16(config.precision, device) else "fp32",
+            precision=inference_precision(config.precision, device, trained_in=trained.precision),
+            train=train,
+            limit=config.data.limit,
             progress=lambda done, total: bars.update(task, completed=done, total=total),
-            documents_available=len(stored),
         )
-    result, title = scores.summary(), f"Perplexity of {checkpoint}"
-    write_evaluation(result, output, title=title)
-    print(markdown(result, title=title))
+    title = f"Perplexity of {checkpoint}"
+    write_evaluation(found.result, output, baseline=found.baseline, title=title)
+    print(markdown(found.result, found.baseline, title=title))
     print(f"written to {output}/")
     return 0
+
+
+def _documents(
+    data: EvaluationDataConfig, checkpoint: Path, tokenizer: Tokenizer
+) -> tuple[StoredDocuments, Documents | None]:
+    """What to score, and the training documents for the baseline: a text of the user's own can do without."""
+    if data.path is None:
+        store = training_store(checkpoint, tokenizer)
+        return store.documents("validation"), store.documents("train")
+    source = replace(from_path(data.path), text_field=data.text_field, limit=data.limit)
+    stored = text_documents(source, tokenizer)
+    try:
+        return stored, training_store(checkpoint, tokenizer).documents("train")
+    except UserError as error:
+        print(f"no n-gram baseline: {error}", file=sys.stderr)
+        return stored, None

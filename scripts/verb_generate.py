@@ -12,9 +12,9 @@ from longspan.model.checkpoint import load_model, resolve_checkpoint
 from longspan.model.generation import stream
 from longspan.training.config_plain import plain
 from longspan.training.errors import UserError
+from longspan.training.precision import choose_device, inference_precision
 from longspan.training.schema import GenerateConfig
 
-from .machine import choose_device, computes_in_bf16
 from .output import as_yaml
 
 
@@ -23,9 +23,9 @@ def run(config: GenerateConfig) -> int:
         print(as_yaml(plain(config)), end="")
         return 0
     prompt = _prompt(config)
-    device = choose_device(config.accelerator)
+    device = choose_device(config.accelerator, key="accelerator")
     checkpoint = resolve_checkpoint(config.checkpoint)
-    dtype = torch.bfloat16 if computes_in_bf16(config.precision, device) else torch.float32
+    dtype = torch.bfloat16 if inference_precision(config.precision, device) == "bf16" else torch.float32
     model = load_model(checkpoint, device=device, dtype=dtype)
     tokenizer = Tokenizer.load(checkpoint)
     tokens = tokenizer.encode(prompt) or [tokenizer.eos_id]  # an empty prompt: the start of a document

@@ -10,7 +10,6 @@ import torch
 from longspan.data.prepare import Prepared
 from longspan.data.tokenizer import Tokenizer
 from longspan.evaluation.evaluate import Evaluation, evaluate_documents
-from longspan.evaluation.perplexity import Precision
 from longspan.model.decoder import Decoder
 from longspan.model.generation import generate
 
@@ -40,14 +39,9 @@ def evaluate(
         config,
         context=context,
         device=device,
-        precision=scoring_precision(arithmetic),
+        precision=arithmetic.scoring,
         train=prepared.store.documents("train"),
     )
-
-
-def scoring_precision(arithmetic: Arithmetic) -> Precision:
-    """bf16 where forward passes are autocast; otherwise what the weights are kept in."""
-    return "bf16" if arithmetic.autocast is not None else "fp32"
 
 
 def sample(model: Decoder, tokenizer: Tokenizer, config: SampleConfig, *, seed: int, directory: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from .errors import UserError
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-true"]
+AskedPrecision = Literal["auto", Precision]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +41,25 @@ class Arithmetic:
         """What attention and matrix products see."""
         return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
+    @property
+    def scoring(self) -> Literal["fp32", "bf16"]:
+        """How a saved model is evaluated: under autocast like its training, else in the type of its weights."""
+        return "bf16" if self.autocast is not None else "fp32"
 
-def choose_device(accelerator: Literal["auto", "cpu", "gpu"], devices: int) -> torch.device:
-    """Raises UserError when the GPUs asked for are not there."""
+
+def choose_device(
+    accelerator: Literal["auto", "cpu", "gpu"], devices: int = 1, *, key: str = "trainer.accelerator"
+) -> torch.device:
+    """`key` is what the user sets the accelerator with. Raises UserError when the GPUs asked for are not there."""
     found = torch.cuda.device_count() if accelerator != "cpu" else 0
     if accelerator == "gpu" and found == 0:
-        raise UserError("trainer.accelerator=gpu: no CUDA device is visible; use trainer.accelerator=cpu or auto")
+        raise UserError(f"{key}=gpu: no CUDA device is visible; use {key}=cpu or auto")
     if found and devices > found:
         raise UserError(f"trainer.devices={devices}: {found} CUDA device(s) are visible")
     return torch.device("cuda" if found else "cpu")
 
 
-def choose_arithmetic(
-    precision: Literal["auto", "fp32", "bf16-mixed", "bf16-true"], device: torch.device
-) -> Arithmetic:
+def choose_arithmetic(precision: AskedPrecision, device: torch.device) -> Arithmetic:
     if precision != "auto":
         return Arithmetic(precision, "as configured")
     if device.type == "cuda":
@@ -63,6 +69,16 @@ def choose_arithmetic(
             "bf16-mixed", "auto: this processor multiplies bf16 in hardware (AMX), several times fp32's rate"
         )
     return Arithmetic("fp32", "auto: this processor has no fast bf16 (no AMX)")
+
+
+def inference_precision(
+    asked: Literal["auto", "fp32", "bf16"],
+    device: torch.device,
+    *,
+    trained_in: AskedPrecision = "auto",
+) -> Literal["fp32", "bf16"]:
+    """`auto` is how a run with that `trainer.precision` evaluates its own model on this device."""
+    return choose_arithmetic(trained_in, device).scoring if asked == "auto" else asked
 
 
 def multiplies_bf16_fast(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -369,7 +369,7 @@ def _open_directory(
 def _data_facts(prepared: Prepared) -> dict[str, object]:
     store = prepared.store
     facts: dict[str, object] = {
-        "store": str(prepared.directory),
+        "store": os.path.abspath(prepared.directory),
         "manifest_sha256": store.manifest["self_sha256"],
         "tokenizer_sha256": store.tokenizer_sha256,
         "vocab_size": store.vocab_size,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from longspan.model.checkpoint import resolve_checkpoint
 from longspan.scripts import verb_estimate
 from longspan.scripts.cli import VERBS, main
 from longspan.training.errors import RunFailed, Terminated
@@ -378,16 +380,19 @@ def test_prepare_counts_what_it_stored(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_evaluate_the_runs_own_held_out_documents(workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = workshop / "runs/tiny"
-    # The best checkpoint of a run is what the run evaluated at its end, by the same protocol.
-    assert main(["evaluate", f"checkpoint={run}", "output=out", "evaluation.max_tokens=2000", "precision=fp32"]) == 0
+    # The best checkpoint of a run is what the run evaluated at its end: same documents, arithmetic and baseline.
+    assert main(["evaluate", f"checkpoint={run}", "output=out", "evaluation.max_tokens=2000"]) == 0
     out = capsys.readouterr().out
     assert "Protocol: " in out
-    mine = json.loads(Path("out/evaluation.json").read_text())["perplexity"]
-    theirs = json.loads((run / "evaluation.json").read_text())["perplexity"]
-    assert mine["tokens"] == theirs["tokens"]
-    assert mine["protocol"] == theirs["protocol"]
-    assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    assert f"{mine['loss']:.4f}" in out
+    assert "| order-2 byte n-gram |" in out
+    mine = json.loads(Path("out/evaluation.json").read_text())
+    theirs = json.loads((run / "evaluation.json").read_text())
+    assert theirs.pop("checkpoint") in ("step-00000010", "step-00000020")
+    assert mine == theirs
+    assert mine["perplexity"]["protocol"]["max_tokens"] == 2000
+    assert mine["perplexity"]["protocol"]["precision"] == "fp32"
+    assert mine["baseline"]["bytes"] == mine["perplexity"]["bytes"]
+    assert f"{mine['perplexity']['loss']:.4f}" in out
 
 
 def test_evaluate_a_text_of_ones_own(workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -399,6 +404,29 @@ def test_evaluate_a_text_of_ones_own(workshop: Path, capsys: pytest.CaptureFixtu
     assert found["bytes"] == 350
     assert found["tokens"] == 351
     assert found["documents"] == 1
+
+
+def test_evaluate_without_the_runs_store(workshop: Path, refused: Refused, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Path("run")
+    shutil.copytree(workshop / "runs/tiny", run)
+    checkpoint = resolve_checkpoint(run)
+    lineage = json.loads((checkpoint / "lineage.json").read_text())
+    assert Path(lineage["data"]["store"]).is_absolute()
+    lineage["data"]["store"] = str(Path.cwd() / "gone")
+    (checkpoint / "lineage.json").write_text(json.dumps(lineage))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["lineage.json"] = {
+        "size": (checkpoint / "lineage.json").stat().st_size,
+        "sha256": hashlib.sha256((checkpoint / "lineage.json").read_bytes()).hexdigest(),
+    }
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (line,) = refused("evaluate", "checkpoint=run")
+    assert line.startswith(f"{Path.cwd() / 'gone'}: the token store that ")
+    assert line.endswith("prepare the data of that run again (longspan prepare), or give data.path=… to score a text")
+    Path("a.txt").write_text("text " * 50)
+    assert main(["evaluate", "checkpoint=run", "data.path=a.txt", "output=out"]) == 0
+    assert "no n-gram baseline: " in capsys.readouterr().err
+    assert "baseline" not in json.loads(Path("out/evaluation.json").read_text())
 
 
 def test_generate_streams_the_prompt_and_what_follows(
