@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from . import rng
-from .checkpointing import Best, Checkpoints
+from .checkpointing import Best, Checkpoints, best_of
 from .datamodule import PackedData
 from .errors import RunFailed, Terminated
 from .metrics import MetricsLog, Row
@@ -85,7 +85,7 @@ class _Stopwatch:
 
 
 class RunLoop(Callback):
-    """Everything around the steps of a run. `metrics` and `view` are given on the main process only."""
+    """Everything around the steps of a run. `metrics` and `view` are there on the main process only."""
 
     def __init__(
         self,
@@ -96,7 +96,6 @@ class RunLoop(Callback):
         checkpoints: Checkpoints,
         signals: SignalFlag,
         seed: int,
-        metrics: MetricsLog | None = None,
         view: ProgressView | None = None,
         resume: dict[str, Any] | None = None,
         advice: str = "resume=auto",
@@ -109,7 +108,7 @@ class RunLoop(Callback):
         self._checkpoints = checkpoints
         self._signals = signals
         self._seed = seed
-        self._metrics = metrics
+        self.metrics: MetricsLog | None = None
         self._view = view
         self._resume = resume
         self._advice = advice
@@ -125,12 +124,19 @@ class RunLoop(Callback):
 
     def adopt(self, state: dict[str, Any]) -> None:
         """Takes what a saved state says about the run so far."""
-        self.best = Best(**state["best"]) if state["best"] is not None else None
+        self.best = best_of(state)
         self.validation_loss = state["validation_loss"]
         self._validated_step = state["validated_step"]
         self._watch = _Stopwatch(float(state["seconds"]))
 
     # -- start ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def owes_validation(self) -> bool:
+        """Whether a signal stopped the run after the step it resumes from, before that step's validation and row."""
+        return self._resume is not None and self._validation_due(
+            int(self._resume["step"]), validated_step=int(self._resume["validated_step"])
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _language_model(pl_module)
@@ -139,10 +145,10 @@ class RunLoop(Callback):
         if self._resume is not None:
             self._restore(trainer, module, self._resume)
         self._last_row = self._last_view = (trainer.global_step, self._watch.seconds)
-        if self._resume is not None and self._validation_due(trainer.global_step):
-            # A signal stopped the run after this step, before its validation.
+        if self.owes_validation:
             self._validate(trainer, module)
             self._write_row(trainer, module)
+            self._save(trainer, module)  # or the next session would owe it again
         self._resume = None
         self._watch.go()
 
@@ -187,10 +193,11 @@ class RunLoop(Callback):
         stopped_by = self._signalled(trainer)
         self._watch.stop()
         improved = False
-        if self._validation_due(step) and not stopped_by:
+        due = self._validation_due(step, validated_step=self._validated_step)
+        if due and not stopped_by:
             improved = self._validate(trainer, module)
         validated = self._validated_step == step
-        postponed = self._validation_due(step)  # to the next session, and the row that names its result with it
+        postponed = due and not validated  # to the next session, and the row that names its result with it
         if not postponed and (validated or step == 1 or self._cadence.due(self._cadence.log_every, step)):
             self._write_row(trainer, module)
         self._show(trainer, module, always=validated)
@@ -213,12 +220,9 @@ class RunLoop(Callback):
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return int(flag)
 
-    def _validation_due(self, step: int) -> bool:
-        return (
-            self._data.has_validation
-            and self._validated_step != step
-            and self._cadence.due(self._cadence.val_every, step)
-        )
+    def _validation_due(self, step: int, *, validated_step: int) -> bool:
+        due = self._cadence.due(self._cadence.val_every, step)
+        return self._data.has_validation and validated_step != step and due
 
     @torch.no_grad()
     def _validate(self, trainer: Trainer, module: LanguageModel) -> bool:
@@ -261,9 +265,9 @@ class RunLoop(Callback):
         )
 
     def _write_row(self, trainer: Trainer, module: LanguageModel) -> None:
-        if self._metrics is not None:
+        if self.metrics is not None:
             row = self._row(trainer, module, self._last_row)
-            self._metrics.write(row)
+            self.metrics.write(row)
             self._last_row = (row.step, row.seconds)
 
     def _show(self, trainer: Trainer, module: LanguageModel, *, always: bool) -> None:

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from longspan.model.checkpoint import CheckpointError, SavesItself
 from longspan.model.decoder import Decoder
 
 from .errors import RunFailed
-from .run_directory import CHECKPOINTS, read_json, write_json
+from .run_directory import CHECKPOINTS, write_json
 
 STATE = "trainer.ckpt"
 BEST = "best.json"
@@ -99,8 +100,7 @@ class Checkpoints:
                 also=training_state,
                 overwrite=True,  # a checkpoint of this step that did not verify
             )
-            if best is not None and self.path(best.step).exists():
-                write_json(self.directory / BEST, {"step": best.step, "validation_loss": best.validation_loss})
+            self._mark(best)
         except OSError as error:
             raise RunFailed(f"{target}: cannot be written: {error.strerror or error}; {self.last_good()}") from error
         self._forget(best)
@@ -111,18 +111,23 @@ class Checkpoints:
         steps = self.steps()
         return f"the last good checkpoint is {self.path(steps[-1])}" if steps else "there is no checkpoint yet"
 
-    def sweep(self, *, after: int) -> None:
+    def sweep(self, *, after: int, best: Best | None) -> None:
         """Removes what a killed process left half-written or half-deleted, and checkpoints past step `after`, where the
-        run continues (newer ones did not verify)."""
+        run continues (newer ones did not verify); best.json says again what the state of that step does."""
         if not self.directory.is_dir():
             return
         model_checkpoint.remove_unfinished(self.directory)
         for step in self.steps():
             if step > after:
                 self._remove(self.path(step))
-        best = self.directory / BEST
-        if best.exists() and read_json(best).get("step", 0) > after:
-            best.unlink()
+        self._mark(best)
+        self._forget(best)
+
+    def _mark(self, best: Best | None) -> None:
+        if best is not None and self.path(best.step).exists():
+            write_json(self.directory / BEST, {"step": best.step, "validation_loss": best.validation_loss})
+        else:
+            (self.directory / BEST).unlink(missing_ok=True)
 
     def _forget(self, best: Best | None) -> None:
         """Keeps the newest `keep` and the best."""
@@ -136,6 +141,11 @@ class Checkpoints:
         grave = path.with_name(f".{path.name}.replaced-forgotten")
         path.rename(grave)
         shutil.rmtree(grave)
+
+
+def best_of(state: Mapping[str, Any]) -> Best | None:
+    """What a saved training state says about the best checkpoint so far."""
+    return Best(**state["best"]) if state["best"] is not None else None
 
 
 def newest(run: Path) -> Path | None:

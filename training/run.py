@@ -31,7 +31,7 @@ from longspan.model.decoder import Decoder, from_config
 
 from . import run_directory as files
 from .callbacks import Cadence, RunLoop, Throughput
-from .checkpointing import Checkpoints, load_state
+from .checkpointing import Checkpoints, best_of, load_state
 from .data_settings import prepare_settings, source_specs
 from .datamodule import BatchPlan, PackedData
 from .errors import RunFailed, Terminated, UserError
@@ -100,10 +100,9 @@ def train(config: RunConfig) -> RunResult:
                 raise SystemExit(0) from None
             raise
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk is nobody's wrong request
                 raise
-            what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-            raise RunFailed(f"{what}; {Checkpoints(directory, keep=1).last_good()}") from error
+            raise _refused_by_system(error, directory) from error
 
 
 def _train(
@@ -151,9 +150,11 @@ def _train(
     # From here on the request is known to be sound, and the run directory is written.
     step = int(state["step"]) if state is not None else 0
     lineage: dict[str, object] = {}
-    if is_main:
-        lineage = _open_directory(config, directory, origin, prepared, costs, device, step)
-    with logging_to(directory / files.LOG if is_main else None, None):
+    with ExitStack() as stack:
+        stack.enter_context(_running(directory))
+        if is_main:
+            lineage = _open_directory(config, directory, origin, prepared, costs, device, state)
+        stack.enter_context(logging_to(directory / files.LOG if is_main else None, None))
         logger.info("%s on %s; %s", arithmetic.precision, device, arithmetic.reason)
         if peak.flops is not None:
             logger.info("mfu is the share of %.3g TFLOP/s, %s", peak.flops / 1e12, peak.basis)
@@ -166,6 +167,23 @@ def _train(
         if not is_main:
             return _result(directory, loop, config.trainer.steps, None)
         return _finish(config, directory, loop, prepared, arithmetic, device, costs)
+
+
+@contextmanager
+def _running(directory: Path) -> Iterator[None]:
+    """What the system refuses a run that goes on (disk, quota, permissions, network) ends it with RunFailed."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever read the progress has gone
+        raise
+    except OSError as error:
+        raise _refused_by_system(error, directory) from error
+
+
+def _refused_by_system(error: OSError, directory: Path) -> RunFailed:
+    what = " ".join((error.strerror or str(error)).split())
+    where = f"{error.filename}: " if error.filename else ""
+    return RunFailed(f"{where}{what or type(error).__name__}; {Checkpoints(directory, keep=1).last_good()}")
 
 
 def _fit(
@@ -188,9 +206,8 @@ def _fit(
     tenth = max(1, steps // 10)
     signals = SignalFlag()
     with ExitStack() as stack:
-        metrics = view = None
+        view = None
         if is_main:
-            metrics = stack.enter_context(_metrics(config, directory, resumed_step=int(state["step"]) if state else 0))
             quiet = Console(quiet=True)
             style = choose_style(config.callbacks.progress, console or quiet)
             view = ProgressView(style, console or quiet, steps=steps, seconds=config.callbacks.progress_seconds)
@@ -209,13 +226,17 @@ def _fit(
             checkpoints=checkpoints,
             signals=signals,
             seed=config.seed,
-            metrics=metrics,
             view=view,
             resume=state,
             # A run that started from weights continues without naming them again.
             advice="resume=auto" if config.checkpoint is None else "resume=auto instead of checkpoint=",
         )
-        if state is not None and state["step"] >= steps:
+        step = int(state["step"]) if state is not None else 0
+        if is_main:
+            # A row that is still owed may be there already, from a session that was killed before it could save.
+            kept = step - 1 if loop.owes_validation else step
+            loop.metrics = stack.enter_context(_metrics(config, directory, resumed_step=kept))
+        if state is not None and step >= steps and not loop.owes_validation:
             loop.adopt(state)
             return loop
         module = LanguageModel(
@@ -346,14 +367,16 @@ def _open_directory(
     prepared: Prepared,
     costs: Plan,
     device: torch.device,
-    step: int,
+    state: dict | None,
 ) -> dict[str, object]:
     """Clears what a new run replaces, or what a killed one left; writes what is known at the start. The lineage."""
     lineage = files.lineage(seed=config.seed, data=_data_facts(prepared), parent=origin.parent, device=device)
-    if origin.resumes:
+    step = 0
+    if state is not None:
         if (directory / files.LINEAGE).is_file():
             lineage = files.read_json(directory / files.LINEAGE)
-        Checkpoints(directory, keep=config.trainer.keep).sweep(after=step)
+        step = int(state["step"])
+        Checkpoints(directory, keep=config.trainer.keep).sweep(after=step, best=best_of(state))
     else:
         files.clear(directory)
     sessions = lineage.setdefault("sessions", [])
@@ -369,7 +392,7 @@ def _open_directory(
 def _data_facts(prepared: Prepared) -> dict[str, object]:
     store = prepared.store
     facts: dict[str, object] = {
-        "store": os.path.abspath(prepared.directory),
+        "store": str(prepared.directory),
         "manifest_sha256": store.manifest["self_sha256"],
         "tokenizer_sha256": store.tokenizer_sha256,
         "vocab_size": store.vocab_size,

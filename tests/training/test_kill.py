@@ -48,7 +48,17 @@ def expected(uninterrupted: dict, runner, request_of, tmp_path: Path) -> Callabl
     return get
 
 
-@pytest.mark.parametrize("moment", ["row:1", "row:5", "half:6", "before:6", "after:8", "forget:9", "row:10"])
+MOMENTS = ["row:1", "row:5", "half:6", "before:6", "after:8", "forget:9", "row:10", "before:10", "after:10"]
+
+
+def check_best(run: Path) -> None:
+    """best.json names the lowest validation loss of the curve."""
+    loss, step = min((row.validation_loss, row.step) for row in read_rows(run / "metrics.csv") if row.validation_loss)
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    assert best == {"step": step, "validation_loss": loss}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_9_then_the_same_command(moment: str, runner, request_of, expected, tmp_path: Path) -> None:
     config = request_of(resume="auto")
     assert runner.run(config, kill=moment) == -signal.SIGKILL, runner.log.read_text()
@@ -56,6 +66,21 @@ def test_kill_9_then_the_same_command(moment: str, runner, request_of, expected,
     assert curve(tmp_path / "run") == expected()
     assert not [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir() if entry.name.startswith(".")]
     assert Checkpoints(tmp_path / "run", keep=2).steps() == [9, 10]
+    check_best(tmp_path / "run")
+
+
+def test_a_signal_in_the_last_step(runner, request_of, expected, tmp_path: Path) -> None:
+    """Its validation and its row are made up for, once, whatever happens meanwhile."""
+    config = request_of(resume="auto")
+    assert runner.run(config, kill="SIGTERM:9") == 143, runner.log.read_text()
+    assert [row.step for row in read_rows(tmp_path / "run" / "metrics.csv")] == list(range(1, 10))
+    assert runner.run(config, kill="row:10") == -signal.SIGKILL, runner.log.read_text()
+    for _ in range(2):
+        assert runner.run(config) == 0, runner.log.read_text()
+        assert curve(tmp_path / "run") == expected()
+        check_best(tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["validation_loss"] == expected()[-1][3]
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from longspan.kernels.attention import UnsupportedAttention
 from longspan.model import checkpoint as model_checkpoint
 from longspan.model.checkpoint import CheckpointError, load_config, load_model
 from longspan.training import checkpointing, run_directory
+from longspan.training import run as run_module
 from longspan.training.checkpointing import Checkpoints, load_state, newest
 from longspan.training.data_settings import prepare_settings
 from longspan.training.errors import RunFailed, UserError
@@ -320,6 +322,29 @@ def test_a_disk_that_fills_up_elsewhere(request_of: Request, monkeypatch: pytest
     monkeypatch.setattr(MetricsFile, "append", full)
     with pytest.raises(RunFailed, match=r"^metrics.csv: No space left on device; there is no checkpoint yet$"):
         go(request_of())
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EACCES, errno.EIO, errno.ENOENT])
+@pytest.mark.parametrize("name", ["lineage.json", "metrics.csv", "sample.txt"])
+def test_what_the_system_refuses_a_run_that_goes_on(
+    number: int, name: str, request_of: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start, on the way, at the end: RunFailed in one line, never a wrong request."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), name)
+
+    owner, function = {
+        "lineage.json": (run_directory, "write_json"),
+        "metrics.csv": (MetricsFile, "append"),
+        "sample.txt": (run_module, "sample"),
+    }[name]
+    monkeypatch.setattr(owner, function, refuse)
+    with pytest.raises(
+        RunFailed, match=rf"^{name}: {os.strerror(number)}; (the last good|there is no) checkpoint"
+    ) as e:
+        go(request_of(trainer__steps=1))
+    assert "\n" not in str(e.value)
 
 
 def test_a_nan_names_the_last_good_checkpoint(request_of: Request, tmp_path: Path) -> None:
