@@ -23,14 +23,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from longspan.training.config_errors import COMMAND_LINE, ConfigError, assignment
-from longspan.training.config_keys import find
+from longspan.training.config_errors import COMMAND_LINE, ConfigError, assignment, nearest
+from longspan.training.config_keys import children, find
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 _KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+|\[\d+\])*")
 _ENVIRONMENT = re.compile(r"\$\{\s*(oc\.)?env:")
 _ABSENT = object()
+_NEAR = 0.75  # difflib ratio; `dataset` (0.73 from data) has an answer of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +140,22 @@ def _parse(argument: str, options: Mapping[str, Sequence[str]], schema: type) ->
         raise ConfigError([f"{argument}: configs are composed with Hydra, but its settings and launchers are not used"])
     key = _dotted(key)
     known = find(schema, key)
+    group = _misspelled(key, options, schema)
+    if group is not None:
+        raise ConfigError([f"{assignment(key, text)}: unknown key; did you mean {group}? (set {COMMAND_LINE})"])
     if known is not None and known.is_text and not (known.allowed.endswith("null") and text == "null"):
         if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
             text = text[1:-1]
         return _Value(key, text, verbatim=known.leaf == "prompt" or "${" not in text)
     return _Value(key, _read_value(key, text), verbatim=False)
+
+
+def _misspelled(key: str, options: Mapping[str, Sequence[str]], schema: type) -> str | None:
+    """The group or section that a user meant by a first word that is neither; the schema knows only of keys."""
+    top = [*children(schema, ""), *options]
+    if "." in key or key in top or (nearest(schema, key) or "").rpartition(".")[2] == key:
+        return None
+    return next(iter(difflib.get_close_matches(key, top, 1, _NEAR)), None)
 
 
 def _read_value(key: str, text: str) -> object:

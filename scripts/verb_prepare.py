@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from longspan.data.prepare import Stage, prepare
 from longspan.training.config_plain import plain
-from longspan.training.data_settings import prepare_settings
+from longspan.training.data_settings import STAGE_WORDS, prepare_settings, skipped_files
 from longspan.training.schema import PrepareConfig
 
 from .output import as_yaml, progress_bars, table
-
-_DOING: dict[Stage, str] = {
-    "waiting": "waiting for another process that prepares the same data",
-    "tokenizer": "training the tokenizer",
-    "tokens": "tokenizing",
-}
 
 
 def run(config: PrepareConfig) -> int:
@@ -25,7 +19,7 @@ def run(config: PrepareConfig) -> int:
 
         def progress(stage: Stage, done: int, total: int | None) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(_DOING[stage], total=total)
+                tasks[stage] = bars.add_task(STAGE_WORDS[stage], total=total)
             bars.update(tasks[stage], completed=done, total=total)
 
         prepared = prepare(prepare_settings(config.data), progress=progress)
@@ -35,5 +29,7 @@ def run(config: PrepareConfig) -> int:
         for source, count in counts.items()
     ]
     print(table(("split", "source", "documents", "tokens", "bytes"), rows))
+    for name, words in skipped_files(prepared.store).items():
+        print(f"{name}: {words}")
     print(f"vocabulary {prepared.tokenizer.vocab_size:,}; store {prepared.directory}")
     return 0

@@ -5,10 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from longspan.data.prepare import PrepareSettings, TokenizerSettings
+from longspan.data.prepare import PrepareSettings, Stage, TokenizerSettings
 from longspan.data.sources import SourceSpec, from_path
+from longspan.data.store import TokenStore
 
 from .schema import DataConfig, SourceConfig
+
+STAGE_WORDS: dict[Stage, str] = {
+    "waiting": "waiting for another process that prepares the same data",
+    "tokenizer": "training the tokenizer",
+    "tokens": "tokenizing",
+}
+
+
+def skipped_files(store: TokenStore) -> dict[str, str]:
+    """By source, in words: how many files of its directory were left out because text is not read from their kind."""
+    return {
+        name: f"skipped {count:,} {'file' if count == 1 else 'files'} of other kinds"
+        for name, count in store.skipped_files.items()
+    }
 
 
 def prepare_settings(data: DataConfig, *, tokenizer: Path | None = None) -> PrepareSettings:

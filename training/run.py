@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
@@ -32,7 +31,7 @@ from longspan.model.decoder import Decoder, from_config
 from . import run_directory as files
 from .callbacks import Cadence, RunLoop, Throughput
 from .checkpointing import Checkpoints, best_of, load_state
-from .data_settings import prepare_settings, source_specs
+from .data_settings import STAGE_WORDS, prepare_settings, skipped_files, source_specs
 from .datamodule import BatchPlan, PackedData
 from .errors import RunFailed, Terminated, UserError
 from .finish import evaluate, sample
@@ -156,6 +155,8 @@ def _train(
             lineage = _open_directory(config, directory, origin, prepared, costs, device, state)
         stack.enter_context(logging_to(directory / files.LOG if is_main else None, None))
         logger.info("%s on %s; %s", arithmetic.precision, device, arithmetic.reason)
+        for name, words in skipped_files(prepared.store).items():
+            logger.warning("data: %s: %s", name, words)
         if peak.flops is not None:
             logger.info("mfu is the share of %.3g TFLOP/s, %s", peak.flops / 1e12, peak.basis)
         if step:
@@ -400,7 +401,7 @@ def _data_facts(prepared: Prepared) -> dict[str, object]:
     for split, counts in store.counts.items():
         for name, count in counts.items():
             facts[f"{split}: {name}"] = f"{count.documents:,} documents, {count.tokens:,} tokens, {count.bytes:,} bytes"
-    return facts
+    return facts | {f"left out: {name}": words for name, words in skipped_files(store).items()}
 
 
 @contextmanager
@@ -456,19 +457,13 @@ def _closing_words(result: RunResult, evaluation: Evaluation | None, directory: 
 class _Stages:
     """Says once when the preparation of data enters a stage that takes time."""
 
-    _WORDS: ClassVar = {
-        "waiting": "waiting for another process that prepares the same data",
-        "tokenizer": "training the tokenizer",
-        "tokens": "tokenizing",
-    }
-
     def __init__(self) -> None:
         self._said: set[str] = set()
 
     def __call__(self, stage: Stage, done: int, total: int | None) -> None:
         if stage not in self._said:
             self._said.add(stage)
-            logger.info("data: %s%s", self._WORDS[stage], f" {total / 1e6:.0f} MB" if total else "")
+            logger.info("data: %s%s", STAGE_WORDS[stage], f" {total / 1e6:.0f} MB" if total else "")
 
 
 def process_rank(config: RunConfig) -> int:

@@ -62,6 +62,11 @@ def test_sweeps_are_shell_loops(refused: Refused) -> None:
     [
         (["trainer.stps=5"], "trainer.stps=5: unknown key; did you mean trainer.steps? (set on the command line)"),
         (["+trainer.stps=5"], "trainer.stps=5: unknown key; did you mean trainer.steps? (set on the command line)"),
+        (["modle=x"], "modle=x: unknown key; did you mean model? (set on the command line)"),
+        (["experimnt=tiny"], "experimnt=tiny: unknown key; did you mean experiment? (set on the command line)"),
+        (["sed=3"], "sed=3: unknown key; did you mean seed? (set on the command line)"),
+        (["trainr=cpu"], "trainr=cpu: unknown key; did you mean trainer? (set on the command line)"),
+        (["dataset=x"], "dataset=x: unknown key; did you mean data.path? (set on the command line)"),
         (["lr=1e-3"], "lr=0.001: unknown key; did you mean optimizer.lr? (set on the command line)"),
         (["trainer.steps=many"], "trainer.steps=many: expected a whole number, at least 1 (set on the command line)"),
         (["trainer.steps="], "trainer.steps=: expected a whole number, at least 1 (set on the command line)"),
@@ -86,7 +91,8 @@ def test_sweeps_are_shell_loops(refused: Refused) -> None:
         (["data.tokenizer.vocab_size=9000"], "data.tokenizer.vocab_size=9000: makes 9000 tokens, more than "
                                              "model.vocab_size=8192; raise it or lower this (set on the command line)"),
         (["checkpoint=a", "resume=auto"], "checkpoint=a: starts anew from weights and resume=auto continues a run; "
-                                          "give one of them (set on the command line)"),
+                                          "give one of them (resume=auto alone continues a run that started from weights) "
+                                          "(set on the command line)"),
         (["data=files"], "data.sources.0.kind=files: needs data.sources.0.path, a file, directory or glob (or data.path) "
                          "(set in configs/data/files.yaml)"),
         (["a\x1eb\n=1"], "a\\x1eb\\n=1: expected key=value, with a key like trainer.steps"),
@@ -362,6 +368,9 @@ def test_prepare_counts_what_it_stored(capsys: pytest.CaptureFixture[str]) -> No
     Path("texts").mkdir()
     for i in range(30):
         Path(f"texts/{i}.txt").write_text(f"text number {i}\n" * 5)
+    texts = list(Path("texts").iterdir())
+    for name in ("scan.pdf", "table.xlsx"):
+        Path(f"texts/{name}").write_bytes(b"no text")
     arguments = [
         "prepare",
         "data=files",
@@ -370,11 +379,13 @@ def test_prepare_counts_what_it_stored(capsys: pytest.CaptureFixture[str]) -> No
         "data.validation_fraction=0.3",
     ]
     assert main(arguments) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    out = capsys.readouterr().out
+    assert "texts: skipped 2 files of other kinds\n" in out
+    rows = [line.split() for line in out.splitlines()]
     assert rows[0] == ["split", "source", "documents", "tokens", "bytes"]
     counted = {row[0]: [int(cell.replace(",", "")) for cell in row[2:]] for row in rows[1:3]}
     total = [sum(column) for column in zip(counted["train"], counted["validation"], strict=True)]
-    n_bytes = sum(len(path.read_bytes()) for path in Path("texts").iterdir())
+    n_bytes = sum(len(path.read_bytes()) for path in texts)
     assert total == [30, n_bytes + 30, n_bytes]  # a token a byte, and one that ends each document
 
 
