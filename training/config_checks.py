@@ -21,6 +21,10 @@ def check_run(config: RunConfig) -> Iterator[Problem]:
         yield from check_lengths(config)
     yield from check_protocol(config.evaluation, default_window=None if config.context_open else config.data.context)
     yield from _check_trainer(config)
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        yield _problem(
+            ("optimizer.betas", list(config.optimizer.betas)), "expected two numbers, each at least 0 and below 1"
+        )
     yield from _check_schedule(config)
     yield from _check_directories(config)
     yield from check_documents(config)

@@ -14,7 +14,7 @@ from .errors import UserError
 from .metrics import clock, short_count
 from .precision import Arithmetic, choose_arithmetic, choose_device, measured_matmul_flops
 from .schema import RunConfig
-from .start import find_directory, find_origin, settle
+from .start import check_attention, find_directory, find_origin, settle
 
 # Shares of the peak that a training step reaches: on a GPU what well-tuned dense training of these sizes reports, on a
 # CPU what the steps of small models reach of the rate of one large matrix product.
@@ -93,7 +93,8 @@ def plan(config: RunConfig, *, hardware: str | None = None) -> Plan:
     """The plan of `config` on this machine, or on GPUs of the kind `hardware` ("H100", "A100": accounting.PEAK_FLOPS).
 
     Where a GPU is asked for and none is here, ABSENT_GPU stands for it: a cluster's jobs are planned on laptops.
-    Raises UserError for unknown hardware, and when fewer GPUs than asked for are here.
+    Raises UserError for unknown hardware, when fewer GPUs than asked for are here, and (as do the errors of checkpoints
+    and attention) for what the run itself would refuse before it reads data.
     """
     directory = find_directory(config)
     config = settle(config, find_origin(config, directory), directory)
@@ -103,6 +104,7 @@ def plan(config: RunConfig, *, hardware: str | None = None) -> Plan:
         return _plan_elsewhere(config, hardware)
     device = choose_device(config.trainer.accelerator, config.trainer.devices)
     arithmetic = choose_arithmetic(config.trainer.precision, device)
+    check_attention(config, device, arithmetic)
     peak = find_peak(device, arithmetic, world=config.trainer.devices * config.trainer.nodes)
     return plan_for(config, device, arithmetic, peak)
 
@@ -110,6 +112,7 @@ def plan(config: RunConfig, *, hardware: str | None = None) -> Plan:
 def _plan_elsewhere(config: RunConfig, hardware: str) -> Plan:
     device = torch.device("cuda")
     arithmetic = choose_arithmetic(config.trainer.precision, device)
+    check_attention(config, device, arithmetic)
     flops = accounting.peak_flops(hardware, arithmetic.compute)
     if flops is None:
         known = ", ".join(accounting.PEAK_FLOPS)

@@ -23,7 +23,6 @@ from longspan.data.prepare import Prepared, Stage, prepare
 from longspan.data.tokenizer import Tokenizer
 from longspan.evaluation.evaluate import Evaluation
 from longspan.evaluation.report import write_report
-from longspan.kernels.attention import Phase
 from longspan.model import checkpoint as model_checkpoint
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import Decoder, from_config
@@ -43,7 +42,7 @@ from .precision import Arithmetic, choose_arithmetic, choose_device
 from .progress import ProgressView, choose_style, logging_to
 from .schema import RunConfig, as_request
 from .signals import SignalFlag
-from .start import Origin, find_directory, find_origin, settle, tokenizer_of
+from .start import Origin, check_attention, find_directory, find_origin, set_backends, settle, tokenizer_of
 
 __all__ = ["RunResult", "plan", "train"]
 
@@ -115,7 +114,7 @@ def _train(
 ) -> RunResult:
     origin = find_origin(config, directory)
     config = settle(config, origin, directory)
-    _check_attention(config, device, arithmetic)
+    check_attention(config, device, arithmetic)
     prepared = prepare(
         prepare_settings(config.data, tokenizer=tokenizer_of(config, origin)), progress=_Stages() if is_main else None
     )
@@ -293,7 +292,7 @@ def _finish(
     """Evaluation and sample of the best checkpoint, summary and report."""
     chosen = model_checkpoint.resolve_checkpoint(directory)
     model = model_checkpoint.load_model(chosen, device=device)
-    _set_backends(model, config)
+    set_backends(model, config)
     evaluation: Evaluation | None = None
     if config.evaluation.enabled and len(prepared.store.documents("validation")):
         evaluation = evaluate(
@@ -324,30 +323,12 @@ def _model(config: RunConfig, origin: Origin, arithmetic: Arithmetic) -> Decoder
         model_checkpoint.check_weights(model, weights, asked_by=str(origin.checkpoint))
         model.load_state_dict(weights)
     model.to(arithmetic.parameters).train()
-    _set_backends(model, config)
+    set_backends(model, config)
     if config.trainer.activation_checkpointing:
         checkpoint_activations(model)
     if config.trainer.compile:
         compile_blocks(model)
     return model
-
-
-def _set_backends(model: Decoder, config: RunConfig) -> None:
-    backend = config.attention_backend
-    model.set_backends(train=backend.train, prefill=backend.prefill, decode=backend.decode)
-
-
-def _check_attention(config: RunConfig, device: torch.device, arithmetic: Arithmetic) -> None:
-    """Raises UnsupportedAttention before any data is read, for every phase that the run goes through."""
-    model = from_config(config.model, device="meta")
-    _set_backends(model, config)
-    dtype, context = arithmetic.compute, config.data.context
-    model.check_attention(
-        device=device, dtype=dtype, phase=Phase.TRAIN, needs_grad=True, n_queries=context, n_keys=context
-    )
-    if config.sample.prompt:
-        for phase in (Phase.PREFILL, Phase.DECODE):
-            model.check_attention(device=device, dtype=arithmetic.parameters, phase=phase, needs_grad=False)
 
 
 def _check_vocabulary(tokenizer: Tokenizer, model: DecoderConfig) -> None:

@@ -10,9 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, make_dataclass, replace
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 
 from longspan.kernels.attention.spec import AttentionSpec
@@ -24,6 +34,7 @@ from .config_errors import COMMAND_LINE, ConfigError, Problem, lines, translate,
 from .config_keys import documented
 from .config_plain import booleans, named, plain, without, written
 
+BACKENDS = ("reference", "sdpa", "flex")  # what kernels.attention registers; to ask it would import torch
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
@@ -33,13 +44,39 @@ def _branch(value: object) -> str:
 
 def _every_phase(value: object) -> object:
     """`backend: sdpa` and `backend: [flex, reference]` mean all phases."""
-    alone = isinstance(value, str | list) and bool(value)
-    return dict.fromkeys(("train", "prefill", "decode"), value) if alone else value
+    if not isinstance(value, str | list) or not value:
+        return value
+    for name in [value] if isinstance(value, str) else value:
+        if isinstance(name, str):  # wrong names once, not once a phase
+            _known_backend(name)
+    if isinstance(value, list):
+        _alternatives(tuple(value))
+    return dict.fromkeys(("train", "prefill", "decode"), value)
+
+
+def _known_backend(name: str) -> str:
+    """The names that are built in, told before torch is imported. A backend that others register is known only at run
+    time: a dot in its name (`lab.sparse`) says that it is one of those, and then the registry is asked, not this list.
+    """
+    if name in ("auto", *BACKENDS) or "." in name:
+        return name
+    near = get_close_matches(name, ["auto", *BACKENDS], 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    known = ", ".join(BACKENDS)
+    raise ValueError(f"no backend is called {name!r}; {hint}there are auto, {known}, and registered names with a dot")
+
+
+def _alternatives(names: tuple[str, ...]) -> tuple[str, ...]:
+    if "auto" in names:
+        raise ValueError("auto chooses by itself and stands alone, not in a list")
+    return names
 
 
 # The branch of a union is told by the value's shape, so that an error speaks of the branch that was meant.
+BackendName = Annotated[str, AfterValidator(_known_backend)]
 Backend = Annotated[
-    Annotated[str, Tag("<one>")] | Annotated[tuple[str, ...], Tag("<list>"), Field(min_length=1)],
+    Annotated[BackendName, Tag("<one>")]
+    | Annotated[tuple[BackendName, ...], Field(min_length=1), AfterValidator(_alternatives), Tag("<list>")],
     Discriminator(_branch),
 ]
 Pattern = Annotated[
@@ -57,7 +94,9 @@ class BackendPlan:
     """attention.backend: who computes attention in each phase: a name, `auto`, or a list tried in order."""
 
     train: Backend = Field(
-        default="auto", description="backend of training and evaluation: a name, auto, or a list to try"
+        default="auto",
+        description="backend of training and evaluation: auto, sdpa, flex, reference, or a list to try; a backend that "
+        "others register has a dot in its name",
     )
     prefill: Backend = Field(default="auto", description="backend that reads a prompt into the cache")
     decode: Backend = Field(default="auto", description="backend that generates token by token")
@@ -152,7 +191,9 @@ class OptimizerConfig:
 
     name: Literal["adamw"] = Field(default="adamw", description="decoupled weight decay (Loshchilov & Hutter 2019)")
     lr: float = Field(default=1e-3, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="decay rates of the moments")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), description="decay rates of the moments, each at least 0 and below 1"
+    )
     eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(
         default=0.1, ge=0, description="on weight matrices only: never norms, biases, embeddings"

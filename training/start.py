@@ -6,16 +6,21 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from longspan.data.tokenizer import Tokenizer
+from longspan.kernels.attention import Phase
 from longspan.kernels.attention.spec import AttentionSpec
 from longspan.model import checkpoint as model_checkpoint
 from longspan.model.config import AttentionPlan, DecoderConfig, HeadGroup
+from longspan.model.decoder import Decoder, from_config
 
 from . import run_directory as files
 from .checkpointing import newest
 from .config_checks import check_documents, check_lengths, check_protocol, check_vocabulary
 from .config_errors import ConfigError, lines
 from .errors import UserError
+from .precision import Arithmetic
 from .schema import DataConfig, RunConfig
 
 logger = logging.getLogger("longspan.training")
@@ -156,6 +161,27 @@ def tokenizer_of(config: RunConfig, origin: Origin) -> Path | None:
             )
         return None
     return origin.checkpoint
+
+
+def set_backends(model: Decoder, config: RunConfig) -> None:
+    backend = config.attention_backend
+    model.set_backends(train=backend.train, prefill=backend.prefill, decode=backend.decode)
+
+
+def check_attention(config: RunConfig, device: torch.device, arithmetic: Arithmetic) -> None:
+    """Raises UnsupportedAttention before any data is read, for every phase that the run goes through.
+
+    `device` need not be here: a cluster's jobs are planned on laptops.
+    """
+    model = from_config(config.model, device="meta")
+    set_backends(model, config)
+    dtype, context = arithmetic.compute, config.data.context
+    model.check_attention(
+        device=device, dtype=dtype, phase=Phase.TRAIN, needs_grad=True, n_queries=context, n_keys=context
+    )
+    if config.sample.prompt:
+        for phase in (Phase.PREFILL, Phase.DECODE):
+            model.check_attention(device=device, dtype=arithmetic.parameters, phase=phase, needs_grad=False)
 
 
 def resolved_model(config: RunConfig) -> DecoderConfig:

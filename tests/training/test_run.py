@@ -379,6 +379,20 @@ def test_a_plan_writes_nothing(request_of: Request, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_refuses_what_the_run_would(request_of: Request) -> None:
+    sinks = {
+        "patterns": {"sinks": {"causal": True, "window": {"left": 7}, "sink_tokens": 2}},
+        "backend": {"train": "flex"},
+    }
+    raw = request_of(attention=sinks)
+    with pytest.raises(UnsupportedAttention, match="flex cannot run this attention: backward on cpu"):
+        plan(validate(raw))
+    # On a GPU it can, and the plan of one needs none.
+    raw["trainer"]["accelerator"] = "gpu"
+    raw["trainer"]["precision"] = "bf16-mixed"
+    assert plan(validate(raw), hardware="H100").device == "H100"
+
+
 def test_document_mask_reaches_model_and_checkpoint(request_of: Request, tmp_path: Path) -> None:
     go(request_of(trainer__steps=1, data__document_mask=True, data__reset_positions=True, data__boundary_loss=False))
     config = load_config(Checkpoints(tmp_path / "run", keep=1).path(1))

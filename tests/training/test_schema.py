@@ -17,6 +17,7 @@ from longspan.training.config_errors import COMMAND_LINE, ConfigError
 from longspan.training.config_keys import documented, find, keys
 from longspan.training.errors import UserError
 from longspan.training.schema import (
+    BACKENDS,
     EvaluateConfig,
     ExplainRequest,
     GenerateConfig,
@@ -445,3 +446,37 @@ def test_validation_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("backend", "problem"),
+    [
+        (
+            "sdap",
+            "attention.backend: no backend is called 'sdap'; did you mean sdpa? there are auto, reference, sdpa, flex",
+        ),
+        (["flex", "refernce"], "attention.backend: no backend is called 'refernce'; did you mean reference?"),
+        ({"train": "felx"}, "attention.backend.train: no backend is called 'felx'; did you mean flex?"),
+        ({"decode": ["sdpa", "foo"]}, "attention.backend.decode.1: no backend is called 'foo'; there are auto,"),
+        (["auto", "sdpa"], "attention.backend: auto chooses by itself and stands alone"),
+        ({"train": ["auto"]}, "attention.backend.train: auto chooses by itself and stands alone"),
+    ],
+)
+def test_a_backend_that_nobody_registered(backend: object, problem: str) -> None:
+    (found,) = problems({"attention": {"backend": backend}})
+    assert found.startswith(problem)
+
+
+def test_backend_names_are_those_of_the_registry() -> None:
+    from longspan.kernels.attention.registry import _factories
+
+    assert set(BACKENDS) <= set(_factories)
+    plan = validate({**GPT, "attention": {"backend": {"train": ["lab.sparse", "flex"], "decode": "auto"}}})
+    assert plan.attention_backend.train == ("lab.sparse", "flex")  # a dot: somebody else registers it
+
+
+@pytest.mark.parametrize("betas", [[0.9, 1.0], [-0.1, 0.9]])
+def test_betas_are_decay_rates(betas: list[float]) -> None:
+    (found,) = problems({"optimizer": {"betas": betas}})
+    assert found == f"optimizer.betas={betas}: expected two numbers, each at least 0 and below 1"
+    assert validate({**GPT, "optimizer": {"betas": [0.0, 0.999]}}).optimizer.betas == (0.0, 0.999)
