@@ -157,7 +157,8 @@ def _train(
         for name, words in skipped_files(prepared.store).items():
             logger.warning("data: %s: %s", name, words)
         if peak.flops is not None:
-            logger.info("mfu is the share of %.3g TFLOP/s, %s", peak.flops / 1e12, peak.basis)
+            note = f"; {costs.flops_note}" if costs.flops_note else ""
+            logger.info("mfu is the share of %.3g TFLOP/s, %s%s", peak.flops / 1e12, peak.basis, note)
         if step:
             logger.info("continuing at step %d from %s", step, origin.checkpoint)
         checkpoints = Checkpoints(directory, keep=config.trainer.keep, tokenizer=prepared.tokenizer, lineage=lineage)

@@ -53,7 +53,8 @@ MOMENTS = ["row:1", "row:5", "half:6", "before:6", "after:8", "forget:9", "row:1
 
 def check_best(run: Path) -> None:
     """best.json names the lowest validation loss of the curve."""
-    loss, step = min((row.validation_loss, row.step) for row in read_rows(run / "metrics.csv") if row.validation_loss)
+    rows = read_rows(run / "metrics.csv")
+    loss, step = min((row.validation_loss, row.step) for row in rows if row.validation_loss is not None)
     best = json.loads((run / "checkpoints" / "best.json").read_text())
     assert best == {"step": step, "validation_loss": loss}
 
