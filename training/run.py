@@ -34,7 +34,7 @@ from .data_settings import STAGE_WORDS, prepare_settings, skipped_files, source_
 from .datamodule import BatchPlan, PackedData
 from .errors import RunFailed, Terminated, UserError
 from .finish import evaluate, sample
-from .metrics import MetricsFile, MetricsLog, WandbTracker, wandb_mode
+from .metrics import MetricsFile, MetricsLog, open_trackers
 from .module import LanguageModel, NonFinite, checkpoint_activations, compile_blocks
 from .optim import build_schedule
 from .plan import Peak, Plan, find_peak, plan, plan_for
@@ -375,7 +375,7 @@ def _open_directory(
 def _data_facts(prepared: Prepared) -> dict[str, object]:
     store = prepared.store
     facts: dict[str, object] = {
-        "store": str(prepared.directory),
+        "store": os.path.abspath(prepared.directory),
         "manifest_sha256": store.manifest["self_sha256"],
         "tokenizer_sha256": store.tokenizer_sha256,
         "vocab_size": store.vocab_size,
@@ -388,10 +388,7 @@ def _data_facts(prepared: Prepared) -> dict[str, object]:
 
 @contextmanager
 def _metrics(config: RunConfig, directory: Path, *, resumed_step: int) -> Iterator[MetricsLog]:
-    mode = wandb_mode(config.logger)
-    trackers = ()
-    if mode != "off":
-        trackers = (WandbTracker(config.logger, mode, directory, config.name, as_request(config)),)
+    trackers = open_trackers(config.logger, directory, config.name, as_request(config))
     with MetricsLog(MetricsFile(directory / files.METRICS, resumed_step=resumed_step), trackers) as metrics:
         yield metrics
 

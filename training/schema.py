@@ -258,7 +258,7 @@ class LoggerConfig:
     """logger: metrics.csv is always written"""
 
     wandb: Literal["auto", "online", "offline", "off"] = Field(
-        default="auto", description="auto: online where WANDB_API_KEY is set, else off"
+        default="auto", description="auto: online where WANDB_API_KEY is set, else offline files in the run directory"
     )
     project: str = Field(default="longspan", description="wandb project")
     entity: str | None = Field(default=None, description="wandb entity")
@@ -453,7 +453,9 @@ class EvaluateConfig:
     data: EvaluationDataConfig = Field(default=EvaluationDataConfig(), description="see data.*")
     evaluation: ProtocolConfig = Field(default=ProtocolConfig(), description="see evaluation.*")
     accelerator: Accelerator = Field(default="auto", description="where to run")
-    precision: InferencePrecision = Field(default="auto", description="auto: bf16 where the device multiplies it fast")
+    precision: InferencePrecision = Field(
+        default="auto", description="auto: as the run evaluated itself, else bf16 where the device multiplies it fast"
+    )
     output: str | None = Field(
         default=None,
         description="directory of the results; null: evaluations/<checkpoint's name> in the working directory",
