@@ -161,7 +161,7 @@ def test_a_window_with_a_backend_that_cannot(refused: Refused) -> None:
     assert "layer pattern 'local'" in line
     assert "Backends that can: " in line
     (line,) = refused("train", "experiment=tiny", "attention.backend=flexx")
-    assert "did you mean 'flex'" in line
+    assert "did you mean flex" in line.replace("'", "")
 
 
 def test_checkpoints_that_are_not_there_or_not_ours(refused: Refused, workshop: Path) -> None:
@@ -351,7 +351,7 @@ def test_a_dry_run_prints_a_config_that_reads_back_and_leaves_nothing(capsys: py
     assert config.sample.prompt == "x: ${y}"
     assert config.optimizer.lr == 6e-4
     assert "# parameters  124,439,808" in out
-    assert "# tokens      3,670,016 = 7 steps × 524,288" in out
+    assert "# tokens      917,504 = 7 steps × 131,072" in out
     for word in ("FLOPs", "memory", "time"):
         assert f"# {word}" in out
     assert list(Path.cwd().iterdir()) == []
