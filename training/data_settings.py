@@ -40,7 +40,8 @@ def prepare_settings(data: DataConfig, *, tokenizer: Path | None = None) -> Prep
     if tokenizer is not None:
         chosen = TokenizerSettings(kind="file", path=str(tokenizer))
     return PrepareSettings(
-        name=data.name,
+        # The stdlib group's label does not describe a path given beside it.
+        name="data" if data.path is not None and data.name == "stdlib" else data.name,
         sources=source_specs(data),
         tokenizer=chosen,
         cache=data.cache,
@@ -50,9 +51,10 @@ def prepare_settings(data: DataConfig, *, tokenizer: Path | None = None) -> Prep
 
 
 def source_specs(data: DataConfig) -> tuple[SourceSpec, ...]:
-    """The mixture; `data.path` replaces it."""
+    """The mixture; `data.path` replaces it, read as the first source says (its text_field, limit, split …)."""
     if data.path is not None:
-        specs = (from_path(data.path),)
+        where = from_path(data.path)
+        specs = (replace(_spec(data.sources[0]), kind=where.kind, path=where.path, name=where.name),)
     else:
         specs = tuple(_spec(source) for source in data.sources)
     if data.response_field is None:

@@ -60,7 +60,7 @@ def locked(directory: Path) -> Iterator[None]:
     """Holds `directory` (made if missing) against every other process.
 
     A POSIX record lock: it dies with its process, and forked loader workers that outlive a killed run by some seconds
-    do not keep it (as they would an flock). A directory that ends up with nothing but the lock in it is removed.
+    do not keep it (as they would an flock). A directory that ends up empty is removed.
     Raises UserError naming the process that writes there now.
     """
     try:
@@ -84,10 +84,12 @@ def locked(directory: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # Otherwise the file stays: a process could hold a removed one while another makes a new one.
-            if [entry.name for entry in directory.iterdir()] == [LOCK]:
+            # In a run the file stays: a process could hold a removed one while another makes a new one. What is no run
+            # was refused or never begun, and is left as it was found.
+            if not is_run(directory):
                 (directory / LOCK).unlink()
-                directory.rmdir()
+                if not any(directory.iterdir()):
+                    directory.rmdir()
     finally:
         os.close(handle)
 

@@ -106,6 +106,8 @@ def test_sources_become_what_data_reads(tmp_path: Path) -> None:
     assert (first.kind, first.path, first.weight, first.split) == ("hub", "some/set", 2.0, "test")
     assert (second.path, second.name, second.limit) == ("a", "mine", 3)
     assert (first.prompt_field, second.response_field) == ("q", "a")
+    (story,) = source_specs(DataConfig(path="stories.jsonl", sources=(SourceConfig(text_field="story", limit=3),)))
+    assert (story.kind, story.path, story.text_field, story.limit) == ("files", "stories.jsonl", "story", 3)
     (only,) = source_specs(DataConfig(path="hub:some/set"))
     assert (only.kind, only.path) == ("hub", "some/set")
     assert prepare_settings(DataConfig(), tokenizer=tmp_path).tokenizer.path == str(tmp_path)

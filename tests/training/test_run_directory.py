@@ -89,3 +89,12 @@ def test_json_is_whole_or_absent(tmp_path: Path) -> None:
         files.write_json(tmp_path / "a.json", loop)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
     assert files.read_json(tmp_path / "a.json") == {"path": str(tmp_path)}
+
+
+def test_a_directory_that_is_no_run_is_left_as_it_was(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "precious").write_text("hi")
+    with files.locked(foreign):
+        assert (foreign / ".lock").exists()
+    assert [entry.name for entry in foreign.iterdir()] == ["precious"]
