@@ -54,7 +54,7 @@ def source_specs(data: DataConfig) -> tuple[SourceSpec, ...]:
     """The mixture; `data.path` replaces it, read as the first source says (its text_field, limit, split …)."""
     if data.path is not None:
         where = from_path(data.path)
-        specs = (replace(_spec(data.sources[0]), kind=where.kind, path=where.path, name=where.name),)
+        specs = (_spec(replace(data.sources[0], kind=where.kind, path=where.path, name=where.name)),)
     else:
         specs = tuple(_spec(source) for source in data.sources)
     if data.response_field is None:
