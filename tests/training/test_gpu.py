@@ -12,8 +12,13 @@ from longspan.training.metrics import read_rows
 from longspan.training.run import train
 from longspan.training.schema import validate
 
-# Inductor, imported by the first compilation, uses what torch itself deprecates.
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")]
+pytestmark = [
+    pytest.mark.gpu,
+    # Inductor, imported by the first compilation, uses what torch itself deprecates.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),
+    # Dynamo looks at .grad of the activations that enter flex attention, to see what they are.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
+]
 
 SHAPE = {"n_layers": 2, "d_model": 128, "n_heads": 2, "d_ff": 256}
 
