@@ -105,6 +105,15 @@ class PackedDataset(Dataset[TokenBatch]):
         address = self._order.address(k)
         return self._by_number[address.source].spans(address.index)
 
+    def documents_per_sequence(self) -> dict[int, float]:
+        """How many documents (or parts of them) of each length a sequence of the stream holds on average: over one pass
+        of every source, weighted by its share of the stream. Padding counts as a document of its own, as the document
+        mask has it. Numbers times lengths add up to `context`."""
+        found = np.zeros(self.context + 1)
+        for packing, share in zip(self._by_number, self._order.shares, strict=True):
+            found += float(share) / len(packing) * np.bincount(packing.lengths(), minlength=self.context + 1)
+        return {int(length): float(found[length]) for length in np.flatnonzero(found)}
+
     def batch(self, indices: Sequence[int]) -> TokenBatch:
         """Sequences `indices` of the stream as one batch [B, context]."""
         shape = (len(indices), self.context)

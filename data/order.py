@@ -76,6 +76,7 @@ class SinglePass:
     """Each sequence of each source once, in a fixed order that spreads the sources evenly: for validation."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
+        self.shares = tuple(Fraction(size, sum(sizes)) for size in sizes)
         places = [(np.arange(size) + 0.5) / size for size in sizes]
         sources = np.repeat(np.arange(len(sizes)), sizes)
         indices = np.concatenate([np.arange(size) for size in sizes])

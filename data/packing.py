@@ -30,13 +30,16 @@ class Span:
 
 class Packing(Protocol):
     """`len` sequences; `spans(i)` tells what stands in sequence i, from its first token on; `document_after(i)` which
-    document begins right behind it, None where none does."""
+    document begins right behind it, None where none does; `lengths()` the length of every span of every sequence and
+    of the padding behind them, where there is any, in no particular order."""
 
     def __len__(self) -> int: ...
 
     def spans(self, sequence: int) -> list[Span]: ...
 
     def document_after(self, sequence: int) -> int | None: ...
+
+    def lengths(self) -> np.ndarray: ...
 
     @property
     def n_tokens(self) -> int:
@@ -103,11 +106,16 @@ class ConcatPacking:
         begins = place < len(self._documents) and int(self._ends[place - 1]) == stop
         return int(self._documents[place]) if begins else None
 
+    def lengths(self) -> np.ndarray:
+        cuts = np.arange(0, self._length * self._context + 1, self._context)
+        return np.diff(np.union1d(cuts, self._ends[self._ends <= self.n_tokens]))
+
 
 class BestFitPacking:
     """Sequences as runs of spans in three flat arrays, ordered by their first document."""
 
     def __init__(self, lengths: np.ndarray, documents: np.ndarray, context: int) -> None:
+        self._context = context
         pieces = _cut(lengths.astype(np.int64), context)
         bins = _best_fit_decreasing(pieces[:, 2], context)
         # Documents keep their order inside a sequence, and sequences follow their first document.
@@ -134,6 +142,11 @@ class BestFitPacking:
     def document_after(self, sequence: int) -> int | None:
         _check(sequence, len(self))
         return None  # sequences are not neighbours in any text
+
+    def lengths(self) -> np.ndarray:
+        lengths = self._pieces[:, 2]
+        free = self._context - np.add.reduceat(lengths, self._offsets[:-1])
+        return np.concatenate([lengths, free[free > 0]])
 
 
 def _check(sequence: int, length: int) -> None:

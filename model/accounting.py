@@ -14,9 +14,11 @@ Legend: D model width, F MLP width, H query heads, G key/value heads, K head dim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 from longspan.kernels.attention.spec import AttentionSpec
@@ -98,15 +100,20 @@ def forward_flops(
     """
     if documents is not None and sum(documents) != length:
         raise ValueError(f"documents of {list(documents)} tokens add up to {sum(documents)}, not to length={length}")
-    D, F = config.d_model, config.d_ff
-    q_width, kv_width = config.n_heads * config.dim_per_head, config.kv_heads * config.dim_per_head
-    matrices = D * (q_width + 2 * kv_width) + q_width * D + (3 if config.mlp == "swiglu" else 2) * D * F
-    flops = 2 * length * (config.n_layers * matrices + D * config.vocab_size)
+    flops = _matrix_flops(config, length)
     for layer in range(config.n_layers):
         for group in config.head_groups(layer):
             pairs = attention_pairs(group.spec, length, documents=documents, causal_halved=causal_halved)
             flops += 4 * config.dim_per_head * group.heads * pairs
     return flops
+
+
+def _matrix_flops(config: DecoderConfig, length: int) -> int:
+    """All products with weights, of one forward pass over `length` tokens."""
+    D, F = config.d_model, config.d_ff
+    q_width, kv_width = config.n_heads * config.dim_per_head, config.kv_heads * config.dim_per_head
+    matrices = D * (q_width + 2 * kv_width) + q_width * D + (3 if config.mlp == "swiglu" else 2) * D * F
+    return 2 * length * (config.n_layers * matrices + D * config.vocab_size)
 
 
 def training_flops_per_token(
@@ -116,12 +123,41 @@ def training_flops_per_token(
     return 3 * forward_flops(config, length=length, documents=documents, causal_halved=causal_halved) / length
 
 
+def packed_training_flops_per_token(config: DecoderConfig, *, length: int, documents: Mapping[int, float]) -> float:
+    """As `training_flops_per_token`, the mean over packed sequences: `documents` says how many documents of each length
+    a sequence holds on average.
+
+    Raises ValueError when they do not add up to `length`, and for a model that is not `countable_when_packed`.
+    """
+    held = sum(count * number for count, number in documents.items())
+    if not math.isclose(held, length, rel_tol=1e-9):
+        raise ValueError(f"documents add up to {held:g} tokens a sequence, not to length={length}")
+    if not countable_when_packed(config):
+        raise ValueError("block_sparse with documents: the pairs depend on where each document starts, not on lengths")
+    flops = float(_matrix_flops(config, length))
+    for layer in range(config.n_layers):
+        for group in config.head_groups(layer):
+            if group.spec.documents:
+                up_to = _pairs_up_to(_bare(group.spec), max(documents))
+                pairs = sum(number * up_to[count] for count, number in documents.items())
+            else:
+                pairs = attention_pairs(group.spec, length)
+            flops += 4 * config.dim_per_head * group.heads * pairs
+    return 3 * flops / length
+
+
+def countable_when_packed(config: DecoderConfig) -> bool:
+    """Whether the lengths of documents decide how many pairs each layer computes over them."""
+    specs = [spec for specs in config.attention.specs().values() for spec in specs]
+    return not any(spec.documents and spec.block_sparse is not None for spec in specs)
+
+
 def attention_pairs(
     spec: AttentionSpec, length: int, *, documents: Sequence[int] | None = None, causal_halved: bool = True
 ) -> int:
     """How many (query, key) pairs one head of a causal spec computes over one sequence; see the conventions above."""
     lengths = (length,) if documents is None or not spec.documents else tuple(documents)
-    bare = replace(spec, alibi=False, softcap=None, scale=None, dropout=0.0, learned_sink=False)  # these change no pair
+    bare = _bare(spec)
     total = start = 0
     for count in lengths:
         if not causal_halved:
@@ -134,36 +170,48 @@ def attention_pairs(
     return total
 
 
+def _bare(spec: AttentionSpec) -> AttentionSpec:
+    """Without what changes no pair, so that equal counts are made once."""
+    return replace(spec, alibi=False, softcap=None, scale=None, dropout=0.0, learned_sink=False)
+
+
 def _row_width(spec: AttentionSpec, length: int) -> int:
     if spec.window.left is None:
         return -(-length // spec.window.dilation)
     return min(length, spec.window.left + 1 + spec.sink_tokens)
 
 
+@lru_cache(maxsize=64)
+def _pairs_up_to(spec: AttentionSpec, length: int) -> tuple[int, ...]:
+    """Allowed pairs of a document of 0, 1, … `length` tokens, without a block pattern."""
+    return (0, *accumulate(_visible_keys(spec, 0, query) for query in range(length)))
+
+
 @lru_cache(maxsize=1024)
 def _causal_pairs(spec: AttentionSpec, start: int, length: int) -> int:
     """Allowed pairs of a document at positions start … start + length - 1, counted query by query."""
-    window, sinks = spec.window, spec.sink_tokens
-    if window.left is None and window.dilation == 1 and spec.block_sparse is None:
+    if spec.window.left is None and spec.window.dilation == 1 and spec.block_sparse is None:
         return length * (length + 1) // 2
-    total = 0
-    for query in range(start, start + length):
-        seen = query - start + 1
-        total += min(sinks, seen)
-        first = start + sinks  # the window's keys, sinks aside: they are counted
-        if window.left is not None:
-            first = max(first, query - window.left * window.dilation)
-        if first > query:
-            continue
-        if spec.block_sparse is None:
-            total += (query - first) // window.dilation + 1
-            continue
-        layout = spec.block_sparse
-        for block, visible in enumerate(layout.pattern[query // layout.q_block]):
-            low = max(first, block * layout.kv_block)
-            high = min(query, (block + 1) * layout.kv_block - 1)
-            if visible and low <= high:  # keys query - m * dilation with low <= key <= high
-                total += (query - low) // window.dilation - -(-(query - high) // window.dilation) + 1
+    return sum(_visible_keys(spec, start, query) for query in range(start, start + length))
+
+
+def _visible_keys(spec: AttentionSpec, start: int, query: int) -> int:
+    """How many keys of its document, which begins at `start`, the query at position `query` sees."""
+    window, sinks = spec.window, spec.sink_tokens
+    total = min(sinks, query - start + 1)
+    first = start + sinks  # the window's keys, sinks aside: they are counted
+    if window.left is not None:
+        first = max(first, query - window.left * window.dilation)
+    if first > query:
+        return total
+    if spec.block_sparse is None:
+        return total + (query - first) // window.dilation + 1
+    layout = spec.block_sparse
+    for block, visible in enumerate(layout.pattern[query // layout.q_block]):
+        low = max(first, block * layout.kv_block)
+        high = min(query, (block + 1) * layout.kv_block - 1)
+        if visible and low <= high:  # keys query - m * dilation with low <= key <= high
+            total += (query - low) // window.dilation - -(-(query - high) // window.dilation) + 1
     return total
 
 

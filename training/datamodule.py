@@ -138,6 +138,10 @@ class PackedData(LightningDataModule):
     def has_validation(self) -> bool:
         return self._validation is not None
 
+    def documents_per_sequence(self) -> dict[int, float]:
+        """How many documents of each length a training sequence holds on average (data.loader)."""
+        return self._train.documents_per_sequence()
+
     def train_dataloader(self) -> DataLoader[list[TokenBatch]]:
         return DataLoader(
             _Steps(self._train),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -22,8 +23,9 @@ from .start import check_attention, find_directory, find_origin, settle
 GPU_EFFICIENCY = 0.35
 CPU_EFFICIENCY = 0.3
 ABSENT_GPU = "H100"
-# With data.document_mask attention skips what lies in other documents, whose lengths are not looked at.
+# With data.document_mask attention skips what lies in other documents. Their lengths are known once the data is there.
 UPPER_BOUND = "an upper bound: attention is counted as if each sequence were one document"
+PACKED = "the mean over the packed sequences of the training stream, attention counted inside documents"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Plan:
 
     tokens           that training reads
     flops_per_token  forward and backward, exact for the attention pattern
-    flops_note       what that number leaves out, in words; empty: nothing
+    flops_note       how the document mask is counted, in words; empty: there is none
     memory           at the peak of a step, on one device, in bytes
     seconds          of training alone; None where no rate is known
     basis            how `seconds` came about, in words
@@ -136,12 +138,18 @@ def plan_for(
     peak: Peak,
     *,
     name: str | None = None,
+    documents: Mapping[int, float] | None = None,
 ) -> Plan:
-    """The plan where device, arithmetic and config are settled already; `name` of a device that is not here."""
+    """The plan where device, arithmetic and config are settled already.
+
+    name       of a device that is not here
+    documents  how many documents of each length a training sequence holds on average, once the data is there: with
+               data.document_mask they make the FLOPs exact, and without them the FLOPs are an upper bound
+    """
     model, trainer, context = config.model, config.trainer, config.data.context
     tokens_per_step = trainer.global_batch * context
     tokens = trainer.steps * tokens_per_step
-    per_token = accounting.training_flops_per_token(model, length=context)
+    per_token, note = _flops_per_token(config, documents)
     name = name or device_name(device)
     seconds, basis = None, f"no peak rate is known for {name}"
     if peak.flops is not None:
@@ -155,7 +163,7 @@ def plan_for(
         tokens_per_step=tokens_per_step,
         tokens=tokens,
         flops_per_token=per_token,
-        flops_note=UPPER_BOUND if config.data.document_mask else "",
+        flops_note=note,
         flops=tokens * per_token,
         memory=accounting.training_memory(
             model,
@@ -171,6 +179,16 @@ def plan_for(
         seconds=seconds,
         basis=basis,
     )
+
+
+def _flops_per_token(config: RunConfig, documents: Mapping[int, float] | None) -> tuple[float, str]:
+    """Forward and backward, and how the document mask is counted."""
+    model, context = config.model, config.data.context
+    if not config.data.document_mask:
+        return accounting.training_flops_per_token(model, length=context), ""
+    if documents is None or not accounting.countable_when_packed(model):
+        return accounting.training_flops_per_token(model, length=context), UPPER_BOUND
+    return accounting.packed_training_flops_per_token(model, length=context, documents=documents), PACKED
 
 
 def find_peak(device: torch.device, arithmetic: Arithmetic, *, world: int) -> Peak:

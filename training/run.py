@@ -142,7 +142,8 @@ def _train(
                 f"trainer.steps={config.trainer.steps}: the run in {directory} is at step {state['step']} already"
             )
     peak = find_peak(device, arithmetic, world=world)
-    costs = plan_for(config, device, arithmetic, peak)
+    documents = data.documents_per_sequence() if config.data.document_mask else None
+    costs = plan_for(config, device, arithmetic, peak, documents=documents)
     model = _model(config, origin, arithmetic)
 
     # From here on the request is known to be sound, and the run directory is written.

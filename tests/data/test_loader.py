@@ -55,6 +55,13 @@ class TestByHand:
         assert batch.positions_BT is None
         assert batch.n_loss_tokens == 8
 
+    def test_documents_per_sequence(self, store: TokenStore):
+        dataset = PackedDataset(store, "train", context=4)
+        assert dataset.documents_per_sequence() == {1: 1.0, 3: 1.0}  # ab E | c and E | def
+        best_fit = PackedDataset(store, "train", context=6, packing="best_fit")
+        # c E in the sequence of defg E would leave it no room: [ab E c E .] [defg E .]
+        assert best_fit.documents_per_sequence() == {1: 1.0, 2: 0.5, 3: 0.5, 5: 0.5}
+
     def test_document_mask_alone(self, store: TokenStore):
         batch, targets = whole(store, document_mask=True)
         assert batch.documents_BT is not None

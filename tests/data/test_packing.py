@@ -104,3 +104,14 @@ def test_refusals():
         pack(np.array([1]), 4, "first_fit")  # type: ignore[arg-type]
     with pytest.raises(IndexError, match="sequence 1: the packing has 1"):
         pack(np.array([9]), 8).spans(1)
+
+
+@given(lengths=LENGTHS, context=CONTEXT, method=st.sampled_from(["concat", "best_fit"]), keep_tail=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_lengths_are_those_of_the_spans_and_of_the_padding(lengths, context, method, keep_tail):
+    packing = pack(np.array(lengths, dtype=np.int64), context, method, keep_tail=keep_tail)
+    expected = []
+    for row in rows(packing):
+        expected += [span.length for span in row]
+        expected += [context - sum(span.length for span in row)]
+    assert sorted(packing.lengths().tolist()) == sorted(length for length in expected if length)

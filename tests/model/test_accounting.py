@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -139,6 +141,40 @@ def test_attention_pairs_equal_the_definition(spec: AttentionSpec, documents: li
     context = AttentionContext(q_documents=ids, kv_documents=ids)
     allowed = context.allowed(spec, slice(0, length), slice(0, length)).expand(1, length, length)
     assert accounting.attention_pairs(spec, length, documents=documents) == int(allowed.sum())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    spec=specs.filter(lambda spec: spec.block_sparse is None),
+    splits=st.lists(st.sets(st.integers(1, 23), max_size=5), min_size=1, max_size=3),
+)
+def test_packed_flops_are_the_mean_over_the_sequences(spec: AttentionSpec, splits: list[set[int]]) -> None:
+    """Each split cuts a sequence of 24 into documents; the other heads of the layer do not look at documents."""
+    groups = (HeadGroup(heads=2, spec=spec), HeadGroup(heads=2, spec=AttentionSpec(causal=True)))
+    plan = AttentionPlan(patterns={"mixed": groups}, layers=("mixed",))
+    config = configure("llama-tiny", {"attention": plan})
+    sequences = [[b - a for a, b in pairwise([0, *sorted(split), 24])] for split in splits]
+    mean = Counter(length for documents in sequences for length in documents)
+    total = sum(accounting.forward_flops(config, length=24, documents=documents) for documents in sequences)
+    found = accounting.packed_training_flops_per_token(
+        config, length=24, documents={length: number / len(sequences) for length, number in mean.items()}
+    )
+    assert found == pytest.approx(3 * total / len(sequences) / 24, rel=1e-12)
+
+
+def test_packed_flops_refuse_what_they_cannot_count() -> None:
+    config = CONFIGS["llama-tiny"]
+    with pytest.raises(ValueError, match="add up to 23 tokens a sequence, not to length=24"):
+        accounting.packed_training_flops_per_token(config, length=24, documents={11: 1.0, 12: 1.0})
+    layout = BlockLayout.from_rows([[1]], q_block=128, kv_block=128)
+    sparse = AttentionPlan(
+        patterns={"a": AttentionSpec(causal=True, documents=True, block_sparse=layout)}, layers=("a",)
+    )
+    assert accounting.countable_when_packed(config)
+    with pytest.raises(ValueError, match="where each document starts"):
+        accounting.packed_training_flops_per_token(
+            configure("llama-tiny", {"attention": sparse}), length=24, documents={24: 1.0}
+        )
 
 
 def test_the_uncut_convention_charges_every_query_for_the_row() -> None:
