@@ -12,7 +12,6 @@ A run keeps its checkpoints as `<run>/checkpoints/step-00000100`, and names the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,21 +25,41 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import DecoderConfig, ModelConfigError, from_dict, near, to_dict
+from .checkpoint_files import (
+    CONFIG,
+    LINEAGE,
+    MANIFEST,
+    TOKENIZER,
+    WEIGHTS,
+    CheckpointError,
+    load_config,
+    resolve_checkpoint,
+    sha256_of,
+    step_directory,
+    verify,
+)
+from .config import to_dict
 from .decoder import Decoder, from_config
 
-CONFIG, WEIGHTS, TOKENIZER, LINEAGE, MANIFEST = (
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "lineage.json",
-    "manifest.json",
-)
-_ARCHITECTURES = ("decoder",)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, foreign, or not this model's; one line says which."""
+__all__ = [
+    "CONFIG",
+    "LINEAGE",
+    "MANIFEST",
+    "TOKENIZER",
+    "WEIGHTS",
+    "CheckpointError",
+    "SavesItself",
+    "check_weights",
+    "load_config",
+    "load_model",
+    "load_weights",
+    "remove_unfinished",
+    "resolve_checkpoint",
+    "save_model",
+    "step_directory",
+    "verify",
+    "write_directory",
+]
 
 
 class SavesItself(Protocol):
@@ -123,7 +142,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _seal(directory: Path) -> None:
     files = {
-        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
@@ -164,58 +183,7 @@ def _umask() -> int:
     return mask
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # -- reading ----------------------------------------------------------------------------------------------------------
-
-
-def verify(directory: Path | str) -> None:
-    """Checks that a checkpoint directory is complete and unaltered. Raises CheckpointError naming what is wrong."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory")
-    if not (directory / CONFIG).is_file():
-        raise CheckpointError(f"{directory} holds no {CONFIG}: it is not a checkpoint directory")
-    if not (directory / MANIFEST).is_file():
-        raise CheckpointError(f"{directory} holds no {MANIFEST}: not a checkpoint of Longspan, or one cut short")
-    files = _json(directory / MANIFEST).get("files")
-    if not isinstance(files, dict) or not {CONFIG, WEIGHTS} <= set(files):
-        raise CheckpointError(f"{directory / MANIFEST} does not list {CONFIG} and {WEIGHTS}: it is damaged")
-    for name, entry in files.items():
-        path = directory / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; the manifest lists it")
-        size = path.stat().st_size
-        if size != entry["size"]:
-            what = "cut short" if size < entry["size"] else "altered"
-            raise CheckpointError(f"{path} is {size} bytes, the manifest says {entry['size']}: it was {what}")
-    for name, entry in files.items():
-        if _sha256(directory / name) != entry["sha256"]:
-            raise CheckpointError(f"{directory / name} does not match its sha256 in the manifest: it was altered")
-
-
-def load_config(directory: Path | str) -> DecoderConfig:
-    """The config of a checkpoint directory. Raises CheckpointError for a missing, damaged or foreign one."""
-    directory = Path(directory)
-    path = directory / CONFIG
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory")
-    if not path.is_file():
-        raise CheckpointError(f"{directory} holds no {CONFIG}: it is not a checkpoint directory")
-    raw = _json(path)
-    architecture = raw.get("architecture")
-    if architecture not in _ARCHITECTURES:
-        found = f"architecture {architecture!r}" if architecture is not None else "no architecture"
-        if "model_type" in raw:
-            found = f"a Hugging Face model of type {raw['model_type']!r}"
-        raise CheckpointError(f"{path} describes {found}; this version reads: {', '.join(_ARCHITECTURES)}")
-    try:
-        return from_dict(raw)
-    except ModelConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_model(
@@ -269,59 +237,3 @@ def check_weights(model: Decoder, weights: Mapping[str, Tensor], *, asked_by: st
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): it is damaged") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} is not a JSON object: it is damaged")
-    return raw
-
-
-# -- runs -------------------------------------------------------------------------------------------------------------
-
-
-def resolve_checkpoint(path: Path | str) -> Path:
-    """The checkpoint directory that `path` means: itself, or of a run its best, else its newest that verifies.
-
-    Raises CheckpointError when there is none.
-    """
-    path = Path(path)
-    if not path.exists():
-        close = near(path.name, sorted(entry.name for entry in path.parent.iterdir())) if path.parent.is_dir() else ""
-        hint = close if "did you mean" in close else ""
-        raise CheckpointError(f"checkpoint {path}: no such directory{hint}")
-    if (path / CONFIG).is_file() or (path / MANIFEST).is_file():
-        return path
-    if not (path / "checkpoints").is_dir():
-        raise CheckpointError(f"{path} is neither a checkpoint directory (no {CONFIG}) nor a run (no checkpoints/)")
-    best = path / "checkpoints" / "best.json"
-    if best.is_file():
-        chosen = step_directory(path, int(_json(best)["step"]))
-        if _verifies(chosen):
-            return chosen
-    newest = last_verified(path)
-    if newest is None:
-        raise CheckpointError(f"{path} has no checkpoint that is complete (looked in {path / 'checkpoints'})")
-    return newest
-
-
-def step_directory(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
-
-
-def last_verified(run: Path) -> Path | None:
-    """The newest checkpoint of a run that is complete and unaltered."""
-    steps = sorted((run / "checkpoints").glob("step-*"), key=lambda entry: entry.name, reverse=True)
-    return next((entry for entry in steps if _verifies(entry)), None)
-
-
-def _verifies(directory: Path) -> bool:
-    try:
-        verify(directory)
-    except CheckpointError:
-        return False
-    return True

@@ -147,6 +147,7 @@ def _dispatch(argv: list[str]) -> int:
     verb = VERBS[name]
     request: type = getattr(schema, verb.request)
     composed = compose(name, line.arguments, schema=request, config_dir=line.config_dir)
+    from longspan.training.config_paths import check_paths
     if line.help:
         from .help import render
 
@@ -160,6 +161,7 @@ def _dispatch(argv: list[str]) -> int:
 def _take_apart(words: Sequence[str]) -> _Line:
     arguments: list[str] = []
     config_dir: Path | None = None
+    check_paths(config, where=composed.where)
     asks_help = False
     remaining = iter(words)
     for word in remaining:

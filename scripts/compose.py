@@ -69,7 +69,7 @@ def compose(config: str, arguments: Sequence[str], *, schema: type, config_dir: 
     problems: list[str] = []
     choices: dict[str, str] = {}  # by group: the last choice counts
     values: list[_Value] = []
-    for argument in arguments:
+    for argument in _with_their_values(arguments):
         try:
             parsed = _parse(argument, options, schema)
         except ConfigError as error:
@@ -126,10 +126,10 @@ def _parse(argument: str, options: Mapping[str, Sequence[str]], schema: type) ->
             raise ConfigError([f"{argument}: only a single key can be taken out with ~, as in ~data.path"])
         return _Value(_dotted(key[1:]), _ABSENT, verbatim=False)
     if not equals:
-        raise ConfigError([f"{argument}: expected key=value" + _flag_hint(argument)])
+        raise _not_key_value(argument, schema)
     key = key.lstrip("+")
     if not _KEY.fullmatch(key):
-        raise ConfigError([f"{argument}: expected key=value, with a key like trainer.steps" + _flag_hint(argument)])
+        raise _not_key_value(argument, schema)
     if key in options:
         if text in options[key] or text == "null":
             return _Choice(key, text)
@@ -263,10 +263,30 @@ def _dotted(key: str) -> str:
     return re.sub(r"\[(\d+)\]", r".\1", key)
 
 
-def _flag_hint(argument: str) -> str:
-    """`--trainer.steps 5` is how others do it."""
-    name = argument.partition("=")[0].lstrip("-")
-    return f"; longspan takes {name}=value" if argument.startswith("-") and name else ""
+def _with_their_values(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments, `--steps 5` as one: it is one mistake."""
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if argument.startswith("-") and "=" not in argument and remaining and not _is_ours(remaining[0]):
+            argument = f"{argument} {remaining.pop(0)}"
+        yield argument
+
+
+def _is_ours(argument: str) -> bool:
+    return "=" in argument or argument.startswith(("-", "~"))
+
+
+def _not_key_value(argument: str, schema: type) -> ConfigError:
+    """`--steps 5` and `--trainer.steps=5` are how others do it."""
+    flag, _, value = argument.replace("=", " ", 1).partition(" ")
+    name = flag.lstrip("-").replace("-", "_")
+    if flag.startswith("-") and name:
+        meant = name if find(schema, name) is not None else nearest(schema, name)
+        if meant is not None:
+            return ConfigError([f"{argument}: longspan takes key=value; did you mean {meant}={value or '…'}?"])
+        return ConfigError([f"{argument}: expected key=value, as in trainer.steps=5, without dashes"])
+    return ConfigError([f"{argument}: expected key=value, with a key like trainer.steps"])
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ def run(config: EvaluateConfig) -> int:
     if config.dry_run:
         print(as_yaml(plain(config)), end="")
         return 0
-    output = Path(config.output or f"evaluations/{Path(config.checkpoint).resolve().name}")
+    output = Path(config.output) if config.output is not None else _default_output(config)
     if output.exists() and not (output.is_dir() and (config.overwrite or not any(output.iterdir()))):
         raise UserError(f"output={output}: exists and is not an empty directory; choose another, or set overwrite=true")
     device = choose_device(config.accelerator, key="accelerator")
@@ -54,6 +55,14 @@ def run(config: EvaluateConfig) -> int:
     print(markdown(found.result, found.baseline, title=title))
     print(f"written to {output}/")
     return 0
+
+
+def _default_output(config: EvaluateConfig) -> Path:
+    """evaluations/<checkpoint's name>/<data's name>: one checkpoint is evaluated on many texts."""
+    data = "held-out"
+    if config.data.path is not None:
+        data = re.sub(r"[^\w.-]+", "-", config.data.path.removeprefix("hub:").rstrip("/")).strip("-.") or "text"
+    return Path("evaluations", Path(config.checkpoint).resolve().name, data)
 
 
 def _documents(

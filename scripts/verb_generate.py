@@ -9,11 +9,12 @@ import torch
 
 from longspan.data.tokenizer import StreamDecoder, Tokenizer
 from longspan.model.checkpoint import load_model, resolve_checkpoint
+from longspan.model.config import DecoderConfig
 from longspan.model.generation import stream
 from longspan.training.config_plain import plain
 from longspan.training.errors import UserError
 from longspan.training.precision import choose_device, inference_precision
-from longspan.training.schema import GenerateConfig
+from longspan.training.schema import DEFAULT_NEW_TOKENS, GenerateConfig
 
 from .output import as_yaml
 
@@ -32,7 +33,7 @@ def run(config: GenerateConfig) -> int:
     steps = stream(
         model,
         torch.tensor([tokens], device=device),
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=_new_tokens(config, model.config, len(tokens)),
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
@@ -46,6 +47,15 @@ def run(config: GenerateConfig) -> int:
         print(decoder.push(int(token_B[0])), end="", flush=True)
     print(decoder.finish())
     return 0
+
+
+def _new_tokens(config: GenerateConfig, model: DecoderConfig, prompt: int) -> int:
+    """What was asked for, which the model may refuse; by default no more than its learned positions have room for."""
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens
+    if model.positions != "learned":
+        return DEFAULT_NEW_TOKENS
+    return max(1, min(DEFAULT_NEW_TOKENS, model.max_positions - prompt + 1))  # the last token is never read back
 
 
 def _prompt(config: GenerateConfig) -> str:

@@ -14,6 +14,9 @@ def run(config: RunConfig) -> int:
         print(as_yaml(as_request(config)))
         print("\n".join(f"# {line}" for line in plan(config).lines()))
         return 0
+    from longspan.training.precision import choose_device
+
+    choose_device(config.trainer.accelerator, config.trainer.devices)  # refused before Lightning is imported
     from longspan.training.run import train
 
     train(config)

@@ -149,19 +149,32 @@ def best_of(state: Mapping[str, Any]) -> Best | None:
 
 
 def newest(run: Path) -> Path | None:
-    """The newest checkpoint of a run that verifies and holds training state; the log names newer ones that do not."""
+    """The newest checkpoint of a run that verifies and holds training state; None where it has written none yet.
+
+    The log names newer ones that are damaged. Raises CheckpointError where all of them are.
+    """
     checkpoints = Checkpoints(run, keep=1)
+    damages: list[CheckpointError] = []
     for step in reversed(checkpoints.steps()):
         path = checkpoints.path(step)
         try:
-            model_checkpoint.verify(path)
-            if not (path / STATE).is_file():
-                raise CheckpointError(f"{path}: has no {STATE}")
+            _verify(path)
         except CheckpointError as error:
-            logger.warning("falling back to an older checkpoint: %s", error)
+            damages.append(error)
             continue
+        for error in damages:
+            logger.warning("falling back to an older checkpoint: %s", error)
         return path
+    if damages:
+        more = f" (so are {len(damages) - 1} older ones)" if len(damages) > 1 else ""
+        raise CheckpointError(f"{run}: no checkpoint of the run is whole: {damages[0]}{more}")
     return None
+
+
+def _verify(checkpoint: Path) -> None:
+    model_checkpoint.verify(checkpoint)
+    if not (checkpoint / STATE).is_file():
+        raise CheckpointError(f"{checkpoint}: has no {STATE}")
 
 
 def load_state(checkpoint: Path) -> dict:

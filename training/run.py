@@ -139,7 +139,8 @@ def _train(
         data.load_state_dict(state["data"])
         if state["step"] > config.trainer.steps:
             raise UserError(
-                f"trainer.steps={config.trainer.steps}: the run in {directory} is at step {state['step']} already"
+                f"trainer.steps={config.trainer.steps}: the run in {directory} is at step {state['step']} already; "
+                f"give more steps, or start another run from its weights (checkpoint={directory}, with its own output)"
             )
     peak = find_peak(device, arithmetic, world=world)
     documents = data.documents_per_sequence() if config.data.document_mask else None

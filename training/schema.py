@@ -34,6 +34,7 @@ from .config_errors import COMMAND_LINE, ConfigError, Problem, lines, translate,
 from .config_keys import documented
 from .config_plain import booleans, named, plain, without, written
 
+DEFAULT_NEW_TOKENS = 200
 BACKENDS = ("reference", "sdpa", "flex")  # what kernels.attention registers; to ask it would import torch
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
@@ -299,7 +300,6 @@ class EvaluationConfig(ProtocolConfig):
 class SamplingConfig:
     """How the next token is chosen."""
 
-    max_new_tokens: Count = Field(default=200, description="tokens to generate")
     temperature: float = Field(default=0.8, ge=0, description="0: greedy")
     top_k: int | None = Field(default=50, ge=1, description="keep the k likeliest tokens")
     top_p: float | None = Field(
@@ -311,6 +311,9 @@ class SamplingConfig:
 class SampleConfig(SamplingConfig):
     """sample: a text generated at the end of a run"""
 
+    max_new_tokens: Count = Field(
+        default=DEFAULT_NEW_TOKENS, description="tokens to generate, at most what learned positions have room for"
+    )
     prompt: str = Field(default="def ", description="what the sample continues; empty: no sample")
 
 
@@ -458,7 +461,8 @@ class EvaluateConfig:
     )
     output: str | None = Field(
         default=None,
-        description="directory of the results; null: evaluations/<checkpoint's name> in the working directory",
+        description="directory of the results; null: evaluations/<checkpoint's name>/<data's name> in the working "
+        "directory",
     )
     overwrite: bool = Field(default=False, description="replace what is in a non-empty output directory")
     dry_run: bool = Field(default=False, description="print the resolved config; do nothing")
@@ -471,6 +475,11 @@ class GenerateConfig(SamplingConfig):
     checkpoint: str = Field(description="a checkpoint directory, or a run (its best, else its last)")
     prompt: str | None = Field(default=None, description="text to continue")
     file: str | None = Field(default=None, description="file with the text to continue; -: standard input")
+    max_new_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description=f"tokens to generate; null: {DEFAULT_NEW_TOKENS}, or as many as learned positions have room for",
+    )
     seed: int = Field(default=0, ge=0, description="seed of sampling")
     stop: bool = Field(default=True, description="stop at the end-of-text token")
     accelerator: Accelerator = Field(default="auto", description="where to run")

@@ -65,12 +65,20 @@ def find_origin(config: RunConfig, directory: Path) -> Origin:
         return _from_weights(config.checkpoint)
     if config.resume is None:
         return Origin()
-    found = newest(directory)
+    try:
+        found = newest(directory)
+    except model_checkpoint.CheckpointError as error:
+        raise UserError(
+            f"resume={config.resume}: {error}; without resume, overwrite=true starts the run anew"
+        ) from error
     if found is not None:
         parent = files.read_json(found / files.LINEAGE).get("parent")
         return Origin(checkpoint=found, parent=parent, resumes=True)
     if config.resume != "auto":
-        raise UserError(f"resume={config.resume}: the run has no checkpoint that is complete; start it anew")
+        raise UserError(
+            f"resume={config.resume}: the run was stopped before its first checkpoint; without resume, overwrite=true "
+            "starts it anew"
+        )
     recorded = directory / files.LINEAGE
     parent = files.read_json(recorded).get("parent") if recorded.is_file() else None
     # Killed before its first checkpoint, a run that started from weights starts from them again.

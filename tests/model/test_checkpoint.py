@@ -16,7 +16,6 @@ from longspan.kernels.attention import AttentionSpec, BlockLayout, Window
 from longspan.model import checkpoint
 from longspan.model.checkpoint import (
     CheckpointError,
-    last_verified,
     load_config,
     load_model,
     resolve_checkpoint,
@@ -314,9 +313,28 @@ def test_a_run_means_its_best_else_its_last_that_verifies(run: Path) -> None:
     assert resolve_checkpoint(run / "checkpoints" / "step-00000100").name == "step-00000100"
     for step in (200, 1000):
         (step_directory(run, step) / "model.safetensors").write_bytes(b"")
-    assert last_verified(run) == resolve_checkpoint(run) == step_directory(run, 100)
+    assert resolve_checkpoint(run) == step_directory(run, 100)
     (step_directory(run, 100) / "manifest.json").unlink()
-    assert "no checkpoint that is complete" in error_of(resolve_checkpoint, run)
+    said = error_of(resolve_checkpoint, run)
+    assert said.startswith(
+        f"{run}: no checkpoint of the run is whole: {step_directory(run, 1000)}/model.safetensors is 0 "
+    )
+    assert said.endswith(" (so are 2 older ones)")
+
+
+@pytest.mark.parametrize("record", ['{"step": 200', '{"step": null}', "[]", '{"step": 300}'])
+def test_a_best_checkpoint_that_cannot_be_used_costs_a_warning(
+    run: Path, record: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (run / "checkpoints" / "best.json").write_text(record)
+    assert resolve_checkpoint(run).name == "step-00001000"
+    assert "the best checkpoint of" in caplog.text
+    assert "best.json" in caplog.text or "step-00000300: no such directory" in caplog.text
+
+
+def test_a_run_without_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert "the run has no checkpoint yet" in error_of(resolve_checkpoint, tmp_path / "run")
 
 
 def test_paths_that_are_neither(tmp_path: Path) -> None:

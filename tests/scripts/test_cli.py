@@ -74,8 +74,12 @@ def test_sweeps_are_shell_loops(refused: Refused) -> None:
         (["optimizer=adamW"], "optimizer=adamW: optimizer has adamw; did you mean adamw? (set on the command line)"),
         (["experiment=quikstart"], "experiment=quikstart: experiment has gpt2_small, llama_300m, quickstart, tiny; "
                                    "did you mean quickstart? (set on the command line)"),
-        (["trainer.steps"], "trainer.steps: expected key=value"),
-        (["--steps=5"], "--steps=5: expected key=value, with a key like trainer.steps; longspan takes steps=value"),
+        (["trainer.steps"], "trainer.steps: expected key=value, with a key like trainer.steps"),
+        (["--steps=5"], "--steps=5: longspan takes key=value; did you mean trainer.steps=5?"),
+        (["--steps", "5"], "--steps 5: longspan takes key=value; did you mean trainer.steps=5?"),
+        (["--trainer.steps", "5"], "--trainer.steps 5: longspan takes key=value; did you mean trainer.steps=5?"),
+        (["--max-steps"], "--max-steps: longspan takes key=value; did you mean trainer.steps=…?"),
+        (["--zzz"], "--zzz: expected key=value, as in trainer.steps=5, without dashes"),
         (["=5"], "=5: expected key=value, with a key like trainer.steps"),
         (["trainer..steps=5"], "trainer..steps=5: expected key=value, with a key like trainer.steps"),
         (["hydra.run.dir=x"], "hydra.run.dir=x: configs are composed with Hydra, but its settings and launchers are not used"),
@@ -411,7 +415,7 @@ def test_evaluate_a_text_of_ones_own(workshop: Path, capsys: pytest.CaptureFixtu
     checkpoint = workshop / "runs/tiny/checkpoints/step-00000020"
     assert main(["evaluate", f"checkpoint={checkpoint}", "data.path=a.txt"]) == 0
     capsys.readouterr()
-    found = json.loads(Path("evaluations/step-00000020/evaluation.json").read_text())["perplexity"]
+    found = json.loads(Path("evaluations/step-00000020/a.txt/evaluation.json").read_text())["perplexity"]
     assert found["bytes"] == 350
     assert found["tokens"] == 351
     assert found["documents"] == 1
