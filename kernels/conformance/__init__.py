@@ -1,0 +1,1 @@
+"""The conformance suite's parts. Its public face is `longspan.kernels.testing`."""
