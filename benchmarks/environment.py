@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import os
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -33,6 +35,27 @@ def describe() -> dict[str, str]:
         facts["device"] = platform.processor() or platform.machine()
         facts["driver"] = "none"
     return facts
+
+
+def assembler() -> str:
+    """The version of the ptxas that Triton assembles with: its own, or the one of TRITON_PTXAS_PATH."""
+    path = os.environ.get("TRITON_PTXAS_PATH")
+    if path is None:
+        found = importlib.util.find_spec("triton")
+        if found is None or found.origin is None:
+            return "none"
+        path = str(Path(found.origin).parent / "backends/nvidia/bin/ptxas")
+    release = re.search(r"V(\d[\d.]*)", _output(path, "--version") or "")
+    return "unknown" if release is None else release[1]
+
+
+def output_directory(asked: str | None, *, smoke: bool) -> Path:
+    """Where rows go: where asked; else a smoke run's into `bench/` of the working directory, and a measurement's into
+    the `results/` of this checkout (into `bench/` too where the package is installed without one)."""
+    if asked is not None:
+        return Path(asked)
+    checkout = (RESULTS.parent.parent / "pyproject.toml").is_file()
+    return RESULTS if checkout and not smoke else Path("bench")
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:

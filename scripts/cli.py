@@ -74,6 +74,12 @@ VERBS: dict[str, Verb] = {
         "validate_explain",
         ("longspan attention attention=local_global", "longspan attention model=llama-300m accelerator=gpu"),
     ),
+    "bench": Verb(
+        "attention kernels against their peers, checked against fp64 before they are timed",
+        "BenchConfig",
+        "validate_bench",
+        ("longspan bench suite=attention", "longspan bench suite=window shapes=full time_limit=540 output=DIR"),
+    ),
 }  # fmt: skip
 
 

@@ -512,6 +512,37 @@ class ExplainConfig(_ExplainKeys):
     attention_backend: BackendPlan = Field(default=BackendPlan())
 
 
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class BenchConfig:
+    """`longspan bench`"""
+
+    suite: Literal["attention", "window", "documents", "sparse", "dilation"] = Field(
+        description="what is measured: dense attention, windows with and without global tokens, packed documents, "
+        "block-sparse layouts, dilated windows"
+    )
+    shapes: Literal["tiny", "quick", "full"] | None = Field(
+        default=None,
+        description="tiny: a smoke test in seconds; quick: what decides the targets, some minutes on a GPU; full: every "
+        "shape; null: quick on a GPU, tiny on a CPU",
+    )
+    backend: BackendName = Field(default="triton", description="ours: the attention backend that is measured")
+    peers: tuple[Literal["sdpa-flash", "sdpa-cudnn", "flex", "longformer-hf", "flash-attn-4"], ...] | None = Field(
+        default=None, description="who is measured beside it; null: everybody; []: nobody"
+    )
+    only: str | None = Field(default=None, description="measure only cases whose name contains this")
+    device: Literal["auto", "cuda", "cpu"] = Field(default="auto", description="cpu: a smoke test, no speeds")
+    repetitions: int = Field(default=100, ge=2, description="interleaved repetitions; the median counts")
+    time_limit: float | None = Field(
+        default=None, gt=0, description="seconds; a case that would not fit is left out, and said so"
+    )
+    output: str | None = Field(
+        default=None,
+        description="directory that rows, figure and table go to; null: benchmarks/results/ of a checkout, bench/ "
+        "for smoke tests and where there is no checkout",
+    )
+    dry_run: bool = Field(default=False, description="print the resolved config and the cases; do nothing")
+
+
 # -- from what a user wrote to what the code reads ---------------------------------------------------------------------
 
 Raw = Mapping[str, Any]
@@ -564,6 +595,12 @@ def validate_generate(raw: Raw, *, where: Where | None = None) -> GenerateConfig
     """`longspan generate`; as `validate`."""
     config, problems = _parse(GenerateConfig, raw)
     return _sound(config, [*problems, *(check_generate(config) if config is not None else ())], where)
+
+
+def validate_bench(raw: Raw, *, where: Where | None = None) -> BenchConfig:
+    """`longspan bench`; as `validate`."""
+    config, problems = _parse(BenchConfig, raw)
+    return _sound(config, problems, where)
 
 
 def as_request(config: RunConfig | ExplainConfig) -> dict[str, Any]:

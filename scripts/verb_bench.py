@@ -1,0 +1,63 @@
+"""`longspan bench`: attention kernels against their peers, on this machine."""
+
+from __future__ import annotations
+
+import torch
+
+from longspan.benchmarks.attention import Plan
+from longspan.benchmarks.attention import run as run_suite
+from longspan.benchmarks.environment import output_directory
+from longspan.benchmarks.shapes import PEERS, suite
+from longspan.kernels.attention import available
+from longspan.training.config_plain import plain
+from longspan.training.errors import UserError
+from longspan.training.schema import BenchConfig
+
+from .output import as_yaml
+
+
+def run(config: BenchConfig) -> int:
+    device = _device(config)
+    if config.backend not in available():
+        raise UserError(f"backend={config.backend}: registered are {', '.join(available())}")
+    shapes = config.shapes or ("tiny" if device.type == "cpu" else "quick")
+    every = suite(config.suite, shapes)
+    cases = tuple(case for case in every if config.only is None or config.only in case.name)
+    if not cases:
+        names = "; ".join(case.name for case in every)
+        raise UserError(f"only={config.only}: in the name of no case of suite={config.suite} shapes={shapes}: {names}")
+    if config.dry_run:
+        print(as_yaml(plain(config)), end="")
+        print("\n".join(f"# {case.name}: {case.flops('both') / 1e12:.3g} TFLOP forward and backward" for case in cases))
+        return 0
+    output = output_directory(config.output, smoke=device.type == "cpu")
+    command = f"longspan bench suite={config.suite} shapes={shapes} backend={config.backend}"
+    if config.only is not None:
+        command += f" only='{config.only}'"
+    outcome = run_suite(
+        Plan(
+            suite=config.suite,
+            cases=cases,
+            peers=PEERS if config.peers is None else config.peers,
+            backend=config.backend,
+            device=device,
+            repetitions=config.repetitions,
+            output=output,
+            command=command,
+            time_limit=config.time_limit,
+        )
+    )
+    print(f"\n{outcome.page}\nrows appended to {output / config.suite}.csv and .jsonl; figure and table beside them")
+    if not outcome.sound:
+        print("something of ours was void or failed")
+        return 1
+    return 0
+
+
+def _device(config: BenchConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: no CUDA device is visible; device=cpu runs a smoke test")
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and config.shapes in ("quick", "full"):
+        raise UserError(f"shapes={config.shapes}: these sizes need a GPU; on a CPU there is shapes=tiny")
+    return device
