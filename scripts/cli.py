@@ -147,13 +147,13 @@ def _dispatch(argv: list[str]) -> int:
     line = _take_apart(argv[1:])
 
     from longspan.training import schema
+    from longspan.training.config_paths import check_paths
 
     from .compose import compose
 
     verb = VERBS[name]
     request: type = getattr(schema, verb.request)
     composed = compose(name, line.arguments, schema=request, config_dir=line.config_dir)
-    from longspan.training.config_paths import check_paths
     if line.help:
         from .help import render
 
@@ -161,13 +161,13 @@ def _dispatch(argv: list[str]) -> int:
         return DONE
     validate: Callable[..., object] = getattr(schema, verb.validate)
     config = validate(composed.raw, where=composed.where)
+    check_paths(config, where=composed.where)
     return import_module(f".verb_{name}", __package__ or "longspan.scripts").run(config)
 
 
 def _take_apart(words: Sequence[str]) -> _Line:
     arguments: list[str] = []
     config_dir: Path | None = None
-    check_paths(config, where=composed.where)
     asks_help = False
     remaining = iter(words)
     for word in remaining:
