@@ -20,10 +20,11 @@ class EvalDocument:
     """A document to score.
 
     tokens     integer ids [n]
-    n_bytes    UTF-8 bytes of the text that `tokens` stand for (control tokens count none)
+    n_bytes    UTF-8 bytes of the text that the scored tokens stand for (control tokens count none)
     source     which source of the mixture it comes from
     id         names it in messages
     truncated  whether `tokens` are only the beginning of the document
+    prompt     how many tokens, from the first on, are read and not scored
     """
 
     tokens: np.ndarray
@@ -31,12 +32,17 @@ class EvalDocument:
     source: str = ""
     id: str = ""
     truncated: bool = False
+    prompt: int = 0
 
     def text(self, decode: Callable[[Sequence[int]], str]) -> str:
-        """What `tokens` stand for, by a tokenizer's `decode`."""
-        text = decode(self.tokens.tolist())
+        """What the scored tokens stand for, by a tokenizer's `decode`."""
+        text = decode(self.tokens[self.prompt :].tolist())
         # A cut inside a multi-byte character decodes to U+FFFD, which is no part of the text.
         return text.rstrip("\ufffd") if self.truncated else text
+
+    def prompt_text(self, decode: Callable[[Sequence[int]], str]) -> str:
+        """What the tokens before the scored ones stand for."""
+        return decode(self.tokens[: self.prompt].tolist())
 
 
 class StoredDocuments(Protocol):
@@ -44,6 +50,7 @@ class StoredDocuments(Protocol):
 
     def __len__(self) -> int: ...
     def tokens(self, document: int, /) -> np.ndarray: ...
+    def loss_mask(self, document: int, /) -> np.ndarray | None: ...
     def n_bytes(self, document: int, /) -> int: ...
     def source(self, document: int, /) -> str: ...
 
@@ -61,6 +68,9 @@ class TextDocuments:
 
     def tokens(self, document: int) -> np.ndarray:
         return self.ids[document]
+
+    def loss_mask(self, document: int) -> None:
+        """Every token counts."""
 
     def n_bytes(self, document: int) -> int:
         return self.sizes[document]
@@ -93,6 +103,8 @@ def documents_from(
     limit       at most this many documents; None: all
     max_tokens  at most this many tokens. The document that would exceed them is cut there when `decode` (a tokenizer's)
                 is given, so that its bytes can be counted, and left out otherwise
+    The prompts of documents that have one (their tokens carry no loss in training) are read and not scored; `decode`
+    is needed for them.
     Returns them in the order of the store, each with its index as id. Raises ValueError when the budget admits none.
     """
     chosen: list[tuple[int, int]] = []
@@ -117,8 +129,25 @@ def _stored(
     documents: StoredDocuments, i: int, take: int, decode: Callable[[Sequence[int]], str] | None
 ) -> EvalDocument:
     tokens = np.asarray(documents.tokens(i))
-    whole = EvalDocument(tokens=tokens, n_bytes=int(documents.n_bytes(i)), source=str(documents.source(i)), id=str(i))
-    if take == len(tokens) or decode is None:
+    prompt = _prompt_length(documents, i)
+    whole = EvalDocument(
+        tokens=tokens, n_bytes=int(documents.n_bytes(i)), source=str(documents.source(i)), id=str(i), prompt=prompt
+    )
+    if take == len(tokens) and not prompt:
         return whole
-    cut = replace(whole, tokens=tokens[:take], truncated=True)
-    return replace(cut, n_bytes=len(cut.text(decode).encode()))
+    if decode is None:
+        raise ValueError(f"document {i} has a prompt, which is not scored: pass decode, to count the bytes of the rest")
+    taken = replace(whole, tokens=tokens[:take], truncated=take < len(tokens), prompt=min(prompt, take))
+    return replace(taken, n_bytes=len(taken.text(decode).encode()))
+
+
+def _prompt_length(documents: StoredDocuments, i: int) -> int:
+    """How many tokens come before the first one that carries loss."""
+    mask = documents.loss_mask(i)
+    if mask is None or mask.all():
+        return 0
+    carrying = np.flatnonzero(mask)
+    prompt = int(carrying[0]) if len(carrying) else len(mask)
+    if len(carrying) != len(mask) - prompt:
+        raise ValueError(f"document {i} has tokens without loss behind its prompt, which evaluation does not know")
+    return prompt

@@ -83,7 +83,7 @@ def evaluate_documents(
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Score a sample of `stored` documents, each preceded by the end-of-text token.
+    """Score a sample of `stored` documents, each preceded by the end-of-text token; prompts are read, not scored.
 
     context   the window where `scoring` names none
     train     training documents of the same tokenizer, to fit the baseline on; None or empty: no baseline
@@ -111,7 +111,8 @@ def evaluate_documents(
     baseline = None
     texts = [document.text(tokenizer.decode) for document in documents]
     if train is not None and len(train) and any(texts):
-        baseline = measure_baseline(spread_texts(train, tokenizer, BASELINE_BYTES), texts)
+        prompts = [document.prompt_text(tokenizer.decode) for document in documents]
+        baseline = measure_baseline(spread_texts(train, tokenizer, BASELINE_BYTES), texts, after=prompts)
     return Evaluation(replace(scores, protocol=protocol).summary(), baseline)
 
 

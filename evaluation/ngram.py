@@ -12,12 +12,14 @@ tune, sums to one for every history, and gives every byte a positive probability
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import repeat
 from typing import Self
 
 import numpy as np
 
 _BYTES = 256
 _CHUNK = 1 << 22  # bytes counted at once: bounds the temporary arrays to some hundred MB
+Pair = tuple[str | bytes, str | bytes]  # what comes before a document, and the document
 
 
 class NgramBaseline:
@@ -33,7 +35,7 @@ class NgramBaseline:
 
     def fit(self, texts: Iterable[str | bytes]) -> Self:
         """Add the counts of documents; histories never cross from one to the next. May be called again."""
-        for data, depth in _batches(texts, self.order):
+        for data, depth in _batches(zip(repeat(b""), texts), self.order):
             self.trained_bytes += int((depth >= 0).sum())
             for k, counts in enumerate(self._counts):
                 at = np.flatnonzero(depth >= k)
@@ -41,14 +43,16 @@ class NgramBaseline:
                 counts += seen.reshape(counts.shape).astype(counts.dtype)
         return self
 
-    def bits_per_byte(self, texts: Iterable[str | bytes]) -> float:
+    def bits_per_byte(self, texts: Iterable[str | bytes], *, after: Iterable[str | bytes] | None = None) -> float:
         """Cross entropy in bits on the UTF-8 bytes of documents; the first bytes of each use the history there is.
 
+        after  what comes before each of the texts: it is history, and not measured
         Raises ValueError when nothing was fitted or the texts hold no byte.
         """
         self._check_fitted()
         bits, n = 0.0, 0
-        for data, depth in _batches(texts, self.order):
+        pairs = zip(repeat(b""), texts) if after is None else zip(after, texts, strict=True)
+        for data, depth in _batches(pairs, self.order):
             at = np.flatnonzero(depth >= 0)
             bits -= float(np.log2(self._probability(data, at, np.minimum(depth[at], self.order))).sum())
             n += len(at)
@@ -98,12 +102,12 @@ def _grams(data: np.ndarray, at: np.ndarray, k: int) -> np.ndarray:
     return gram
 
 
-def _batches(texts: Iterable[str | bytes], order: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _batches(pairs: Iterable[Pair], order: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Some megabytes of bytes at a time, each with how many bytes of its document come before it (at most `order`; -1
     for a byte that is only there as history)."""
     held: list[tuple[np.ndarray, np.ndarray]] = []
     size = 0
-    for piece in _pieces(texts, order):
+    for piece in _pieces(pairs, order):
         held.append(piece)
         size += len(piece[0])
         if size >= _CHUNK:
@@ -113,16 +117,21 @@ def _batches(texts: Iterable[str | bytes], order: int) -> Iterator[tuple[np.ndar
         yield _joined(held)
 
 
-def _pieces(texts: Iterable[str | bytes], order: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each document in parts that begin with the last bytes of the part before."""
-    for text in texts:
-        data = np.frombuffer(text.encode() if isinstance(text, str) else text, dtype=np.uint8)
-        for start in range(0, len(data), _CHUNK):
+def _pieces(pairs: Iterable[Pair], order: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each document in parts that begin with the last bytes before them, of the part or of the prompt before."""
+    for history, text in pairs:
+        before = _encoded(history)[-order:] if order else b""
+        data = np.frombuffer(before + _encoded(text), dtype=np.uint8)
+        for start in range(len(before), len(data), _CHUNK):
             first = max(0, start - order)
             part = data[first : start + _CHUNK]
             depth = np.minimum(np.arange(first, first + len(part)), order)
             depth[: start - first] = -1
             yield part, depth
+
+
+def _encoded(text: str | bytes) -> bytes:
+    return text.encode() if isinstance(text, str) else text
 
 
 def _joined(pieces: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

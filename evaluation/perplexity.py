@@ -8,6 +8,9 @@ ends with the document and stays full: fewer than `stride` new tokens never mean
 start of the document, not in every window. The loss is the sum of all nll divided by their number: neither windows nor
 documents are averaged first, and perplexity is exp of that mean, never the mean of exps.
 
+The prompt of a document (what training reads without loss) is read and not scored: its predictions are left out of the
+same windows, and nothing else changes.
+
 Published scripts differ in each of these choices by more than the methods that they compare (docs/evaluation.md).
 
 Legend: B windows in a forward pass, T tokens in the longest of them, N scored predictions, D width, V vocabulary.
@@ -89,14 +92,16 @@ class TokenScores:
         )
 
 
-def windows_of(n: int, *, window: int, stride: int, document: int = 0) -> Iterator[Window]:
-    """The windows that score n predictions of one document, each prediction in exactly one of them."""
+def windows_of(n: int, *, window: int, stride: int, document: int = 0, unscored: int = 0) -> Iterator[Window]:
+    """The windows that score n predictions of one document, each prediction in exactly one of them, the first
+    `unscored` in none."""
     end = min(n, window)
-    if n > 0:
-        yield Window(document, 0, 0, end)
+    if end > unscored:
+        yield Window(document, 0, unscored, end)
     while end < n:
         scored, end = end, min(n, end + stride)
-        yield Window(document, end - window, scored, end)
+        if end > unscored:
+            yield Window(document, end - window, max(scored, unscored), end)
 
 
 @torch.no_grad()
@@ -129,18 +134,22 @@ def score(
     """
     _check_request(model, documents, window=window, stride=stride, batch=batch, bos=bos)
     inputs, targets = zip(*(_inputs_and_targets(document, bos) for document in documents))
-    counts_d = np.array([len(target) for target in targets])
-    offsets_d = np.concatenate([[0], np.cumsum(counts_d)])
-    n = int(offsets_d[-1])
+    first_scored = 0 if bos is not None else 1
+    # Predictions of a prompt; prediction 0 is asked for the document's token number `first_scored`.
+    unscored_d = np.array([max(0, document.prompt - first_scored) for document in documents])
+    counts_d = np.array([len(target) for target in targets]) - unscored_d
+    n = int(counts_d.sum())
+    starts_d = np.cumsum(counts_d) - counts_d - unscored_d  # where prediction 0 of a document would stand
     if n == 0:
         raise ValueError(
             f"nothing to score: {len(documents):,} documents hold no token"
             + ("" if bos is not None else " with another before it; give bos to score first tokens")
+            + (", prompts aside" if unscored_d.any() else "")
         )
     windows = [
         piece
-        for document, count in enumerate(counts_d)
-        for piece in windows_of(int(count), window=window, stride=stride, document=document)
+        for document, (target, unscored) in enumerate(zip(targets, unscored_d.tolist()))
+        for piece in windows_of(len(target), window=window, stride=stride, document=document, unscored=unscored)
     ]
     windows.sort(key=lambda piece: piece.start - piece.end)  # the longest first; the sort is stable
 
@@ -152,7 +161,7 @@ def score(
     try:
         for first in range(0, len(windows), batch):
             pieces = windows[first : first + batch]
-            at_N = np.concatenate([np.arange(p.scored, p.end) + offsets_d[p.document] for p in pieces])
+            at_N = np.concatenate([np.arange(p.scored, p.end) + starts_d[p.document] for p in pieces])
             context_N[at_N] = np.concatenate([np.arange(p.scored, p.end) - p.start + 1 for p in pieces])
             nll_N[at_N] = _score_batch(model, pieces, inputs, targets, device=torch.device(device), precision=precision)
             done += len(at_N)
@@ -161,11 +170,11 @@ def score(
     finally:
         model.train(was_training)
 
-    first_scored = 0 if bos is not None else 1
+    first_d = unscored_d + first_scored
     return TokenScores(
         nll=nll_N,
         document=np.repeat(np.arange(len(documents)), counts_d),
-        position=np.concatenate([np.arange(first_scored, first_scored + count) for count in counts_d]),
+        position=np.concatenate([np.arange(first, first + count) for first, count in zip(first_d, counts_d)]),
         context=context_N,
         documents=tuple(documents),
         protocol=ScoringProtocol(
@@ -176,6 +185,7 @@ def score(
             documents=int((counts_d > 0).sum()),
             documents_available=documents_available,
             truncated=sum(document.truncated for document, count in zip(documents, counts_d) if count),
+            prompts=sum(document.prompt > 0 for document, count in zip(documents, counts_d) if count),
         ),
     )
 

@@ -28,8 +28,13 @@ class BaselineResult:
     bits_per_byte: float
 
 
-def measure_baseline(train: Iterable[str], held_out: Iterable[str], *, order: int = 2) -> BaselineResult:
-    """Fit the n-gram on training documents and measure it on held-out ones. Raises ValueError when either is empty."""
+def measure_baseline(
+    train: Iterable[str], held_out: Iterable[str], *, after: Iterable[str] | None = None, order: int = 2
+) -> BaselineResult:
+    """Fit the n-gram on training documents and measure it on held-out ones, each of which may come after a prompt.
+
+    Raises ValueError when either is empty.
+    """
     texts = list(held_out)
     model = NgramBaseline(order).fit(train)
     return BaselineResult(
@@ -37,7 +42,7 @@ def measure_baseline(train: Iterable[str], held_out: Iterable[str], *, order: in
         order=order,
         trained_bytes=model.trained_bytes,
         bytes=sum(len(text.encode()) for text in texts),
-        bits_per_byte=model.bits_per_byte(texts),
+        bits_per_byte=model.bits_per_byte(texts, after=after),
     )
 
 

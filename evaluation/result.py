@@ -26,6 +26,7 @@ class ScoringProtocol:
     documents_available  how many they were drawn from; None: not stated
     max_tokens           the budget that they were drawn for; None: all tokens
     sample_seed          of the draw; None: not stated
+    prompts              how many documents have a prompt, which is read and not scored
     """
 
     window: int
@@ -38,11 +39,14 @@ class ScoringProtocol:
     max_tokens: int | None = None
     sample_seed: int | None = None
     truncated: int = 0
+    prompts: int = 0
 
     @property
     def words(self) -> str:
         """One sentence that lets somebody else reproduce the number."""
         each = "every token but the first" if self.bos is None else f"every token (the first given token {self.bos})"
+        if self.prompts:
+            each += f", but for {self.prompts:,} prompts, which are only read,"
         if self.stride == self.window:
             windows = f"disjoint windows of at most {self.window:,} tokens"
         else:

@@ -102,6 +102,20 @@ def test_histories_stay_inside_documents() -> None:
     assert apart.distribution(b"a")[ord("b")] == pytest.approx((1 + 2 / 256) / 4)
 
 
+@given(texts.filter(any), texts.filter(any), st.data(), st.integers(0, 2))
+@few
+def test_what_comes_before_is_history_and_not_measured(train: list, held_out: list, data: st.DataObject, order: int):
+    before = [data.draw(st.text("abé", max_size=3)) for _ in held_out]
+    exact = Exact(raw(train), order)
+    bits = [
+        -math.log2(exact.probability(byte, (prompt + text)[: len(prompt) + i][-order:] if order else b""))
+        for prompt, text in zip(raw(before), raw(held_out), strict=True)
+        for i, byte in enumerate(text)
+    ]
+    found = NgramBaseline(order).fit(train).bits_per_byte(held_out, after=before)
+    assert found == pytest.approx(sum(bits) / len(bits), rel=1e-12)
+
+
 def test_fitting_in_parts_equals_fitting_at_once() -> None:
     a = NgramBaseline(2).fit(["hello"]).fit(["world"])
     b = NgramBaseline(2).fit(["hello", "world"])

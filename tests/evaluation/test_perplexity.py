@@ -336,6 +336,8 @@ class Stored:
     def tokens(self, i: int) -> np.ndarray:
         return np.frombuffer(self.texts[i].encode(), dtype=np.uint8)
 
+    def loss_mask(self, i: int) -> None: ...
+
     def n_bytes(self, i: int) -> int:
         return len(self.texts[i].encode())
 
