@@ -28,7 +28,7 @@ DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
 class Verb:
     """A verb is a module `verb_<name>` with `run(config) -> exit code`, a YAML in configs/ and a schema.
 
-    request   the class in training/schema.py that lists the keys; validate  the function that checks them
+    request   the class in training/schema_requests.py that lists the keys; validate  the function that checks them
     """
 
     summary: str

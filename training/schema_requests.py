@@ -1,0 +1,209 @@
+"""What each verb reads: the sections that it has, and keys of its own. (`schema` says how they are used.)
+
+Where a config is resolved, a `…Request` is what a user writes and a `…Config` what the code reads.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from longspan.model.config import DecoderConfig
+
+from .schema_sections import (
+    DEFAULT_NEW_TOKENS,
+    STRICT,
+    Accelerator,
+    AttentionConfig,
+    BackendName,
+    BackendPlan,
+    CallbacksConfig,
+    DataConfig,
+    EvaluationConfig,
+    EvaluationDataConfig,
+    InferencePrecision,
+    LoggerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ProtocolConfig,
+    SampleConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    TrainerConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class _RunSections:
+    data: DataConfig = Field(default=DataConfig(), description="see data.*")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="see optimizer.*")
+    schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="see schedule.*")
+    trainer: TrainerConfig = Field(default=TrainerConfig(), description="see trainer.*")
+    logger: LoggerConfig = Field(default=LoggerConfig(), description="see logger.*")
+    callbacks: CallbacksConfig = Field(default=CallbacksConfig(), description="see callbacks.*")
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="see evaluation.*")
+    sample: SampleConfig = Field(default=SampleConfig(), description="see sample.*")
+    name: str = Field(default="run", description="name of the run; its directory is runs/<name> unless output is given")
+    output: str | None = Field(default=None, description="run directory")
+    seed: int = Field(default=0, ge=0, description="seeds weights, data order and sampling")
+    checkpoint: str | None = Field(
+        default=None, description="start from these weights: a checkpoint directory or a run"
+    )
+    resume: str | None = Field(
+        default=None, description="auto: continue the run in `output` if there is one; or a run directory"
+    )
+    overwrite: bool = Field(default=False, description="replace what is in a non-empty output directory")
+    dry_run: bool = Field(
+        default=False,
+        description="print the resolved config with parameters, tokens, FLOPs, memory and time; do nothing",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunRequest(_RunSections):
+    """A run as a user writes it: `model` and `attention` are sections of their own."""
+
+    model: ModelConfig = Field(default=ModelConfig(), description="see model.*")  # pyright: ignore[reportInvalidTypeForm]: made from DecoderConfig's fields
+    attention: AttentionConfig = Field(default=AttentionConfig(), description="see attention.*")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunConfig(_RunSections):
+    """A run as the code reads it: `model` is complete, its attention included."""
+
+    model: DecoderConfig
+    model_name: str | None = Field(default=None, description="the named size that the model started from")
+    attention_backend: BackendPlan = Field(default=BackendPlan())
+    context_open: bool = Field(
+        default=False, description="data.context was not written, and the checkpoint that a run starts from decides it"
+    )
+
+    @property
+    def directory(self) -> str:
+        return self.output or f"runs/{self.name}"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EstimateRequest(RunRequest):
+    """`longspan estimate` as a user writes it: a run, and where it would run"""
+
+    hardware: str | None = Field(
+        default=None,
+        description="a kind of GPU that is not in this machine (H100, A100, …); null: this machine, and an H100 where "
+        "trainer.accelerator=gpu finds none",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EstimateConfig(RunConfig):
+    """`longspan estimate` as the code reads it"""
+
+    hardware: str | None = Field(default=None)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PrepareConfig:
+    """`longspan prepare`"""
+
+    data: DataConfig = Field(default=DataConfig(), description="see data.*")
+    dry_run: bool = Field(default=False, description="print the resolved config; do nothing")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluateConfig:
+    """`longspan evaluate`"""
+
+    checkpoint: str = Field(description="a checkpoint directory, or a run (its best, else its last)")
+    tasks: tuple[Literal["perplexity"], ...] = Field(
+        default=("perplexity",), min_length=1, description="what to measure"
+    )
+    data: EvaluationDataConfig = Field(default=EvaluationDataConfig(), description="see data.*")
+    evaluation: ProtocolConfig = Field(default=ProtocolConfig(), description="see evaluation.*")
+    accelerator: Accelerator = Field(default="auto", description="where to run")
+    precision: InferencePrecision = Field(
+        default="auto", description="auto: as the run evaluated itself, else bf16 where the device multiplies it fast"
+    )
+    output: str | None = Field(
+        default=None,
+        description="directory of the results; null: evaluations/<checkpoint's name>/<data's name> in the working "
+        "directory",
+    )
+    overwrite: bool = Field(default=False, description="replace what is in a non-empty output directory")
+    dry_run: bool = Field(default=False, description="print the resolved config; do nothing")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GenerateConfig(SamplingConfig):
+    """`longspan generate`"""
+
+    checkpoint: str = Field(description="a checkpoint directory, or a run (its best, else its last)")
+    prompt: str | None = Field(default=None, description="text to continue")
+    file: str | None = Field(default=None, description="file with the text to continue; -: standard input")
+    max_new_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description=f"tokens to generate; null: {DEFAULT_NEW_TOKENS}, or as many as learned positions have room for",
+    )
+    seed: int = Field(default=0, ge=0, description="seed of sampling")
+    stop: bool = Field(default=True, description="stop at the end-of-text token")
+    accelerator: Accelerator = Field(default="auto", description="where to run")
+    precision: InferencePrecision = Field(default="auto", description="auto: bf16 where the device multiplies it fast")
+    dry_run: bool = Field(default=False, description="print the resolved config; do nothing")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class _ExplainKeys:
+    context: int | None = Field(default=None, ge=1, description="keys that a query may see; null: model.max_positions")
+    accelerator: Accelerator = Field(default="auto", description="device type that the question is about")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="type of q, k and v")
+    dry_run: bool = Field(default=False, description="print the resolved config; do nothing")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExplainRequest(_ExplainKeys):
+    """`longspan attention` as a user writes it"""
+
+    model: ModelConfig = Field(default=ModelConfig(), description="see model.*")  # pyright: ignore[reportInvalidTypeForm]: made from DecoderConfig's fields
+    attention: AttentionConfig = Field(default=AttentionConfig(), description="see attention.*")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExplainConfig(_ExplainKeys):
+    """`longspan attention` as the code reads it"""
+
+    model: DecoderConfig
+    model_name: str | None = Field(default=None)
+    attention_backend: BackendPlan = Field(default=BackendPlan())
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BenchConfig:
+    """`longspan bench`"""
+
+    suite: Literal["attention", "window", "documents", "sparse", "dilation"] = Field(
+        description="what is measured: dense attention, windows with and without global tokens, packed documents, "
+        "block-sparse layouts, dilated windows"
+    )
+    shapes: Literal["tiny", "quick", "full"] | None = Field(
+        default=None,
+        description="tiny: a smoke test in seconds; quick: what decides the targets, some minutes on a GPU; full: "
+        "every shape; null: quick on a GPU, tiny on a CPU",
+    )
+    backend: BackendName = Field(default="triton", description="ours: the attention backend that is measured")
+    peers: tuple[Literal["sdpa-flash", "sdpa-cudnn", "flex", "longformer-hf", "flash-attn-4"], ...] | None = Field(
+        default=None, description="who is measured beside it; null: everybody; []: nobody"
+    )
+    only: str | None = Field(default=None, description="measure only cases whose name contains this")
+    device: Literal["auto", "cuda", "cpu"] = Field(default="auto", description="cpu: a smoke test, no speeds")
+    repetitions: int = Field(default=100, ge=2, description="interleaved repetitions; the median counts")
+    time_limit: float | None = Field(
+        default=None, gt=0, description="seconds; a case that would not fit is left out, and said so"
+    )
+    output: str | None = Field(
+        default=None,
+        description="directory that rows, figure and table go to; null: benchmarks/results/ of a checkout, bench/ "
+        "for smoke tests and where there is no checkout",
+    )
+    dry_run: bool = Field(default=False, description="print the resolved config and the cases; do nothing")

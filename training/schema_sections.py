@@ -1,0 +1,351 @@
+"""The sections of a config: each key with its type, default, meaning and limits. (`schema` says how they are used.)"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, make_dataclass
+from difflib import get_close_matches
+from typing import Annotated, Literal, get_type_hints
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic.dataclasses import dataclass
+
+from longspan.kernels.attention.spec import AttentionSpec
+from longspan.model.config import DecoderConfig, HeadGroup
+from longspan.model.zoo import CONFIGS
+
+from .config_keys import documented
+
+DEFAULT_NEW_TOKENS = 200
+BACKENDS = ("reference", "sdpa", "flex")  # what kernels.attention registers; to ask it would import torch
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+
+
+def _branch(value: object) -> str:
+    return "<list>" if isinstance(value, list | tuple) else "<one>"
+
+
+def _every_phase(value: object) -> object:
+    """`backend: sdpa` and `backend: [flex, reference]` mean all phases."""
+    if not isinstance(value, str | list) or not value:
+        return value
+    for name in [value] if isinstance(value, str) else value:
+        if isinstance(name, str):  # wrong names once, not once a phase
+            _known_backend(name)
+    if isinstance(value, list):
+        _alternatives(tuple(value))
+    return dict.fromkeys(("train", "prefill", "decode"), value)
+
+
+def _known_backend(name: str) -> str:
+    """The names that are built in, told before torch is imported. A backend that others register is known only at run
+    time: a dot in its name (`lab.sparse`) says that it is one of those, and then the registry is asked, not this list.
+    """
+    if name in ("auto", *BACKENDS) or "." in name:
+        return name
+    near = get_close_matches(name, ["auto", *BACKENDS], 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    known = ", ".join(BACKENDS)
+    raise ValueError(f"no backend is called {name!r}; {hint}there are auto, {known}, and registered names with a dot")
+
+
+def _alternatives(names: tuple[str, ...]) -> tuple[str, ...]:
+    if "auto" in names:
+        raise ValueError("auto chooses by itself and stands alone, not in a list")
+    return names
+
+
+# The branch of a union is told by the value's shape, so that an error speaks of the branch that was meant.
+BackendName = Annotated[str, AfterValidator(_known_backend)]
+Backend = Annotated[
+    Annotated[BackendName, Tag("<one>")]
+    | Annotated[tuple[BackendName, ...], Field(min_length=1), AfterValidator(_alternatives), Tag("<list>")],
+    Discriminator(_branch),
+]
+Pattern = Annotated[
+    Annotated[AttentionSpec, Tag("<one>")] | Annotated[tuple[HeadGroup, ...], Tag("<list>"), Field(min_length=1)],
+    Discriminator(_branch),
+]
+Count = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+Accelerator = Literal["auto", "cpu", "gpu"]
+InferencePrecision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BackendPlan:
+    """attention.backend: who computes attention in each phase: a name, `auto`, or a list tried in order."""
+
+    train: Backend = Field(
+        default="auto",
+        description="backend of training and evaluation: auto, sdpa, flex, reference, or a list to try; a backend that "
+        "others register has a dot in its name",
+    )
+    prefill: Backend = Field(default="auto", description="backend that reads a prompt into the cache")
+    decode: Backend = Field(default="auto", description="backend that generates token by token")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SourceConfig:
+    """One source of documents in a mixture (data.sources)."""
+
+    kind: Literal["stdlib", "files", "hub"] = Field(
+        default="stdlib", description="the running Python's library, local files, or a data set on the hub"
+    )
+    path: str | None = Field(
+        default=None,
+        description="files: a file, directory or glob of .txt .md .py .jsonl(.gz) .parquet .arrow; "
+        "hub: the data set's name",
+    )
+    name: str | None = Field(
+        default=None, description="what this source is called in counts and reports; default: kind or path"
+    )
+    weight: float = Field(default=1.0, gt=0, description="share of the training stream, relative to the other sources")
+    split: str = Field(default="train", description="hub: which split")
+    config: str | None = Field(default=None, description="hub: the data set's configuration name")
+    revision: str | None = Field(default=None, description="hub: commit or tag to pin")
+    streaming: bool = Field(default=False, description="hub: read without downloading everything first")
+    text_field: str = Field(
+        default="text", description="column that holds a document's text (jsonl, parquet, arrow, hub)"
+    )
+    limit: int | None = Field(default=None, ge=1, description="read at most this many documents")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TokenizerConfig:
+    """data.tokenizer"""
+
+    kind: Literal["bpe", "bytes", "file"] = Field(
+        default="bpe",
+        description="train a byte-level BPE on the training documents, plain bytes, or an existing tokenizer.json",
+    )
+    vocab_size: int = Field(default=8192, ge=257, description="bpe: size of the vocabulary, special tokens included")
+    path: str | None = Field(default=None, description="file: a tokenizer.json or a directory that holds one")
+    train_bytes: int = Field(
+        default=20_000_000, ge=1, description="bpe: how much text to train on (evenly spaced documents)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """data: documents -> tokens -> packed sequences"""
+
+    name: str = Field(default="data", description="label in reports; names the token store under data.cache")
+    path: str | None = Field(
+        default=None,
+        description="shortcut: a file, directory or glob of your text, or hub:<name>; replaces data.sources",
+    )
+    sources: tuple[SourceConfig, ...] = Field(
+        default=(SourceConfig(),), description="the mixture; see data.sources[i].*"
+    )
+    tokenizer: TokenizerConfig = Field(default=TokenizerConfig(), description="see data.tokenizer.*")
+    cache: str = Field(default="cache", description="where token stores and tokenizers are kept between runs")
+    context: int = Field(
+        default=1024,
+        ge=2,
+        description="tokens in a training sequence; not given: the model's max_positions, at most 1024 (what the run "
+        "has that is resumed)",
+    )
+    packing: Literal["concat", "best_fit"] = Field(
+        default="concat",
+        description="concatenate and split, or best-fit so that no document shorter than the context is cut",
+    )
+    document_mask: bool = Field(default=False, description="attention never crosses a document boundary")
+    reset_positions: bool = Field(default=False, description="positions restart at 0 in each document")
+    boundary_loss: bool = Field(default=True, description="score the first token of a document given the one before it")
+    validation_fraction: Probability = Field(
+        default=0.01, description="share of documents held out, chosen by a hash of their text"
+    )
+    shuffle: bool = Field(
+        default=True, description="order sequences by a function of (seed, epoch, index); false: stream order"
+    )
+    workers: int = Field(default=0, ge=0, description="loader processes")
+    tokenize_workers: int | None = Field(default=None, ge=1, description="tokenisation processes; default: all cores")
+    prompt_field: str | None = Field(
+        default=None,
+        description="jsonl: with response_field, train on responses only; this column is read but carries no loss",
+    )
+    response_field: str | None = Field(default=None, description="jsonl: the column that carries loss")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerConfig:
+    """optimizer"""
+
+    name: Literal["adamw"] = Field(default="adamw", description="decoupled weight decay (Loshchilov & Hutter 2019)")
+    lr: float = Field(default=1e-3, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), description="decay rates of the moments, each at least 0 and below 1"
+    )
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="on weight matrices only: never norms, biases, embeddings"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ScheduleConfig:
+    """schedule: the learning rate over optimizer steps"""
+
+    name: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        default="cosine", description="shape after the warm-up"
+    )
+    warmup: float = Field(default=0.02, ge=0, description="below 1: share of the run; otherwise a number of steps")
+    final_ratio: float = Field(default=0.1, ge=0, le=1, description="last learning rate, as a share of the peak")
+    decay: float = Field(
+        default=0.2, gt=0, description="wsd: length of the final decay, a share of the run or a number of steps"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainerConfig:
+    """trainer"""
+
+    steps: Count = Field(default=1000, description="optimizer steps")
+    global_batch: Count = Field(default=32, description="sequences per optimizer step, over all devices")
+    micro_batch: Count = Field(
+        default=8, description="sequences per device and forward pass; must divide the global batch exactly"
+    )
+    precision: Literal["auto", "fp32", "bf16-mixed", "bf16-true"] = Field(
+        default="auto", description="auto: bf16-mixed where the device multiplies bf16 fast, else fp32"
+    )
+    accelerator: Accelerator = Field(default="auto", description="where to train")
+    devices: Count = Field(default=1, description="devices per node")
+    nodes: Count = Field(default=1, description="nodes")
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        default="auto", description="auto: single device, or ddp when there are several"
+    )
+    clip: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null: no clipping")
+    compile: bool = Field(default=False, description="torch.compile the model's blocks")
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute blocks in the backward pass to save memory"
+    )
+    nonfinite: Literal["stop", "skip"] = Field(
+        default="stop", description="on a NaN or infinite loss or gradient: stop the run, or skip the step and count it"
+    )
+    deterministic: bool = Field(default=False, description="refuse operations without a deterministic implementation")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; default: torch's choice")
+    log_every: Count = Field(default=10, description="steps between metric rows")
+    val_every: int | None = Field(
+        default=None, ge=1, description="steps between validations; default: a tenth of the run"
+    )
+    val_batches: Count = Field(default=20, description="micro-batches a validation reads at most")
+    save_every: int | None = Field(
+        default=None, ge=1, description="steps between checkpoints; default: a tenth of the run"
+    )
+    keep: Count = Field(default=2, description="how many of the newest checkpoints stay, the best one aside")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoggerConfig:
+    """logger: metrics.csv is always written"""
+
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        default="auto", description="auto: online where WANDB_API_KEY is set, else offline files in the run directory"
+    )
+    project: str = Field(default="longspan", description="wandb project")
+    entity: str | None = Field(default=None, description="wandb entity")
+    tags: tuple[str, ...] = Field(default=(), description="wandb tags")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CallbacksConfig:
+    """callbacks"""
+
+    progress: Literal["auto", "bar", "lines", "off"] = Field(
+        default="auto", description="auto: a bar on a terminal, lines elsewhere"
+    )
+    progress_seconds: float = Field(default=5.0, gt=0, description="lines: seconds between them")
+    report: bool = Field(default=True, description="write report.html at the end")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ProtocolConfig:
+    """How documents longer than a window are scored; every number of ours names these."""
+
+    max_tokens: int | None = Field(
+        default=200_000, ge=2, description="score at most this many tokens; null: all held-out documents"
+    )
+    window: int | None = Field(default=None, ge=2, description="tokens a forward pass sees; null: the training context")
+    stride: int | None = Field(default=None, ge=1, description="new tokens scored per window; null: half the window")
+    batch: Count = Field(default=8, description="windows per forward pass")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluationDataConfig:
+    """data: what `longspan evaluate` scores"""
+
+    path: str | None = Field(
+        default=None,
+        description="a file, directory or glob of text, or hub:<name>; null: the documents that the run held out",
+    )
+    text_field: str = Field(
+        default="text", description="column that holds a document's text (jsonl, parquet, arrow, hub)"
+    )
+    limit: int | None = Field(default=None, ge=1, description="read at most this many documents")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluationConfig(ProtocolConfig):
+    """evaluation: perplexity on held-out documents at the end of a run"""
+
+    enabled: bool = Field(default=True, description="evaluate when training ends")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SamplingConfig:
+    """How the next token is chosen."""
+
+    temperature: float = Field(default=0.8, ge=0, description="0: greedy")
+    top_k: int | None = Field(default=50, ge=1, description="keep the k likeliest tokens")
+    top_p: float | None = Field(
+        default=None, gt=0, le=1, description="keep the smallest set of tokens with this probability"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SampleConfig(SamplingConfig):
+    """sample: a text generated at the end of a run"""
+
+    max_new_tokens: Count = Field(
+        default=DEFAULT_NEW_TOKENS, description="tokens to generate, at most what learned positions have room for"
+    )
+    prompt: str = Field(default="def ", description="what the sample continues; empty: no sample")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AttentionConfig:
+    """attention: what each layer attends to, and who computes it"""
+
+    patterns: Mapping[str, Pattern] | None = Field(
+        default=None,
+        description="kinds of attention by name: an attention spec each, or a list of {heads, spec} where the heads of "
+        "a layer differ; null: those of model.name",
+    )
+    layers: tuple[str, ...] | None = Field(
+        default=None,
+        description="the pattern of each layer, repeated cyclically over the stack; null: the only pattern there is",
+    )
+    backend: Annotated[BackendPlan, BeforeValidator(_every_phase)] = Field(
+        default=BackendPlan(), description="see attention.backend.*; a name or a list alone means every phase"
+    )
+
+
+def _model_section() -> type:
+    """`model.*`: a named size, and every field of DecoderConfig as an override of it."""
+    hints, meanings = get_type_hints(DecoderConfig), documented(DecoderConfig)
+    named = (
+        "name",
+        Literal[tuple(CONFIGS)] | None,  # pyright: ignore[reportOperatorIssue]: the names are known at run time
+        Field(default=None, description="named size to start from; null: the keys below alone"),
+    )
+    overrides = [
+        (field.name, hints[field.name], Field(default=None, description=meanings.get(field.name, "")))
+        for field in fields(DecoderConfig)
+        if field.name not in ("architecture", "attention")  # the one there is; a section of its own
+    ]
+    plain = make_dataclass("ModelConfig", [named, *overrides], frozen=True, kw_only=True)
+    return dataclass(frozen=True, kw_only=True, config=STRICT)(plain)
+
+
+ModelConfig = _model_section()
