@@ -62,32 +62,44 @@ def run(backend: AttentionBackend, inputs: Inputs, *, gradients: bool | None = N
 
 def truth(inputs: Inputs) -> Truth:
     """What `run` is judged by."""
-    case, reference = inputs.case, Reference()
-    qkv = (inputs.q.view, inputs.k.view, inputs.v.view)
-    # A fresh context: nothing that a backend derived may reach the reference.
-    context = dataclasses.replace(inputs.context, derived={})
-
-    def definition(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, params: AttentionParams):
-        return reference(q, k, v, spec=case.spec, context=context, params=params, return_lse=case.lse)
+    case = inputs.case
+    # A fresh context: nothing that a backend derived may reach what it is judged by.
+    inputs = dataclasses.replace(inputs, context=dataclasses.replace(inputs.context, derived={}))
 
     def plain(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, params: AttentionParams):
         return twin(q, k, v, spec=case.spec, context=context, params=params)
 
-    inputs = dataclasses.replace(inputs, context=context)
-    wide = tuple(x.double() for x in qkv)
-    params = dataclasses.replace(
-        inputs.params,
-        alibi_slopes=None if inputs.params.alibi_slopes is None else inputs.params.alibi_slopes.double(),
-        sink_logits=None if inputs.params.sink_logits is None else inputs.params.sink_logits.double(),
-    )
+    wide, params = _in_fp64(inputs)
     upstream = [x.to(case.dtype).double() for x in (inputs.grad_out, inputs.grad_lse)]
     if not case.lse:
         upstream[1] = torch.zeros_like(upstream[1])
     return Truth(
-        exact=_solve(definition, wide, params, inputs, case.backward),
-        twin=_solve(plain, qkv, inputs.params, inputs, case.backward),
-        magnitude=magnitudes(*wide, *upstream, spec=case.spec, context=context, params=params),
+        exact=definition(inputs, gradients=case.backward),
+        twin=_solve(plain, (inputs.q.view, inputs.k.view, inputs.v.view), inputs.params, inputs, case.backward),
+        magnitude=magnitudes(*wide, *upstream, spec=case.spec, context=inputs.context, params=params),
     )
+
+
+def definition(inputs: Inputs, *, gradients: bool = False) -> Results:
+    """The fp64 reference on a case."""
+    case, reference = inputs.case, Reference()
+    inputs = dataclasses.replace(inputs, context=dataclasses.replace(inputs.context, derived={}))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, params: AttentionParams):
+        return reference(q, k, v, spec=case.spec, context=context, params=params, return_lse=case.lse)
+
+    wide, params = _in_fp64(inputs)
+    return _solve(attention, wide, params, inputs, gradients)
+
+
+def _in_fp64(inputs: Inputs) -> tuple[tuple[Tensor, Tensor, Tensor], AttentionParams]:
+    slopes, sinks = inputs.params.alibi_slopes, inputs.params.sink_logits
+    params = dataclasses.replace(
+        inputs.params,
+        alibi_slopes=None if slopes is None else slopes.double(),
+        sink_logits=None if sinks is None else sinks.double(),
+    )
+    return (inputs.q.view.double(), inputs.k.view.double(), inputs.v.view.double()), params
 
 
 def _solve(

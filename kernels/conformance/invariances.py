@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..attention.backend import AttentionBackend
 from ..attention.spec import Window
-from .accuracy import Finding, Results, run, truth
+from .accuracy import Finding, Results, definition, run, truth
 from .cases import Case
 from .judge import judge
 from .tensors import Inputs, guard, materialise, poison_empty_slots, positions, visible
@@ -42,9 +42,9 @@ def applicable(case: Case) -> tuple[str, ...]:
     return tuple(names)
 
 
-def check(name: str, backend: AttentionBackend, case: Case, device: str) -> Finding:
-    """The invariance `name` on `case`. Raises what the backend raises."""
-    return _CHECKS[name](backend, case, device)
+def check(name: str, backend: AttentionBackend, inputs: Inputs, results: Results) -> Finding:
+    """The invariance `name` on a case whose `results` are at hand. Raises what the backend raises."""
+    return _CHECKS[name](backend, inputs, results)
 
 
 def _exactly(name: str, case: Case, problem: str) -> Finding:
@@ -62,7 +62,7 @@ def _differ(first: Results, second: Results, where: Mapping[str, Any]) -> str:
 
 def _with(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
     """The same case over other q, k, v."""
-    case, device = inputs.case, inputs.q.view.device.type
+    case, device = inputs.case, inputs.device
     poison_empty_slots(inputs.context, k, v)
     q, k, v = (x.to(case.dtype).cpu() for x in (q, k, v))
     return dataclasses.replace(
@@ -82,107 +82,100 @@ def _noise(like: Tensor, seed: int) -> Tensor:
 # -- bitwise -----------------------------------------------------------------------------------------------------------
 
 
-def _determinism(backend: AttentionBackend, case: Case, device: str) -> Finding:
+def _determinism(backend: AttentionBackend, inputs: Inputs, results: Results) -> Finding:
     """The same call, with the same context object and masks derived from it, gives the same bits (dq excepted)."""
-    inputs = materialise(case, device)
-    first = run(backend, inputs)
     everything = {name: slice(None) for name in ("out", "lse", "dk", "dv")}
-    for _ in range(2 if device == "cpu" else 10):
-        if problem := _differ(first, run(backend, inputs), everything):
-            return _exactly("determinism", case, f"{problem} when the call is repeated")
-    return _exactly("determinism", case, "")
+    for _ in range(1 if inputs.device == "cpu" else 10):
+        if problem := _differ(results, run(backend, inputs), everything):
+            return _exactly("determinism", inputs.case, f"{problem} when the call is repeated")
+    return _exactly("determinism", inputs.case, "")
 
 
-def _unseen_keys(backend: AttentionBackend, case: Case, device: str) -> Finding:
+def _unseen_keys(backend: AttentionBackend, inputs: Inputs, results: Results) -> Finding:
     """A row does not change by a bit when the keys and values that it cannot see do."""
-    inputs = materialise(case, device)
+    case = inputs.case
     row = case.n_queries // 2
     unseen_BS = ~visible(case, inputs.context)[:, row]
     k, v = (torch.where(unseen_BS[:, :, None, None], _noise(x, case.seed), x) for x in (inputs.k.view, inputs.v.view))
-    before = run(backend, inputs, gradients=False)
     after = run(backend, _with(inputs, inputs.q.view, k, v), gradients=False)
-    problem = _differ(before, after, {"out": (slice(None), row), "lse": (slice(None), slice(None), row)})
+    problem = _differ(results, after, {"out": (slice(None), row), "lse": (slice(None), slice(None), row)})
     return _exactly(
         "unseen keys", case, problem and f"{problem} for query {row} when keys that it cannot see are changed"
     )
 
 
-def _causality(backend: AttentionBackend, case: Case, device: str) -> Finding:
+def _causality(backend: AttentionBackend, inputs: Inputs, results: Results) -> Finding:
     """Rows up to a position do not change by a bit when later queries, keys and values do."""
-    inputs = materialise(case, device)
-    q_pos, kv_pos = (x.to(device) for x in positions(case.positions, case.batch, case.n_queries, case.n_keys))
-    if case.shared:
-        q_pos, kv_pos = (x[:1].expand_as(x) for x in (q_pos, kv_pos))
+    case = inputs.case
+    rows = 1 if case.shared else case.batch
+    q_pos, kv_pos = (x.to(inputs.device) for x in positions(case.positions, rows, case.n_queries, case.n_keys))
+    q_pos, kv_pos = q_pos.expand(case.batch, -1), kv_pos.expand(case.batch, -1)
     now_B1 = q_pos[:, case.n_queries // 2, None]
     later_q, later_k = ((pos > now_B1)[:, :, None, None] for pos in (q_pos, kv_pos))
     q, k, v = (
         torch.where(later, _noise(x, case.seed), x)
         for later, x in ((later_q, inputs.q.view), (later_k, inputs.k.view), (later_k, inputs.v.view))
     )
-    before = run(backend, inputs, gradients=False)
     after = run(backend, _with(inputs, q, k, v), gradients=False)
     earlier_BT = q_pos <= now_B1
     at = {"out": earlier_BT, "lse": earlier_BT[:, None].expand(-1, case.heads, -1)}
-    problem = _differ(before, after, at)
+    problem = _differ(results, after, at)
     return _exactly("causality", case, problem and f"{problem} for earlier queries when later tokens are changed")
 
 
-def _batch_independence(backend: AttentionBackend, case: Case, device: str) -> Finding:
-    """The first sequence does not change by a bit when the others do, their documents and lengths included."""
-    inputs = materialise(case, device)
-    other = materialise(dataclasses.replace(case, seed=case.seed + 1), device)
-    mixed = {}
-    for name, tensor in inputs.context.tensors().items():
-        mixed[name] = tensor
-        if tensor.shape[0] == case.batch and case.batch > 1:
-            mixed[name] = torch.cat([tensor[:1], other.context.tensors().get(name, tensor)[1:]])
+def _batch_independence(backend: AttentionBackend, inputs: Inputs, results: Results) -> Finding:
+    """The last sequence does not change by a bit when the others do, their documents and lengths included."""
+    case = inputs.case
+    other = materialise(dataclasses.replace(case, seed=case.seed + 1), inputs.device)
+    others = other.context.tensors()
+    mixed = {
+        name: torch.cat([others.get(name, mine)[:-1], mine[-1:]]) for name, mine in inputs.context.tensors().items()
+    }
     if "kv_lengths" in mixed:
-        mixed["kv_lengths"] = torch.cat([mixed["kv_lengths"][:1], mixed["kv_lengths"][1:] // 2])
+        mixed["kv_lengths"] = torch.cat([mixed["kv_lengths"][:-1] // 2, mixed["kv_lengths"][-1:]])
+    changed = [
+        torch.cat([theirs.view[:-1].nan_to_num(1.0, 1.0, 1.0), mine.view[-1:]])
+        for mine, theirs in ((inputs.q, other.q), (inputs.k, other.k), (inputs.v, other.v))
+    ]
     context = dataclasses.replace(inputs.context, derived={}, **mixed)
-    changed = []
-    for name in ("q", "k", "v"):
-        mine, theirs = getattr(inputs, name).view, getattr(other, name).view
-        changed.append(torch.cat([mine[:1], theirs[1:].nan_to_num(1.0, 1.0, 1.0)]))
-    before = run(backend, inputs)
     after = run(backend, _with(dataclasses.replace(inputs, context=context), *changed))
-    first = {name: slice(0, 1) for name in ("out", "lse", "dk", "dv")}
-    problem = _differ(before, after, first)
-    return _exactly("batch independence", case, problem and f"{problem} in row 0 when other rows of the batch change")
+    problem = _differ(results, after, {name: slice(-1, None) for name in ("out", "lse", "dk", "dv")})
+    return _exactly("batch independence", case, problem and f"{problem} in the last row when the others change")
 
 
 # -- within budget -----------------------------------------------------------------------------------------------------
 
 
-def _key_permutation(backend: AttentionBackend, case: Case, device: str) -> Finding:
+def _key_permutation(backend: AttentionBackend, inputs: Inputs, results: Results) -> Finding:
     """Where nothing depends on positions, keys in another order (with their documents) give the same."""
-    inputs = materialise(case, device)
-    order = torch.randperm(case.n_keys, generator=torch.Generator().manual_seed(case.seed)).to(device)
+    case = inputs.case
+    order = torch.randperm(case.n_keys, generator=torch.Generator().manual_seed(case.seed)).to(inputs.device)
     shuffled = _with(inputs, inputs.q.view, inputs.k.view[:, order], inputs.v.view[:, order])
     if case.spec.documents:
         q_documents, kv_documents = inputs.context.documents(case.n_queries, case.n_keys)
         shuffled.context.q_documents, shuffled.context.kv_documents = q_documents, kv_documents[:, order]
-    return _same_numbers("key permutation", case, run(backend, shuffled, gradients=False), inputs, inputs, shift=0.0)
+    return _same_numbers("key permutation", run(backend, shuffled, gradients=False), inputs, shuffled, shift=0.0)
 
 
-def _score_shift(backend: AttentionBackend, case: Case, device: str) -> Finding:
+def _score_shift(backend: AttentionBackend, inputs: Inputs, results: Results) -> Finding:
     """Adding c to every score (and sink logit) leaves out alone and adds c to lse."""
-    start = materialise(case, device)
-    q, k = start.q.view.clone(), start.k.view.clone()
+    case = inputs.case
+    q, k = inputs.q.view.clone(), inputs.k.view.clone()
     q[..., 0], k[..., 0] = 1, 0
-    base = _with(start, q, k, start.v.view.clone())
+    base = _with(inputs, q, k, inputs.v.view.clone())
     k[..., 0] = 16
-    shifted = _with(start, q, k, start.v.view.clone())
+    shifted = _with(inputs, q, k, inputs.v.view.clone())
     shift = 16 * case.spec.softmax_scale(case.head_dim)
     if base.params.sink_logits is not None:
         shifted.params = dataclasses.replace(base.params, sink_logits=base.params.sink_logits + shift)
-    return _same_numbers("score shift", case, run(backend, shifted, gradients=False), base, shifted, shift=shift)
+    return _same_numbers("score shift", run(backend, shifted, gradients=False), base, shifted, shift=shift)
 
 
-def _same_numbers(name: str, case: Case, ours: Results, base: Inputs, actual: Inputs, *, shift: float) -> Finding:
-    """`ours` on `actual` against what is true of `base`, with the budget of `actual`."""
-    forward = dataclasses.replace(case, backward=False)
-    true = truth(dataclasses.replace(base, case=forward)).exact
-    budget = truth(dataclasses.replace(actual, case=forward))
+def _same_numbers(name: str, ours: Results, base: Inputs, actual: Inputs, *, shift: float) -> Finding:
+    """`ours` on `actual` against what is true of `base` (lse moved by `shift`), with the budget of `actual`."""
+    case = base.case
+    true = definition(base)
+    budget = truth(dataclasses.replace(actual, case=dataclasses.replace(case, backward=False)))
     worst = 0.0
     for result, value in ours.items():
         moved = shift if result == "lse" else 0.0
@@ -191,7 +184,7 @@ def _same_numbers(name: str, case: Case, ours: Results, base: Inputs, actual: In
             value[rows],
             true[result][rows] + moved,
             # The twin erred on `actual`; what it would say of `base` with the same error.
-            (true[result] + moved + (budget.twin[result].double() - budget.exact[result]))[rows],
+            true[result][rows] + moved + (budget.twin[result].double() - budget.exact[result])[rows],
             magnitude=budget.magnitude[result],
             score=budget.magnitude["score"],
         )
@@ -201,7 +194,7 @@ def _same_numbers(name: str, case: Case, ours: Results, base: Inputs, actual: In
     return Finding(name, case, worst)
 
 
-_CHECKS: dict[str, Callable[[AttentionBackend, Case, str], Finding]] = {
+_CHECKS: dict[str, Callable[[AttentionBackend, Inputs, Results], Finding]] = {
     "determinism": _determinism,
     "unseen keys": _unseen_keys,
     "causality": _causality,

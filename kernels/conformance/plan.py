@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 
@@ -139,29 +140,47 @@ def with_layout(case: Case, q_block: int, kv_block: int) -> Case:
 # -- by construction ---------------------------------------------------------------------------------------------------
 
 
-def by_construction(limits: Limits, seed: int) -> Iterator[Case]:
-    """The cases of every run, the plain ones first."""
-    features = sorted(limits.features & OF_A_CASE)
-    n = min(limits.max_length, 37)
-    count = itertools.count(seed)
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Makes cases of the features given; dtypes take turns. What is drawn depends on the features alone, so that a
+    run over some features sees the same cases as a run over all."""
 
-    def make(*of: Feature, dtype: torch.dtype | None = None, n_keys: int = n) -> Case:
-        number = next(count)
-        turn = limits.dtypes[number % len(limits.dtypes)]
-        return case_with(frozenset(of), limits, n_keys=n_keys, dtype=dtype or turn, seed=number)
+    limits: Limits
+    seed: int
 
+    def __call__(self, *features: Feature, dtype: torch.dtype | None = None, n_keys: int | None = None) -> Case:
+        n_keys = min(self.limits.max_length, 37) if n_keys is None else n_keys
+        number = crc32(" ".join([*sorted(features), str(n_keys)]).encode()) % 2**16
+        turn = self.limits.dtypes[number % len(self.limits.dtypes)]
+        return case_with(
+            frozenset(features), self.limits, n_keys=n_keys, dtype=dtype or turn, seed=number + self.seed * 2**17
+        )
+
+
+def basics(limits: Limits, seed: int) -> Iterator[Case]:
+    """Plain attention and each feature alone, in each dtype."""
+    make = Maker(limits, seed)
     for dtype in limits.dtypes:
         yield make(dtype=dtype)
-        for feature in features:
+        for feature in sorted(limits.features & OF_A_CASE):
             yield make(feature, dtype=dtype)
+
+
+def by_construction(limits: Limits, seed: int) -> Iterator[Case]:
+    """What every run contains beside the basics: variants, pairs, and the edges of every size."""
+    features = sorted(limits.features & OF_A_CASE)
+    make = Maker(limits, seed)
     for feature in features:
-        if feature in _VARIANTS:
-            for variant in _variants(feature, make(feature)):
-                yield variant
-                if F.CAUSAL in features and not variant.spec.causal:
-                    yield dataclasses.replace(variant, spec=dataclasses.replace(variant.spec, causal=True))
-    for first, second in itertools.combinations(features, 2):
-        yield make(first, second)
+        for variant in _variants(feature, make(feature)):
+            yield variant
+            if F.CAUSAL in features and not variant.spec.causal:
+                yield dataclasses.replace(variant, spec=dataclasses.replace(variant.spec, causal=True))
+    for pair in itertools.combinations(features, 2):
+        yield make(*pair)
+        if F.KV_LENGTHS in pair:
+            yield dataclasses.replace(make(*pair), kv_lengths="a row without keys")
+        if F.CROSS_LENGTH in pair and F.BLOCK_SPARSE not in pair and not limits.decodes_only:
+            yield dataclasses.replace(make(*pair), n_queries=make(*pair).n_keys + 5)
     yield from _triples(features, make)
     yield from _sizes(limits, make)
     yield from _values(limits, make)
@@ -170,7 +189,7 @@ def by_construction(limits: Limits, seed: int) -> Iterator[Case]:
     yield make(*(every - {F.CAUSAL}))
 
 
-def _triples(features: list[Feature], make: Callable[..., Case]) -> Iterator[Case]:
+def _triples(features: list[Feature], make: Maker) -> Iterator[Case]:
     """Three that traps are made of: what a pair leaves undecided."""
     for three in (
         (F.CAUSAL, F.WINDOW, F.GLOBAL_TOKENS),
@@ -188,9 +207,6 @@ def _triples(features: list[Feature], make: Callable[..., Case]) -> Iterator[Cas
     ):
         if set(three) <= set(features):
             yield make(*three)
-
-
-_VARIANTS = frozenset({F.WINDOW, F.DILATION, F.DOCUMENTS, F.POSITIONS, F.KV_LENGTHS, F.LEARNED_SINK, F.BLOCK_SPARSE})
 
 
 def _variants(feature: Feature, case: Case) -> Iterator[Case]:
@@ -212,14 +228,12 @@ def _variants(feature: Feature, case: Case) -> Iterator[Case]:
         yield dataclasses.replace(case, positions="ring", shared=True)
     elif feature is F.KV_LENGTHS:
         yield dataclasses.replace(case, kv_lengths="a row without keys")
-    elif feature is F.LEARNED_SINK and case.features:
-        yield dataclasses.replace(case, seed=case.seed + 1000)
     elif feature is F.BLOCK_SPARSE:
         yield with_layout(case, 16, 5)
         yield with_layout(case, 7, 16)
 
 
-def _sizes(limits: Limits, make: Callable[..., Case]) -> Iterator[Case]:
+def _sizes(limits: Limits, make: Maker) -> Iterator[Case]:
     """Lengths around multiples of tiles, the shortest, more queries than keys, and head dims."""
     causal = [F.CAUSAL] if F.CAUSAL in limits.features else []
     window = [F.WINDOW] if F.WINDOW in limits.features else []
@@ -235,7 +249,7 @@ def _sizes(limits: Limits, make: Callable[..., Case]) -> Iterator[Case]:
         yield dataclasses.replace(make(*causal, n_keys=19), head_dim=dim, value_dim=dim)
 
 
-def _values(limits: Limits, make: Callable[..., Case]) -> Iterator[Case]:
+def _values(limits: Limits, make: Maker) -> Iterator[Case]:
     """Memory layouts, outliers and huge scores, one sequence, one head."""
     some = [feature for feature in (F.CAUSAL, F.GQA) if feature in limits.features]
     for memory in MEMORIES:

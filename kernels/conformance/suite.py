@@ -23,7 +23,7 @@ from ..attention.spec import AttentionSpec
 from .accuracy import Finding, compare, run, truth, untouched
 from .cases import Case
 from .invariances import applicable, check
-from .plan import OF_A_CASE, by_construction, case_with, head_dims, limits
+from .plan import OF_A_CASE, basics, by_construction, case_with, head_dims, limits
 from .report import Report
 from .tensors import materialise
 
@@ -60,6 +60,8 @@ def conformance(
     session = _Session(backend, device, _dtypes(backend.capabilities, device, dtypes), wanted, max_length)
     session.claims()
     if session.limits.features or session.accepts_plain:
+        for case in basics(session.limits, seed):
+            session.examine(case, every_invariance=case.dtype == session.limits.dtypes[0])
         for case in by_construction(session.limits, seed):
             session.examine(case)
         if examples:
@@ -217,7 +219,7 @@ class _Session:
             self._note_refusal(attempt)
         else:
             return False
-        return self._run(attempt, every_invariance or len(attempt.features & OF_A_CASE) <= 1)
+        return self._run(attempt, every_invariance)
 
     def examine_one_invariance(self, case: Case) -> bool:
         if self._reasons(case.spec, case.call(self.device)):
@@ -240,7 +242,7 @@ class _Session:
         names = applicable(case)
         for name in names if every_invariance else (names[case.seed % len(names)],):
             try:
-                findings.append(check(name, self.backend, case, self.device))
+                findings.append(check(name, self.backend, inputs, results))
             except Exception as error:  # noqa: BLE001  # as above
                 findings.append(Finding(name, case, math.inf, f"raised {_sentence(error)}"))
         return self.report.add(findings)

@@ -45,6 +45,10 @@ class Inputs:
     grad_out: Tensor  # [B, T, H, E]
     grad_lse: Tensor  # [B, H, T]
 
+    @property
+    def device(self) -> str:
+        return self.q.view.device.type
+
 
 def materialise(case: Case, device: str) -> Inputs:
     """The tensors of `case`, the same on every device and whatever was drawn before."""
