@@ -6,12 +6,39 @@ Legend: B sequences, T prompt tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .cache import ContiguousCache, KeyValueCache
 from .decoder import Decoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a prompt is continued; `stream` explains the settings. Raises ValueError for impossible ones."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop_tokens: frozenset[int] = frozenset()
+    pad_token: int = 0
+    prefill_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}: a count is 0 or more")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature}: 0 is greedy, above it sampling")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}: at least one token is kept; null keeps all")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: a probability in (0, 1]; null keeps all")
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk={self.prefill_chunk}: a count of tokens is at least 1")
 
 
 def generate(
@@ -30,19 +57,19 @@ def generate(
 ) -> Tensor:
     """Prompt and continuation, [B, T + max_new_tokens] int64. Arguments as in `stream`; rows that stop early (or all
     at once) are padded with `pad_token`. `on_token` is called with each step's tokens [B]."""
-    steps = [tokens_BT]
-    for token_B in stream(
-        model,
-        tokens_BT,
+    sampling = Sampling(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        stop_tokens=stop_tokens,
+        stop_tokens=frozenset(stop_tokens or ()),
         pad_token=pad_token,
         prefill_chunk=prefill_chunk,
-    ):
+    )
+    _check(model, tokens_BT, sampling)
+    steps = [tokens_BT]
+    for token_B in _stream(model, tokens_BT, sampling):
         if on_token is not None:
             on_token(token_B)
         steps.append(token_B[:, None])
@@ -79,46 +106,46 @@ def stream(
     Raises ValueError, before any work is done, for an empty prompt, token ids outside the vocabulary, impossible
     settings, and more tokens than a learned position table has rows.
     """
-    _check(model, tokens_BT, max_new_tokens, temperature, top_k, top_p, pad_token, prefill_chunk)
-    return _stream(
-        model, tokens_BT, max_new_tokens, temperature, top_k, top_p, seed, stop_tokens, pad_token, prefill_chunk
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_tokens=frozenset(stop_tokens or ()),
+        pad_token=pad_token,
+        prefill_chunk=prefill_chunk,
     )
+    _check(model, tokens_BT, sampling)
+    return _stream(model, tokens_BT, sampling)
 
 
-def _stream(
-    model: Decoder,
-    tokens_BT: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | None,
-    stop_tokens: Collection[int] | None,
-    pad_token: int,
-    prefill_chunk: int | None,
-) -> Iterator[Tensor]:
+def _stream(model: Decoder, tokens_BT: Tensor, sampling: Sampling) -> Iterator[Tensor]:
     B, T = tokens_BT.shape
-    if max_new_tokens == 0:
+    n_steps = sampling.max_new_tokens
+    if n_steps == 0:
         return
     weight = model.head_weight
     # The last token is never read back, so it needs no slot.
-    cache = ContiguousCache(model.config, B, T + max_new_tokens - 1, dtype=weight.dtype, device=weight.device)
-    noise_BN = _noise(seed, B, max_new_tokens).to(weight.device) if temperature > 0 else None
-    stops = torch.tensor(sorted(stop_tokens), device=weight.device) if stop_tokens else None
+    cache = ContiguousCache(model.config, B, T + n_steps - 1, dtype=weight.dtype, device=weight.device)
+    noise_BN = _noise(sampling.seed, B, n_steps).to(weight.device) if sampling.temperature > 0 else None
+    stops = torch.tensor(sorted(sampling.stop_tokens), device=weight.device) if sampling.stop_tokens else None
     finished_B = torch.zeros(B, dtype=torch.bool, device=weight.device)
 
-    logits_BV = prefill(model, tokens_BT, cache, chunk=prefill_chunk)
-    for step in range(max_new_tokens):
+    logits_BV = prefill(model, tokens_BT, cache, chunk=sampling.prefill_chunk)
+    for step in range(n_steps):
         if noise_BN is None:
             token_B = logits_BV.argmax(dim=-1)
         else:
-            probabilities_BV = distribution(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p)
+            probabilities_BV = distribution(
+                logits_BV, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
+            )
             token_B = draw(probabilities_BV, noise_BN[:, step])
         if stops is not None:
-            token_B = token_B.masked_fill(finished_B, pad_token)
+            token_B = token_B.masked_fill(finished_B, sampling.pad_token)
             finished_B = finished_B | torch.isin(token_B, stops)
         yield token_B
-        if step + 1 == max_new_tokens or (stops is not None and bool(finished_B.all())):
+        if step + 1 == n_steps or (stops is not None and bool(finished_B.all())):
             return
         logits_BV = prefill(model, token_B[:, None], cache)
 
@@ -175,16 +202,8 @@ def _noise(seed: int | None, batch: int, steps: int) -> Tensor:
     return torch.stack([torch.rand(steps, generator=generator) for generator in generators]).double()
 
 
-def _check(
-    model: Decoder,
-    tokens_BT: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    pad_token: int,
-    prefill_chunk: int | None,
-) -> None:
+def _check(model: Decoder, tokens_BT: Tensor, sampling: Sampling) -> None:
+    """What the model and the prompt decide; the rest is Sampling's own."""
     config = model.config
     if tokens_BT.dim() != 2:
         raise ValueError(f"prompt tokens have shape {tuple(tokens_BT.shape)}; generation reads [batch, time]")
@@ -196,21 +215,11 @@ def _check(
             f"the prompt has token {low if low < 0 else high}, but the model's vocabulary is 0 … "
             f"{config.vocab_size - 1}: it was made by another tokenizer"
         )
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: a count is 0 or more")
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature}: 0 is greedy, above it sampling")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k}: at least one token is kept; null keeps all")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: a probability in (0, 1]; null keeps all")
-    if not 0 <= pad_token < config.vocab_size:
-        raise ValueError(f"pad_token={pad_token}: a token of the model, 0 … {config.vocab_size - 1}")
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk={prefill_chunk}: a count of tokens is at least 1")
-    needed = tokens_BT.shape[1] + max_new_tokens - 1
+    if not 0 <= sampling.pad_token < config.vocab_size:
+        raise ValueError(f"pad_token={sampling.pad_token}: a token of the model, 0 … {config.vocab_size - 1}")
+    needed = tokens_BT.shape[1] + sampling.max_new_tokens - 1
     if config.positions == "learned" and needed > config.max_positions:
         raise ValueError(
-            f"a prompt of {tokens_BT.shape[1]} tokens and {max_new_tokens} new ones need {needed} positions, but the "
-            f"model has learned {config.max_positions}; shorten the prompt or max_new_tokens"
+            f"a prompt of {tokens_BT.shape[1]} tokens and {sampling.max_new_tokens} new ones need {needed} positions, "
+            f"but the model has learned {config.max_positions}; shorten the prompt or max_new_tokens"
         )
