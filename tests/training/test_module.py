@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from longspan.data.batch import IGNORE, TokenBatch
 from longspan.model import zoo
 from longspan.model.decoder import Decoder
+from longspan.training.fit import quiet_lightning
 from longspan.training.module import (
     MAX_SKIPS_IN_A_ROW,
     LanguageModel,
@@ -19,7 +20,6 @@ from longspan.training.module import (
     compile_blocks,
 )
 from longspan.training.precision import Arithmetic
-from longspan.training.run import _quiet_lightning
 from longspan.training.schema import OptimizerConfig, ScheduleConfig
 
 T = 12
@@ -49,7 +49,7 @@ def build(model: Decoder | None = None, *, lr: float = 1e-2, **options: object) 
 
 def fit(module: LanguageModel, steps: Sequence[Sequence[TokenBatch]]) -> LanguageModel:
     loader = DataLoader(list(steps), batch_size=None)  # pyright: ignore[reportArgumentType] (a list is a dataset)
-    with _quiet_lightning():
+    with quiet_lightning():
         Trainer(
             accelerator="cpu",
             max_steps=len(steps),

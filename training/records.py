@@ -1,0 +1,114 @@
+"""What a run writes and says about itself when it starts and when it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from longspan.data.prepare import Prepared
+from longspan.evaluation.evaluate import Evaluation
+
+from . import run_directory as files
+from .callbacks import RunLoop
+from .checkpointing import Checkpoints, best_of
+from .data_settings import skipped_files
+from .fit import Session
+from .schema import as_request
+from .start import Origin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """How a run ended.
+
+    final_step       optimizer steps done
+    validation_loss  of the last validation, nats per loss token; None without held-out documents
+    best_step        the step with the lowest one
+    bits_per_byte    of the final evaluation; None where it is switched off
+    """
+
+    directory: Path
+    final_step: int
+    validation_loss: float | None
+    best_step: int | None
+    bits_per_byte: float | None
+
+
+def open_directory(session: Session, origin: Origin, prepared: Prepared) -> dict[str, object]:
+    """Clears what a new run replaces, or what a killed one left; writes what is known at the start. The lineage."""
+    config, directory, state = session.config, session.directory, session.state
+    facts = _data_facts(prepared)
+    lineage = files.lineage(seed=config.seed, data=facts, parent=origin.parent, device=session.device)
+    if state is not None:
+        if (directory / files.LINEAGE).is_file():
+            lineage = files.read_json(directory / files.LINEAGE)
+        Checkpoints(directory, keep=config.trainer.keep).sweep(after=session.step, best=best_of(state))
+    else:
+        files.clear(directory)
+    sessions = lineage.setdefault("sessions", [])
+    if isinstance(sessions, list):
+        sessions.append({"started": files.now(), "step": session.step, "command": files.command()})
+    # JSON is YAML; no YAML writer is needed for it.
+    (directory / files.CONFIG).write_text(json.dumps(as_request(config), indent=2) + "\n")
+    files.write_json(directory / files.LINEAGE, lineage)
+    files.write_json(directory / files.ACCOUNTING, session.costs.to_dict())
+    return lineage
+
+
+def _data_facts(prepared: Prepared) -> dict[str, object]:
+    store = prepared.store
+    facts: dict[str, object] = {
+        "store": os.path.abspath(prepared.directory),
+        "manifest_sha256": store.manifest["self_sha256"],
+        "tokenizer_sha256": store.tokenizer_sha256,
+        "vocab_size": store.vocab_size,
+    }
+    for split, counts in store.counts.items():
+        for name, count in counts.items():
+            facts[f"{split}: {name}"] = f"{count.documents:,} documents, {count.tokens:,} tokens, {count.bytes:,} bytes"
+    return facts | {f"left out: {name}": words for name, words in skipped_files(store).items()}
+
+
+def result_of(session: Session, loop: RunLoop, evaluation: Evaluation | None) -> RunResult:
+    return RunResult(
+        directory=session.directory,
+        final_step=session.config.trainer.steps,
+        validation_loss=loop.validation_loss,
+        best_step=loop.best.step if loop.best is not None else None,
+        bits_per_byte=evaluation.result.bits_per_byte if evaluation is not None else None,
+    )
+
+
+def summary_of(
+    session: Session, result: RunResult, chosen: Path, loop: RunLoop, evaluation: Evaluation | None
+) -> dict[str, object]:
+    """summary.json; `chosen` is the checkpoint that was evaluated."""
+    config, costs = session.config, session.costs
+    summary: dict[str, object] = {
+        "name": config.name,
+        "model": config.model_name or config.model.architecture,
+        "parameters": costs.parameters.total,
+        "steps": result.final_step,
+        "tokens": costs.tokens,
+        "seconds": loop.seconds,
+        "validation_loss": result.validation_loss,
+        "best_step": result.best_step,
+        "best_validation_loss": loop.best.validation_loss if loop.best is not None else None,
+        "evaluated_checkpoint": chosen.name,
+        "finished": files.now(),
+    }
+    if evaluation is not None:
+        summary |= evaluation.headline()
+    return summary
+
+
+def closing_words(result: RunResult, evaluation: Evaluation | None) -> str:
+    """The last line of the log."""
+    words = [f"step {result.final_step}"]
+    if result.validation_loss is not None:
+        words.append(f"validation loss {result.validation_loss:.3f}")
+    if evaluation is not None:
+        words.append(evaluation.words())
+    return ", ".join(words) + f"; everything is in {result.directory}"
