@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,8 @@ from .shapes import CUDNN, FLASH, FLASH_4, FLEX, LONGFORMER, Case
 from .tensors import Inputs, Values, document_ids, global_flags, make_context
 from .timing import Step
 
-_MASK_AT_ONCE = 8192  # beyond this length the builder of block masks is compiled: it would materialise all pairs
+OURS = "longspan-"  # and the name of the backend
+_MASK_AT_ONCE = 16384  # beyond this length the builder of block masks is compiled: it would materialise all pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class Ours:
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        self.name = f"longspan-{backend}"
+        self.name = OURS + backend
 
     def refuses(self, case: Case, device: torch.device) -> str | None:
         return None  # `attend` does, by raising UnsupportedAttention with its reasons
@@ -210,7 +212,7 @@ class Longformer:
             return "has no grouped key/value heads"
         if case.length % (2 * window.left):
             return f"needs a length that is a multiple of {2 * window.left}"
-        return _missing("transformers")
+        return _missing("transformers", "transformers")
 
     def prepare(self, case: Case, inputs: Inputs) -> Prepared:
         from transformers import LongformerConfig
@@ -273,7 +275,7 @@ class Flash4:
             return "has no global tokens, no dilation, and block masks by CuTe functions only"
         if device.type != "cuda":
             return "runs on CUDA only"
-        return _missing("flash-attn-4")
+        return _missing("flash_attn.cute", "flash-attn-4")
 
     def prepare(self, case: Case, inputs: Inputs) -> Prepared:
         from flash_attn.cute import flash_attn_func, flash_attn_varlen_func  # pyright: ignore[reportMissingImports]: an optional peer
@@ -316,5 +318,9 @@ def installed(package: str) -> str:
         return "none"
 
 
-def _missing(package: str) -> str | None:
-    return f"{package} is not installed" if installed(package) == "none" else None
+def _missing(module: str, package: str) -> str | None:
+    try:
+        found = find_spec(module)
+    except ModuleNotFoundError:  # not even its parent is there
+        found = None
+    return f"{package} is not installed" if found is None else None

@@ -83,7 +83,9 @@ def save(rows: Sequence[Row], facts: Mapping[str, str], suite: str, directory: P
 # -- for people --------------------------------------------------------------------------------------------------------
 
 
-def markdown(rows: Sequence[Row], *, title: str, facts: Mapping[str, str], left_out: Sequence[str]) -> str:
+def markdown(
+    rows: Sequence[Row], *, title: str, facts: Mapping[str, str], stopped: str, left_out: Sequence[str]
+) -> str:
     """The whole run on a page: what was measured, the targets, what did not run."""
     lines = [f"# {title}", "", _machine(rows, facts), "", *_measurements(rows)]
     bounds = [row for row in rows if row.target]
@@ -104,8 +106,8 @@ def markdown(rows: Sequence[Row], *, title: str, facts: Mapping[str, str], left_
     if missing:
         lines += ["", "## Not measured", ""]
         lines += _grouped(missing)
-    if left_out:
-        lines += ["", "## Left out by the time limit", "", *(f"- {name}" for name in left_out)]
+    if stopped:
+        lines += ["", "## Left out", "", f"{stopped}.", "", *(f"- {name}" for name in left_out)]
     return "\n".join(lines) + "\n"
 
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from longspan.kernels.attention.spec import AttentionSpec, BlockLayout, Window
 
+from .patterns import Pattern, bigbird, butterfly, document_lengths, random_blocks
+
 SuiteName = Literal["attention", "window", "documents", "sparse", "dilation"]
 Shapes = Literal["tiny", "quick", "full"]
 Quantity = Literal["forward", "backward", "both", "memory"]
@@ -295,17 +297,6 @@ def _window(shapes: Shapes) -> tuple[Case, ...]:
 # -- packed documents --------------------------------------------------------------------------------------------------
 
 
-def document_lengths(total: int, mean: int, *, seed: int = 0) -> tuple[int, ...]:
-    """Log-normal lengths (σ = 1) with this mean, cut so that they sum to `total`."""
-    draw = random.Random(seed)
-    lengths: list[int] = []
-    left = total
-    while left > 0:
-        lengths.append(min(left, max(1, round(draw.lognormvariate(math.log(mean) - 0.5, 1.0)))))
-        left -= lengths[-1]
-    return tuple(lengths)
-
-
 def _packed(length: int, mean: int, heads: int, kv_heads: int, head_dim: int) -> Case:
     shared = "" if heads == kv_heads else f"/{kv_heads}"
     if length >= 65536:
@@ -345,34 +336,6 @@ def _documents(shapes: Shapes) -> tuple[Case, ...]:
 # -- block-sparse layouts ----------------------------------------------------------------------------------------------
 
 
-def butterfly(n_blocks: int) -> tuple[tuple[bool, ...], ...]:
-    """Block i sees itself and every i xor 2^k (Dao et al. 2022, arXiv 2112.00029: flat block butterfly)."""
-    steps = {0, *(1 << power for power in range((n_blocks - 1).bit_length()))}
-    return tuple(tuple(i ^ j in steps for j in range(n_blocks)) for i in range(n_blocks))
-
-
-def bigbird(n_blocks: int, *, seed: int = 0) -> tuple[tuple[bool, ...], ...]:
-    """Three blocks around the diagonal, two rows and columns, three random blocks a row (arXiv 2007.14062)."""
-    draw = random.Random(seed)
-    rows = []
-    for i in range(n_blocks):
-        chosen = {j for j in range(n_blocks) if i < 2 or j < 2 or abs(i - j) <= 1}
-        others = [j for j in range(n_blocks) if j not in chosen]
-        chosen.update(draw.sample(others, min(3, len(others))))
-        rows.append(tuple(j in chosen for j in range(n_blocks)))
-    return tuple(rows)
-
-
-def random_blocks(n_blocks: int, per_row: int, *, seed: int = 0) -> tuple[tuple[bool, ...], ...]:
-    """The diagonal and random others, `per_row` blocks in each row."""
-    draw = random.Random(seed)
-    rows = []
-    for i in range(n_blocks):
-        chosen = {i, *draw.sample([j for j in range(n_blocks) if j != i], per_row - 1)}
-        rows.append(tuple(j in chosen for j in range(n_blocks)))
-    return tuple(rows)
-
-
 def _sparse(shapes: Shapes) -> tuple[Case, ...]:
     tiny = shapes == "tiny"
     batch, heads, length, head_dim, block = (1, 2, 128, 16, 16) if tiny else (2, 16, 8192, 128, 128)
@@ -382,7 +345,7 @@ def _sparse(shapes: Shapes) -> tuple[Case, ...]:
     for share in (1, 2, 4, 8):
         patterns[f"random 1/{share}"] = random_blocks(n_blocks, n_blocks // share)
 
-    def case(label: str, pattern: tuple[tuple[bool, ...], ...]) -> Case:
+    def case(label: str, pattern: Pattern) -> Case:
         density = sum(map(sum, pattern)) / n_blocks**2
         bound = density + 0.05
         text = f"time(s) / time(dense) ≤ s + 0.05 at {length // 1024}K, s = {density:.3f}"

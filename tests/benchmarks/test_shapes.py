@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from longspan.benchmarks.contenders import contenders, mask_mod
+from longspan.benchmarks.patterns import bigbird, butterfly, document_lengths, random_blocks
 from longspan.benchmarks.shapes import (
     PEERS,
     Case,
@@ -15,10 +16,6 @@ from longspan.benchmarks.shapes import (
     SuiteName,
     Target,
     allowed_pairs,
-    bigbird,
-    butterfly,
-    document_lengths,
-    random_blocks,
     suite,
 )
 from longspan.benchmarks.tensors import make_context
