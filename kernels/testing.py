@@ -12,9 +12,10 @@ from __future__ import annotations
 from .conformance.cases import Case
 from .conformance.judge import assert_within_budget, judge, plain_attention, twin
 from .conformance.report import ConformanceError, Report
-from .conformance.suite import conformance, replay
+from .conformance.suite import NEEDS_HYPOTHESIS, conformance, replay
 
 __all__ = [
+    "NEEDS_HYPOTHESIS",
     "Case",
     "ConformanceError",
     "Report",

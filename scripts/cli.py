@@ -80,6 +80,12 @@ VERBS: dict[str, Verb] = {
         "validate_bench",
         ("longspan bench suite=attention", "longspan bench suite=window shapes=full time_limit=540 output=DIR"),
     ),
+    "conformance": Verb(
+        "holds an attention backend, a registered or your own, to the definition of attention",
+        "ConformanceConfig",
+        "validate_conformance",
+        ("longspan conformance backend=sdpa", "longspan conformance backend=mypkg.mymodule:MyBackend dtypes=[fp32]"),
+    ),
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from .config_errors import COMMAND_LINE, ConfigError, Problem, lines, translate,
 from .config_plain import booleans, named, plain, without, written
 from .schema_requests import (
     BenchConfig,
+    ConformanceConfig,
     EstimateConfig,
     EstimateRequest,
     EvaluateConfig,
@@ -62,6 +63,7 @@ __all__ = [
     "BackendPlan",
     "BenchConfig",
     "CallbacksConfig",
+    "ConformanceConfig",
     "DataConfig",
     "EstimateConfig",
     "EstimateRequest",
@@ -86,6 +88,7 @@ __all__ = [
     "as_request",
     "validate",
     "validate_bench",
+    "validate_conformance",
     "validate_estimate",
     "validate_evaluate",
     "validate_explain",
@@ -148,6 +151,12 @@ def validate_generate(raw: Raw, *, where: Where | None = None) -> GenerateConfig
 def validate_bench(raw: Raw, *, where: Where | None = None) -> BenchConfig:
     """`longspan bench`; as `validate`."""
     config, problems = _parse(BenchConfig, raw)
+    return _sound(config, problems, where)
+
+
+def validate_conformance(raw: Raw, *, where: Where | None = None) -> ConformanceConfig:
+    """`longspan conformance`; as `validate`."""
+    config, problems = _parse(ConformanceConfig, raw)
     return _sound(config, problems, where)
 
 

@@ -207,3 +207,22 @@ class BenchConfig:
         "for smoke tests and where there is no checkout",
     )
     dry_run: bool = Field(default=False, description="print the resolved config and the cases; do nothing")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ConformanceConfig:
+    """`longspan conformance`"""
+
+    backend: str = Field(description="a registered backend's name, or your own as package.module:Class")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where it runs")
+    dtypes: tuple[Literal["fp32", "bf16", "fp16", "fp64"], ...] | None = Field(
+        default=None,
+        description="types of q, k and v; null: all that it claims on the device (fp64 if it has no other)",
+    )
+    features: tuple[str, ...] | None = Field(
+        default=None, description="exercise these alone, beside lse and gradients; null: all that it claims"
+    )
+    examples: int = Field(default=25, ge=0, description="random cases, beside those by construction")
+    max_length: int = Field(default=128, ge=1, description="of queries and keys")
+    seed: int = Field(default=0, ge=0, description="of the cases")
+    dry_run: bool = Field(default=False, description="print the resolved config; do nothing")

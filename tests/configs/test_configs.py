@@ -19,7 +19,12 @@ COMPLETED = {("data", "files"): ["data.path=x"], ("data", "hub"): ["data.path=hu
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_its_config(verb: str) -> None:
-    needed = {"evaluate": ["checkpoint=x"], "generate": ["checkpoint=x", "prompt=y"]}.get(verb, [])
+    needed = {
+        "bench": ["suite=attention"],
+        "conformance": ["backend=sdpa"],
+        "evaluate": ["checkpoint=x"],
+        "generate": ["checkpoint=x", "prompt=y"],
+    }.get(verb, [])
     composed = compose(verb, needed, schema=getattr(schema, VERBS[verb].request))
     getattr(schema, VERBS[verb].validate)(composed.raw, where=composed.where)
 
