@@ -49,6 +49,7 @@ _factories: dict[str, Factory] = {
     "reference": _builtin("reference", "Reference"),
     "sdpa": _builtin("sdpa", "SDPA"),
     "flex": _builtin("flex", "Flex"),
+    "triton": _builtin("flash", "Triton"),
 }
 _loaded: dict[str, AttentionBackend] = {}
 _chosen: dict[tuple[Choice, AttentionSpec, AttentionCall], AttentionBackend] = {}  # what `attend` resolved before

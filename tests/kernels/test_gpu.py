@@ -124,7 +124,7 @@ KINDS = [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)
 
 @pytest.mark.parametrize(("dtype", "ragged"), KINDS, ids=["bf16", "bf16 ragged", "fp16", "fp32"])
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["sdpa", "flex", "triton"])
 def test_values_and_gradients(backend: str, name: str, dtype: torch.dtype, ragged: bool) -> None:
     spec = SPECS[name]
     call = AttentionCall(device="cuda", dtype=dtype, needs_grad=True, head_dim=D, n_heads=H, n_kv_heads=G)
@@ -145,31 +145,35 @@ def test_values_and_gradients(backend: str, name: str, dtype: torch.dtype, ragge
         # Gradients of slopes and sinks are sums over every pair: their error is that of the order of summation.
         for x, y, z in zip(ours[4:], exact[4:], twin[4:], strict=True):
             error, scale = float((x.double() - y).abs().max()), float(y.abs().max())
-            assert error <= 8 * float((z.double() - y).abs().max()) + 1e-4 * scale
+            # FlexAttention's are sums of weights rounded to half precision.
+            relative = 1e-2 if backend == "flex" and dtype != torch.float32 else 1e-4
+            assert error <= 8 * float((z.double() - y).abs().max()) + relative * scale
 
 
 @pytest.mark.parametrize("name", ["causal", "documents", "learned sink", "all at once"])
-def test_flex_lse(name: str) -> None:
+@pytest.mark.parametrize("backend", ["flex", "triton"])
+def test_lse(backend: str, name: str) -> None:
     spec = SPECS[name]
     for T, S in LENGTHS:
         tensors, context, params = make(spec, T, S, ragged=True)
         exact = attend(*tensors, spec=spec, context=context, params=params, backend="reference", return_lse=True).lse
         half = [x.float() for x in tensors]
-        ours = attend(*half, spec=spec, context=context, params=params, backend="flex", return_lse=True).lse
+        ours = attend(*half, spec=spec, context=context, params=params, backend=backend, return_lse=True).lse
         assert ours is not None
         assert exact is not None
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=2e-5)
 
 
-def test_flex_head_dims() -> None:
+@pytest.mark.parametrize("backend", ["flex", "triton"])
+def test_head_dims(backend: str) -> None:
     spec = SPECS["window"]
     for head_dim, value_dim in ((16, 16), (32, 64), (48, 80), (128, 128), (256, 256)):
         tensors, context, params = make(spec, 130, 130, head_dim=head_dim, value_dim=value_dim)
         tensors = [x.bfloat16().double() for x in tensors]
         results = [
-            gradients(backend, tensors, dtype, spec, context, params)
-            for backend, dtype in (("flex", torch.bfloat16), ("reference", torch.float64), ("twin", torch.bfloat16))
+            gradients(name, tensors, dtype, spec, context, params)
+            for name, dtype in ((backend, torch.bfloat16), ("reference", torch.float64), ("twin", torch.bfloat16))
         ]
         for x, y, z in zip(*results, strict=True):
             assert_within_budget(x, y, z)
@@ -187,7 +191,7 @@ def test_flex_survives_many_lengths() -> None:
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["cold", "prepared"])
 @pytest.mark.parametrize("name", ["causal", "sinks per document", "globals", "alibi"])
-@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa", "flex", "triton"])
 def test_compiles_whole_with_gradients(backend: str, name: str, prepared: bool) -> None:
     spec = SPECS[name]
     dtype = torch.float32 if spec.alibi else torch.bfloat16
@@ -216,7 +220,7 @@ def test_compiles_whole_with_gradients(backend: str, name: str, prepared: bool) 
         assert float((x - y).detach().abs().max()) <= 4 * torch.finfo(dtype).eps * max(1.0, scale)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "flex", "triton"])
 def test_rows_without_keys(backend: str) -> None:
     spec = AttentionSpec(causal=True)
     tensors, _, params = make(spec, 40, 40)
@@ -266,7 +270,7 @@ def test_cross_entropy_in_bf16() -> None:
             logits = F.linear(*leaves)
             loss = F.cross_entropy(logits if kind == "exact" else logits.float(), targets, reduction="sum")
         results.append([loss, *torch.autograd.grad(loss, leaves)])
-    exact, ours, twin = results
+    exact, ours, twin = ([x.detach() for x in result] for result in results)
     assert abs(float(ours[0]) - float(exact[0])) <= 2 * abs(float(twin[0]) - float(exact[0])) + 1e-4 * float(exact[0])
     for x, y, z in zip(ours[1:], exact[1:], twin[1:]):
         assert_within_budget(x, y, z)

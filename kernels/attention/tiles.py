@@ -1,0 +1,102 @@
+"""Which tile sizes a fused kernel runs with: pure functions of the head dim and the dtype, no search at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Pass(StrEnum):
+    FORWARD = "forward"
+    DQ = "dq"
+    DKDV = "dkdv"
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """rows   queries (of dkdv: keys) that one program owns
+    columns   keys (of dkdv: queries) it visits at a time
+    warps     of 32 threads in a program
+    stages    depth of the software pipeline over visits
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+INTERPRETED = Tiles(16, 16, 1, 1)  # small, so that short tests still visit several
+
+
+def choose(which: Pass, head_dim: int, *, bytes_per_element: int, narrow: bool = False) -> Tiles:
+    """Tiles for a head dim (the larger of q's and v's) and element size.
+
+    `narrow`: a window of at most a few hundred keys, where a tall tile mostly computes what the window hides.
+    """
+    if bytes_per_element == 4:
+        return _FP32[which][_step(head_dim, _FP32[which])]
+    table = _NARROW if narrow else _HALF
+    return table[which][_step(head_dim, table[which])]
+
+
+def _step(head_dim: int, table: dict[int, Tiles]) -> int:
+    """The smallest listed head dim that holds this one."""
+    for limit in sorted(table):
+        if head_dim <= limit:
+            return limit
+    raise ValueError(f"head_dim={head_dim}: tiles are listed up to {max(table)}")
+
+
+# bf16 on one H100, TFLOP/s of the kernel alone at lengths 4,096 and 16,384 (causal, 16 heads of 128 and 32 of 64);
+# beside each choice the best that it was measured against. Head dims 32 and 256 are set by analogy.
+_HALF: dict[Pass, dict[int, Tiles]] = {
+    Pass.FORWARD: {
+        32: Tiles(128, 64, 4, 3),
+        64: Tiles(128, 64, 8, 3),  # 347 and 456; 64 × 64 with 4 warps 335 and 418
+        128: Tiles(64, 64, 4, 3),  # 368 and 524; 128 × 128 with 8 warps 349 and 516
+        256: Tiles(128, 64, 8, 2),
+    },
+    Pass.DQ: {
+        32: Tiles(64, 64, 4, 3),
+        64: Tiles(64, 64, 4, 3),  # 495 and 573; 128 × 64 with 4 warps 458 and 527
+        128: Tiles(128, 64, 8, 3),  # 546 and 658; 64 × 64 with 4 warps 515 and 575
+        256: Tiles(64, 32, 8, 2),
+    },
+    Pass.DKDV: {
+        32: Tiles(64, 64, 4, 3),
+        64: Tiles(64, 64, 4, 3),  # 478 and 512; 128 × 64 with 8 warps 381 and 443
+        128: Tiles(128, 64, 8, 2),  # 520 and 568; 64 × 32 with 4 warps: 522 at 16,384
+        256: Tiles(64, 32, 8, 1),
+    },
+}
+
+# Windows, at length 16,384: 256 keys each side (12 heads of 64) and 1,024 causal keys (16 heads of 128 over 4), in
+# TFLOP/s on what the window shows.
+_NARROW: dict[Pass, dict[int, Tiles]] = {
+    Pass.FORWARD: {
+        32: Tiles(64, 64, 4, 3),
+        64: Tiles(64, 64, 4, 3),  # 237; 128 × 64 with 8 warps 161
+        128: Tiles(64, 64, 4, 3),  # 379; 128 × 64 with 8 warps 313
+        256: Tiles(64, 64, 8, 2),
+    },
+    Pass.DQ: {
+        32: Tiles(64, 32, 4, 3),
+        64: Tiles(64, 32, 4, 3),  # 213; 64 × 64 200
+        128: Tiles(64, 64, 4, 2),  # 489; 128 × 64 with 8 warps 444
+        256: Tiles(64, 32, 8, 2),
+    },
+    Pass.DKDV: {
+        32: Tiles(64, 32, 4, 3),
+        64: Tiles(64, 32, 4, 3),  # 325; 64 × 64 304
+        128: Tiles(64, 64, 4, 2),  # 317; 128 × 64 with 8 warps 300
+        256: Tiles(64, 32, 8, 1),
+    },
+}
+
+# Without tensor cores for fp32 (tf32 is off) the registers of an accumulator tile are what limits.
+_FP32: dict[Pass, dict[int, Tiles]] = {
+    Pass.FORWARD: {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 16, 4, 1)},
+    Pass.DQ: {64: Tiles(32, 32, 4, 2), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 4, 1)},
+    Pass.DKDV: {64: Tiles(32, 32, 4, 2), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 4, 1)},
+}

@@ -1,0 +1,387 @@
+"""Which kernels run for a call, over which grids, with which tiles: `forward` and `backward` over plain tensors.
+
+Legend: B batch, T queries, S keys, H query heads, G key/value heads, D head dim, E value dim.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from ..ranges import tile_lists
+from ..spec import AttentionSpec, BlockLayout, Window
+from ..tiles import INTERPRETED as INTERPRETED_TILES
+from ..tiles import Pass, Tiles, choose
+from .backward import dkdv_kernel, dq_kernel
+from .dense import (
+    always_keys_dkdv_kernel,
+    global_rows_dq_kernel,
+    global_rows_kernel,
+    merge_rows_kernel,
+    sum_rows_kernel,
+)
+from .forward import forward_kernel
+from .mask import INTERPRETED
+
+# -- the spec, which an operator takes as text -------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _spec_json(spec: AttentionSpec) -> str:
+    return json.dumps(asdict(spec), sort_keys=True)
+
+
+@torch.compiler.assume_constant_result
+def spec_text(spec: AttentionSpec) -> str:
+    return _spec_json(spec)
+
+
+@lru_cache(maxsize=1024)
+def parse_spec(text: str) -> AttentionSpec:
+    fields = json.loads(text)
+    layout = fields.pop("block_sparse")
+    if layout is not None:
+        layout = BlockLayout.from_rows(layout["pattern"], q_block=layout["q_block"], kv_block=layout["kv_block"])
+    return AttentionSpec(**{**fields, "window": Window(**fields["window"]), "block_sparse": layout})
+
+
+# -- what every launch needs -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    B: int
+    T: int
+    S: int
+    H: int
+    G: int
+    D: int
+    E: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> _Shape:
+        return cls(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """How the main kernels walk: window in keys, residue classes of a dilated window, lists of tiles of a layout."""
+
+    spec: AttentionSpec
+    explicit: bool
+    maskable: bool  # documents or lengths may hide a pair that window, layout and causality show
+
+    @property
+    def strided(self) -> bool:
+        return self.spec.window.dilation > 1 and not self.explicit and self.spec.block_sparse is None
+
+    @property
+    def listed(self) -> bool:
+        return self.spec.block_sparse is not None and not self.explicit
+
+    @property
+    def has_right(self) -> bool:
+        return self.spec.window.right is not None and not self.spec.causal
+
+    def slots(self, n: int, tile: int) -> int:
+        """Programs over n rows: of a dilated window, those of every residue class."""
+        if not self.strided:
+            return triton.cdiv(n, tile)
+        classes = self.spec.window.dilation
+        return classes * triton.cdiv(triton.cdiv(n, classes), tile)
+
+    def tiles(self, which: Pass, shape: _Shape, element_size: int) -> Tiles:
+        if INTERPRETED:
+            return INTERPRETED_TILES
+        window = self.spec.window
+        narrow = window.left is not None and (self.spec.causal or window.right is not None)
+        keys = (window.left or 0) + (0 if self.spec.causal else window.right or 0)
+        tiles = choose(
+            which, max(shape.D, shape.E), bytes_per_element=element_size, narrow=narrow and keys <= _NARROW_WINDOW
+        )
+        layout = self.spec.block_sparse
+        if layout is None:
+            return tiles
+        rows, columns = (layout.kv_block, layout.q_block) if which == Pass.DKDV else (layout.q_block, layout.kv_block)
+        return replace(tiles, rows=_within(tiles.rows, rows), columns=_within(tiles.columns, columns))
+
+
+_NARROW_WINDOW = 1024
+
+
+def _within(tile: int, block: int) -> int:
+    """A tile that does not straddle blocks, where blocks are powers of two that a kernel can use."""
+    return block if 16 <= block < tile and block & (block - 1) == 0 else tile
+
+
+@lru_cache(maxsize=4096)
+def _lists(
+    spec: AttentionSpec,
+    T: int,
+    S: int,
+    q_tile: int,
+    kv_tile: int,
+    by_key: bool,
+    may_be_full: bool,
+    device: torch.device,
+) -> Tensor:
+    found = tile_lists(spec, T, S, q_tile, kv_tile, by_key=by_key, may_be_full=may_be_full)
+    return torch.from_numpy(found).to(device)
+
+
+@lru_cache(maxsize=256)
+def _pattern(layout: BlockLayout, device: torch.device) -> Tensor:
+    return torch.tensor(layout.pattern, dtype=torch.int8, device=device)
+
+
+def _splits(n: int, tile: int, programs: int) -> tuple[int, int]:
+    """(how many slices of n keep the device busy, how long each is); a slice is at least four tiles long."""
+    n = max(n, 1)
+    slices = min(max(1, _BUSY // max(programs, 1)), max(1, n // (4 * tile)))
+    length = triton.cdiv(triton.cdiv(n, 2 if INTERPRETED else slices), tile) * tile
+    return triton.cdiv(n, length), length
+
+
+_BUSY = 528  # programs: four on each processor of an H100
+
+
+def _dense_tile(most: int, tile: int) -> int:
+    return min(tile, max(16, triton.next_power_of_2(most)))
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _per_batch(x: Tensor | None, B: int) -> Tensor | None:
+    return None if x is None else x.expand(B, *x.shape[1:]).contiguous()
+
+
+def _static(spec: AttentionSpec, shape: _Shape) -> dict[str, object]:
+    return {
+        "R": shape.H // shape.G,
+        "D": shape.D,
+        "E": shape.E,
+        "BLOCK_D": max(16, triton.next_power_of_2(shape.D)),
+        "BLOCK_E": max(16, triton.next_power_of_2(shape.E)),
+        "CAUSAL": spec.causal,
+        "SOFTCAP": spec.softcap is not None,
+        "ALIBI": spec.alibi,
+        "DROPOUT": spec.dropout > 0,
+    }
+
+
+def _walking(walk: _Walk) -> dict[str, object]:
+    window = walk.spec.window
+    return {
+        "HAS_LEFT": window.left is not None,
+        "HAS_RIGHT": walk.has_right,
+        "STRIDED": walk.strided,
+        "MODULO": window.dilation > 1 and not walk.strided,
+    }
+
+
+def _scalars(spec: AttentionSpec, shape: _Shape) -> tuple[float, float, float]:
+    return spec.softmax_scale(shape.D), spec.softcap or 1.0, spec.dropout
+
+
+def _window(walk: _Walk, lists: Tensor | None) -> tuple[int, int, int, int, int, int, int]:
+    window, layout = walk.spec.window, walk.spec.block_sparse
+    q_block, kv_block, n_blocks = (
+        (1, 1, 1) if layout is None else (layout.q_block, layout.kv_block, len(layout.pattern[0]))
+    )
+    width = 0 if lists is None else lists.shape[1]
+    return window.left or 0, window.right or 0, window.dilation, q_block, kv_block, n_blocks, width
+
+
+# -- forward -----------------------------------------------------------------------------------------------------------
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    q_doc: Tensor | None,
+    k_doc: Tensor | None,
+    q_span: Tensor | None,
+    k_span: Tensor | None,
+    lengths: Tensor | None,
+    always: Tensor | None,
+    n_always: Tensor | None,
+    is_global: Tensor | None,
+    rows: Tensor | None,
+    n_rows: Tensor | None,
+    most_always: int,
+    most_rows: int,
+    spec: str,
+) -> tuple[Tensor, Tensor]:
+    """(out [B, T, H, E] in q's dtype, lse [B, H, T] fp32), as `spec` (from `spec_text`) and a `plan.Plan` say."""
+    parsed = parse_spec(spec)
+    shape = _Shape.of(q, k, v)
+    B, T, S, H, E = shape.B, shape.T, shape.S, shape.H, shape.E
+    walk = _Walk(parsed, explicit=q_pos is not None, maskable=q_doc is not None or lengths is not None)
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q_pos, k_pos, q_doc, k_doc = (_per_batch(x, B) for x in (q_pos, k_pos, q_doc, k_doc))
+    q_span, is_global, always, n_always, rows, n_rows = (
+        _per_batch(x, B) for x in (q_span, is_global, always, n_always, rows, n_rows)
+    )
+    out = q.new_empty(B, T, H, E)
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    tiles = walk.tiles(Pass.FORWARD, shape, q.element_size())
+    lists = None
+    if walk.listed:
+        lists = _lists(parsed, T, S, tiles.rows, tiles.columns, False, not walk.maskable, q.device)
+    layout = None if parsed.block_sparse is None else _pattern(parsed.block_sparse, q.device)
+    scalars, static = _scalars(parsed, shape), _static(parsed, shape)
+    tensors = (q, k, v)
+    strides = [s for x in tensors for s in x.stride()[:3]]
+    forward_kernel[walk.slots(T, tiles.rows), H, B](
+        q, k, v, out, lse, slopes, sinks, seed, q_pos, k_pos, q_doc, k_doc, q_span, lengths, layout, lists, always,
+        n_always, is_global, *strides, *out.stride()[:3], T, S, H, *scalars, *_window(walk, lists),
+        M=tiles.rows, N=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages, **static, **_walking(walk),
+    )  # fmt: skip
+    if rows is not None:
+        M = _dense_tile(most_rows, tiles.rows)
+        row_tiles = triton.cdiv(most_rows, M)
+        splits, length = _splits(S, tiles.columns, row_tiles * B * H)
+        part = q.new_empty(splits, B, most_rows, H, E, dtype=torch.float32)
+        part_lse = q.new_empty(splits, B, most_rows, H, dtype=torch.float32)
+        global_rows_kernel[row_tiles, splits, B * H](
+            q, k, v, part, part_lse, slopes, seed, q_pos, k_pos, q_doc, k_doc, lengths, rows, n_rows, *strides,
+            T, S, H, most_rows, length, *scalars,
+            M=M, N=tiles.columns, num_warps=4, num_stages=tiles.stages, **static,
+        )  # fmt: skip
+        merge_rows_kernel[most_rows, H, B](
+            part, part_lse, out, lse, sinks, rows, n_rows, *out.stride()[:3], B, T, H, most_rows, splits,
+            E=E, BLOCK_E=static["BLOCK_E"], num_warps=1,
+        )  # fmt: skip
+    return out, lse
+
+
+# -- backward ----------------------------------------------------------------------------------------------------------
+
+
+def backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    q_doc: Tensor | None,
+    k_doc: Tensor | None,
+    q_span: Tensor | None,
+    k_span: Tensor | None,
+    lengths: Tensor | None,
+    always: Tensor | None,
+    n_always: Tensor | None,
+    is_global: Tensor | None,
+    rows: Tensor | None,
+    n_rows: Tensor | None,
+    most_always: int,
+    most_rows: int,
+    spec: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, slopes [H] and sinks [H] (fp32; empty where there are none)."""
+    parsed = parse_spec(spec)
+    shape = _Shape.of(q, k, v)
+    B, T, S, H, G, D, E = shape.B, shape.T, shape.S, shape.H, shape.G, shape.D, shape.E
+    walk = _Walk(parsed, explicit=q_pos is not None, maskable=q_doc is not None or lengths is not None)
+    q, k, v, d_out = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(d_out)
+    d_lse = d_lse.contiguous()
+    q_pos, k_pos, q_doc, k_doc = (_per_batch(x, B) for x in (q_pos, k_pos, q_doc, k_doc))
+    q_span, k_span, is_global = (_per_batch(x, B) for x in (q_span, k_span, is_global))
+    always, n_always, rows, n_rows = (_per_batch(x, B) for x in (always, n_always, rows, n_rows))
+    dq, dk, dv = q.new_empty(B, T, H, D), k.new_empty(B, S, G, D), v.new_empty(B, S, G, E)
+    delta = q.new_empty(B, H, T, dtype=torch.float32)
+    # One number for each row; the rows of global queries are counted apart.
+    row_slopes = q.new_zeros(B, H, T, dtype=torch.float32) if parsed.alibi else q.new_empty(0, dtype=torch.float32)
+    global_slopes = q.new_empty(0, dtype=torch.float32)
+    layout = None if parsed.block_sparse is None else _pattern(parsed.block_sparse, q.device)
+    scalars, static = _scalars(parsed, shape), _static(parsed, shape)
+    strides = [s for x in (q, k, v) for s in x.stride()[:3]]
+    may_be_full = not walk.maskable
+
+    if q.numel():
+        tiles = walk.tiles(Pass.DQ, shape, q.element_size())
+        lists = None
+        if walk.listed:
+            lists = _lists(parsed, T, S, tiles.rows, tiles.columns, False, may_be_full, q.device)
+        dq_kernel[walk.slots(T, tiles.rows), H, B](
+            q, k, v, out, d_out, lse, d_lse, delta, dq, row_slopes, slopes, seed, q_pos, k_pos, q_doc, k_doc, q_span,
+            lengths, layout, lists, always, n_always, is_global, *strides, *out.stride()[:3], *d_out.stride()[:3],
+            *dq.stride()[:3], T, S, H, *scalars, *_window(walk, lists),
+            M=tiles.rows, N=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages, **static, **_walking(walk),
+        )  # fmt: skip
+    if rows is not None:
+        tiles = walk.tiles(Pass.DQ, shape, q.element_size())
+        M = _dense_tile(most_rows, tiles.rows)
+        row_tiles = triton.cdiv(most_rows, M)
+        splits, length = _splits(S, tiles.columns, row_tiles * B * H)
+        part = q.new_empty(splits, B, most_rows, H, D, dtype=torch.float32)
+        if parsed.alibi:
+            global_slopes = q.new_zeros(splits, B, most_rows, H, dtype=torch.float32)
+        global_rows_dq_kernel[row_tiles, splits, B * H](
+            q, k, v, d_out, lse, delta, part, global_slopes, slopes, seed, q_pos, k_pos, q_doc, k_doc, lengths, rows,
+            n_rows, *strides, *d_out.stride()[:3], T, S, H, most_rows, length, *scalars,
+            M=M, N=tiles.columns, num_warps=4, num_stages=tiles.stages, **static,
+        )  # fmt: skip
+        sum_rows_kernel[most_rows, H, B](
+            part, dq, rows, n_rows, *dq.stride()[:3], B, T, H, most_rows, splits,
+            WIDTH=D, BLOCK=static["BLOCK_D"], num_warps=1,
+        )  # fmt: skip
+
+    tiles = walk.tiles(Pass.DKDV, shape, q.element_size())
+    if k.numel() or v.numel():
+        lists = None
+        if walk.listed:
+            lists = _lists(parsed, T, S, tiles.columns, tiles.rows, True, may_be_full, q.device)
+        ordinary = lse if is_global is None else lse.masked_fill(is_global[:, None] != 0, torch.inf)
+        dkdv_kernel[walk.slots(S, tiles.rows), G, B](
+            q, k, v, d_out, ordinary, delta, dk, dv, slopes, seed, q_pos, k_pos, q_doc, k_doc, k_span, lengths, layout,
+            lists, rows, n_rows, lse, *strides, *d_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], T, S, H,
+            *scalars, *_window(walk, lists),
+            M=tiles.columns, N=tiles.rows, num_warps=tiles.warps, num_stages=tiles.stages, **static, **_walking(walk),
+        )  # fmt: skip
+    if always is not None and q.numel():
+        N = _dense_tile(most_always, tiles.rows)
+        key_tiles = triton.cdiv(most_always, N)
+        splits, length = _splits(T, tiles.columns, key_tiles * B * G)
+        part_k = q.new_empty(splits, B, most_always, G, D, dtype=torch.float32)
+        part_v = q.new_empty(splits, B, most_always, G, E, dtype=torch.float32)
+        always_keys_dkdv_kernel[key_tiles, splits, B * G](
+            q, k, v, d_out, lse, delta, part_k, part_v, slopes, seed, q_pos, k_pos, q_doc, k_doc, always, n_always,
+            *strides, *d_out.stride()[:3], T, S, H, most_always, length, *scalars,
+            M=tiles.columns, N=N, num_warps=4, num_stages=tiles.stages, **static,
+        )  # fmt: skip
+        for part, gradient, block in ((part_k, dk, "BLOCK_D"), (part_v, dv, "BLOCK_E")):
+            sum_rows_kernel[most_always, G, B](
+                part, gradient, always, n_always, *gradient.stride()[:3], B, S, G, most_always, splits,
+                WIDTH=gradient.shape[3], BLOCK=static[block], num_warps=1,
+            )  # fmt: skip
+
+    d_slopes, d_sinks = q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
+    if slopes is not None:
+        d_slopes = row_slopes.sum(dim=(0, 2)) + (global_slopes.sum(dim=(0, 1, 2)) if global_slopes.numel() else 0)
+    if sinks is not None:
+        weight = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks.float()[:, None] - lse))
+        d_sinks = -(weight * delta).sum(dim=(0, 2))
+    return dq, dk, dv, d_slopes, d_sinks
