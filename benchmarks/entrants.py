@@ -10,7 +10,7 @@ from .contenders import Prepared
 from .environment import quantiles
 from .plan import Plan
 from .rows import Row, Status
-from .shapes import QUANTITIES, Case, Quantity
+from .shapes import QUANTITIES, Case, Quantity, Target
 from .tensors import Error
 from .timing import Machine, Memory, Samples
 
@@ -126,17 +126,17 @@ def _answered(row: Row, case: Case, ours: Entrant, earlier: Sequence[Row]) -> Ro
             continue
         figure = row.ratio
         if target.baseline is not None:
-            figure = _over_baseline(row, target.baseline, earlier)
+            figure = _over_baseline(row, target, earlier)
         met = "" if figure is None else "yes" if target.met(figure) else "no"
         return replace(row, target=target.text, figure=figure, target_met=met)
     return row
 
 
-def _over_baseline(row: Row, baseline: str, earlier: Sequence[Row]) -> float | None:
+def _over_baseline(row: Row, target: Target, earlier: Sequence[Row]) -> float | None:
     for other in earlier:
-        same = (other.case, other.contender, other.quantity) == (baseline, row.contender, row.quantity)
+        same = (other.case, other.contender, other.quantity) == (target.baseline, row.contender, row.quantity)
         if same and other.value and row.value is not None:
-            return row.value / other.value
+            return row.value / other.value / target.expected
     return None
 
 

@@ -46,21 +46,23 @@ def draw(rows: Sequence[Row], cases: Sequence[Case], path: Path) -> None:
     heights = ([0.17 * n_bars + 0.25 * n_cases + 1.0] if bars else []) + ([3.6] if lines else [])
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(11.5, sum(heights)), layout="constrained")
-        grid = figure.subplots(len(panels), 2, squeeze=False, gridspec_kw={"height_ratios": heights})
+        parts = list(figure.subfigures(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0])
         if bars:
-            for axes, quantity in zip(grid[0], ("forward", "backward"), strict=True):
-                _bars(axes, [row for row in bars if row.quantity == quantity], quantity, labels=quantity == "forward")
-            handles, names = grid[0][0].get_legend_handles_labels()
-            figure.legend(handles, names, loc="outside upper center", ncols=min(6, len(names)))
+            part = parts.pop(0)
+            for axes, quantity in zip(part.subplots(1, 2, sharey=True), ("forward", "backward"), strict=True):
+                _bars(axes, [row for row in bars if row.quantity == quantity], quantity)
+            handles, names = part.axes[0].get_legend_handles_labels()
+            part.legend(handles, names, loc="outside upper center", ncols=min(6, len(names)))
         if lines:
-            _over_length(grid[-1][0], lines, ("forward", "backward"), "ms")
-            _over_length(grid[-1][1], lines, ("memory",), "MiB beyond the inputs")
+            time, memory = parts.pop().subplots(1, 2)
+            _over_length(time, lines, ("forward", "backward"), "ms")
+            _over_length(memory, lines, ("memory",), "MiB beyond the inputs")
         if rows[0].smoke:
             figure.suptitle("smoke run on a CPU: no speeds", color=ORANGE)
         path.write_bytes(png(figure))
 
 
-def _bars(axes: Axes, rows: Sequence[Row], title: str, *, labels: bool) -> None:
+def _bars(axes: Axes, rows: Sequence[Row], title: str) -> None:
     cases = list(dict.fromkeys(row.case for row in rows))
     names = list(dict.fromkeys(row.contender for row in rows))
     at, centres = 0.0, []
@@ -72,8 +74,8 @@ def _bars(axes: Axes, rows: Sequence[Row], title: str, *, labels: bool) -> None:
             axes.barh(at + offset, row.tflops or 0.0, height=0.9, color=_colour(row.contender), label=label)
         centres.append(at + (len(group) - 1) / 2)
         at += len(group) + 1.0
-    axes.set_yticks(centres, cases if labels else [""] * len(cases))
-    axes.invert_yaxis()
+    axes.set_yticks(centres, cases)
+    axes.set_ylim(at - 1.0, -1.0)  # the first case on top
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("TFLOP/s on the pairs that the mask allows")
     axes.set_title(title)
@@ -83,12 +85,16 @@ def _over_length(axes: Axes, rows: Sequence[Row], quantities: Sequence[str], uni
     for quantity, marker in zip(quantities, ("o", "s"), strict=False):
         points = sorted((row.length, row.value or 0.0) for row in rows if row.quantity == quantity)
         if points:
-            lengths, values = zip(*points, strict=True)
-            axes.plot(lengths, values, marker=marker, color=BLUE if marker == "o" else GREEN, label=quantity)
+            at, values = zip(*points, strict=True)
+            axes.plot(at, values, marker=marker, color=BLUE if marker == "o" else GREEN, label=quantity)
             first_length, first = points[0]
-            axes.plot(lengths, [first * n / first_length for n in lengths], color=MUTED, linestyle=":", linewidth=1)
+            axes.plot(at, [first * n / first_length for n in at], color=MUTED, linestyle=":", linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
+    axes.set_yscale("log")
+    lengths = sorted({row.length for row in rows})
+    axes.set_xticks(lengths, [f"{length // 1024}K" if length >= 1024 else str(length) for length in lengths])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: "")
     axes.set_xlabel("length (dotted: linear from the first point)")
     axes.set_ylabel(unit)
     if axes.get_legend_handles_labels()[0]:

@@ -36,13 +36,14 @@ class Target:
 
     quantity  what is compared
     peer      the ratio is this peer's value over ours
-    baseline  or ours in this case over ours in the case of that name
+    baseline  or ours in this case over ours in the case of that name, and that over `expected`
     """
 
     text: str
     quantity: Quantity
     peer: str | None = None
     baseline: str | None = None
+    expected: float = 1.0
     at_least: float = 0.0
     at_most: float = math.inf
 
@@ -244,8 +245,9 @@ def _series(lengths: Sequence[int], *, each_side: int = 256, heads: int = 12, he
                         text=text,
                         quantity=quantity,
                         baseline=name(lengths[0]),
-                        at_least=0.95 * factor,
-                        at_most=1.05 * factor,
+                        expected=factor,
+                        at_least=0.95,
+                        at_most=1.05,
                     )
                 )
         cases.append(

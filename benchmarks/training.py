@@ -21,6 +21,7 @@ from longspan.kernels.cross_entropy import linear_cross_entropy
 from longspan.model import accounting, zoo
 
 from .environment import append, describe, quantiles
+from .timing import DeviceClock
 
 WARMUP, ROUNDS, STEPS = 5, 3, 20
 
@@ -115,16 +116,14 @@ def measure(contenders: list[Contender], vocab_size: int, length: int, batch: in
     losses = [contender.first_loss for contender in contenders]
     if max(losses) - min(losses) > 2e-3 * min(losses):
         raise RuntimeError(f"the contenders do not compute the same thing: first losses {losses}")
+    clock = DeviceClock(flush=False)  # a step touches far more than a cache holds
     for _ in range(ROUNDS):
         for contender in contenders:
             torch.cuda.reset_peak_memory_stats()
             for _ in range(STEPS):
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                contender.step(tokens_BT, targets_BT)
-                end.record()
-                end.synchronize()
-                contender.milliseconds.append(start.elapsed_time(end))
+                _, took = clock.time(lambda contender=contender: contender.step(tokens_BT, targets_BT))
+                clock.synchronize()
+                contender.milliseconds.append(took())
             contender.peak_bytes = max(contender.peak_bytes, torch.cuda.max_memory_allocated())
 
 

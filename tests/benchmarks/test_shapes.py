@@ -100,7 +100,7 @@ def test_targets_bound_on_both_sides() -> None:
     target = Target(text="", quantity="both", at_least=1.9, at_most=2.1)
     assert [target.met(ratio) for ratio in (1.8, 1.9, 2.0, 2.1, 2.2)] == [False, True, True, True, False]
     linear = next(case for case in suite("window", "full") if case.series and case.length == 32768).targets[0]
-    assert (linear.at_least, linear.at_most) == (1.9, 2.1)
+    assert (linear.expected, linear.at_least, linear.at_most) == (2.0, 0.95, 1.05)
 
 
 def test_documents_have_the_mean_that_is_asked_for() -> None:
