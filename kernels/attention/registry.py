@@ -132,19 +132,6 @@ def available() -> dict[str, Capabilities]:
 
 # -- choice ------------------------------------------------------------------------------------------------------------
 
-_SHAPES_THE_MASK = frozenset(
-    {
-        Feature.WINDOW,
-        Feature.DILATION,
-        Feature.GLOBAL_TOKENS,
-        Feature.DOCUMENTS,
-        Feature.BLOCK_SPARSE,
-        Feature.POSITIONS,
-        Feature.KV_LENGTHS,
-        Feature.ALIBI,
-    }
-)
-
 _SMALL_MASK = 2**22  # query-key pairs: a dense mask of 2,048 × 2,048
 
 
@@ -152,20 +139,20 @@ def preference(spec: AttentionSpec, call: AttentionCall) -> tuple[str, ...]:
     """What "auto" tries, in order: a pure function of the device, the spec and the call.
 
     CPU            sdpa, reference
-    CUDA           sdpa for plain causal and full attention (its fused kernels), and without gradients wherever the
-                   dense mask is small (decoding, prompts: flex would compile for each new kind of call); flex first
-                   for everything else that shapes the mask, because it skips what is masked
+    CUDA           triton, which skips what is masked and was the fastest for whatever was measured (docs/results.md);
+                   sdpa first in decoding and, without gradients, wherever a dense mask is small: there every new kind
+                   of call would cost more in compilation than it saves
     another device reference
     """
     if call.device == "cpu":
         return ("sdpa", "reference")
     if call.device == "cuda":
-        # The places of the kernels to come: "hopper", "triton" before these, "decode" before them in the decode phase.
+        # The places of the kernels to come: "hopper" before triton, "decode" first in the decode phase.
         pairs = None if call.n_queries is None or call.n_keys is None else call.n_queries * call.n_keys
         small = pairs is not None and pairs <= _SMALL_MASK and not call.needs_grad
-        if small or call.phase == Phase.DECODE or _SHAPES_THE_MASK.isdisjoint(needed(spec, call)):
-            return ("sdpa", "flex", "reference")
-        return ("flex", "sdpa", "reference")
+        if small or call.phase == Phase.DECODE:
+            return ("sdpa", "triton", "flex", "reference")
+        return ("triton", "flex", "sdpa", "reference")
     return ("reference",)
 
 

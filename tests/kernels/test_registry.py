@@ -168,13 +168,13 @@ def test_an_empty_choice_is_an_error() -> None:
     [
         (CAUSAL, AttentionCall(), "sdpa"),
         (LOCAL, AttentionCall(), "sdpa"),
-        (CAUSAL, AttentionCall(device="cuda"), "sdpa"),
-        (LOCAL, AttentionCall(device="cuda"), "flex"),
+        (CAUSAL, AttentionCall(device="cuda"), "triton"),
+        (LOCAL, AttentionCall(device="cuda"), "triton"),
         (LOCAL, AttentionCall(device="cuda", phase=Phase.DECODE), "sdpa"),
-        (CAUSAL, AttentionCall(device="cuda", kv_lengths=True), "flex"),
+        (CAUSAL, AttentionCall(device="cuda", kv_lengths=True), "triton"),
         (LOCAL, AttentionCall(device="cuda", n_queries=2048, n_keys=2048), "sdpa"),
-        (LOCAL, AttentionCall(device="cuda", n_queries=2048, n_keys=2049), "flex"),
-        (LOCAL, AttentionCall(device="cuda", n_queries=8, n_keys=8, needs_grad=True), "flex"),
+        (LOCAL, AttentionCall(device="cuda", n_queries=2048, n_keys=2049), "triton"),
+        (LOCAL, AttentionCall(device="cuda", n_queries=8, n_keys=8, needs_grad=True), "triton"),
         (CAUSAL, AttentionCall(device="mps"), "reference"),
     ],
 )
