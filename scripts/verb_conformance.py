@@ -40,6 +40,7 @@ def run(config: ConformanceConfig) -> int:
         features=None if config.features is None else [Feature(name) for name in config.features],
         seed=config.seed,
         max_length=config.max_length,
+        thorough=config.thorough,
     )
     print(report.text())
     return 0 if report.ok else 1

@@ -224,5 +224,8 @@ class ConformanceConfig:
     )
     examples: int = Field(default=25, ge=0, description="random cases, beside those by construction")
     max_length: int = Field(default=128, ge=1, description="of queries and keys")
+    thorough: bool = Field(
+        default=True, description="false: each feature alone and the random cases, for a first look at a slow kernel"
+    )
     seed: int = Field(default=0, ge=0, description="of the cases")
     dry_run: bool = Field(default=False, description="print the resolved config; do nothing")

@@ -184,7 +184,12 @@ def by_construction(limits: Limits, seed: int) -> Iterator[Case]:
     yield from _triples(features, make)
     yield from _sizes(limits, make)
     yield from _values(limits, make)
-    every = frozenset(features) - {F.PAGED}
+
+
+def all_at_once(limits: Limits, seed: int) -> Iterator[Case]:
+    """Every feature in one call, causal and not."""
+    make = Maker(limits, seed)
+    every = (limits.features & OF_A_CASE) - {F.PAGED}
     yield make(*every)
     yield make(*(every - {F.CAUSAL}))
 

@@ -23,7 +23,7 @@ from ..attention.spec import AttentionSpec
 from .accuracy import Finding, compare, run, truth, untouched
 from .cases import Case
 from .invariances import applicable, check
-from .plan import OF_A_CASE, basics, by_construction, case_with, head_dims, limits
+from .plan import OF_A_CASE, all_at_once, basics, by_construction, case_with, head_dims, limits
 from .report import Report
 from .tensors import materialise
 
@@ -39,6 +39,7 @@ def conformance(
     features: Collection[Feature] | None = None,
     seed: int = 0,
     max_length: int = 128,
+    thorough: bool = True,
 ) -> Report:
     """Holds a backend to the definition of attention: what it claims must be right, what it does not it must refuse.
 
@@ -48,6 +49,8 @@ def conformance(
     examples    random cases, beside those by construction
     features    what to exercise; default: all that is claimed. lse and gradients wherever they are claimed
     max_length  of queries and keys
+    thorough    False: plain attention, each feature alone with one invariance each, all at once, and the random cases:
+                a first look at a slow kernel (Triton's interpreter takes about a second for each run)
 
     Deterministic for a seed. Never raises because of what a backend does: that is in the report. Raises ValueError for
     an unknown name, ImportError without hypothesis (unless examples=0).
@@ -61,8 +64,10 @@ def conformance(
     session.claims()
     if session.limits.features or session.accepts_plain:
         for case in basics(session.limits, seed):
-            session.examine(case, every_invariance=case.dtype == session.limits.dtypes[0])
-        for case in by_construction(session.limits, seed):
+            session.examine(case, every_invariance=thorough and case.dtype == session.limits.dtypes[0])
+        for case in by_construction(session.limits, seed) if thorough else ():
+            session.examine(case)
+        for case in all_at_once(session.limits, seed):
             session.examine(case)
         if examples:
             from .draws import explore
