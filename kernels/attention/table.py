@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from .backend import Feature, short
+from .backend import Capabilities, Feature, short
 from .registry import available
 
 
 def capability_table() -> str:
-    """A Markdown table: a row for each feature, dtypes and head dims, a column for each registered backend."""
+    """A Markdown table: a row for each feature, dtypes and head dims, a column for each registered backend.
+
+    It shows what `longspan.kernels.testing.conformance` holds a backend to: "yes" must pass, "–" must be refused.
+    """
     backends = available()
     lines = ["| | " + " | ".join(backends) + " |", "|---|" + "---|" * len(backends)]
 
@@ -28,8 +31,14 @@ def capability_table() -> str:
             [", ".join(map(short, capabilities.dtypes.get(device, ()))) or "–" for capabilities in backends.values()],
         )
     row("phases", [", ".join(phase for phase in sorted(capabilities.phases)) for capabilities in backends.values()])
-    row("largest head dim", [str(capabilities.max_head_dim or "any") for capabilities in backends.values()])
+    row("head dims", [_head_dims(capabilities) for capabilities in backends.values()])
     return "\n".join(lines)
+
+
+def _head_dims(capabilities: Capabilities) -> str:
+    step, largest = capabilities.head_dim_multiple, capabilities.max_head_dim
+    words = ([f"multiples of {step}"] if step > 1 else []) + ([f"up to {largest}"] if largest else [])
+    return ", ".join(words) or "any"
 
 
 if __name__ == "__main__":

@@ -54,9 +54,11 @@ def _exactly(name: str, case: Case, problem: str) -> Finding:
 def _differ(first: Results, second: Results, where: Mapping[str, Any]) -> str:
     """Which result differs, and by how much, at the places given: an index for each name."""
     for name, place in where.items():
-        if name in first and not torch.equal(first[name][place], second[name][place]):
-            largest = (first[name][place].double() - second[name][place].double()).abs().max()
-            return f"{name} differs by up to {float(largest):.3g}"
+        if name not in first:
+            continue
+        one, other = first[name].detach()[place], second[name].detach()[place]
+        if not torch.equal(one, other):
+            return f"{name} differs by up to {float((one.double() - other.double()).abs().max()):.3g}"
     return ""
 
 
