@@ -65,7 +65,7 @@ class Triton:
         params: AttentionParams,
         return_lse: bool = False,
     ) -> AttentionOutput:
-        from .triton.launch import spec_text
+        from .triton.launch import cached_spec_text, spec_text
         from .triton.operator import flash_attention
 
         plan = _plan(context, spec, q_BTHD.shape[1], k_BSGD.shape[1], q_BTHD.device)
@@ -93,7 +93,7 @@ class Triton:
             plan.n_rows,
             plan.most_always,
             plan.most_rows,
-            spec_text(spec),
+            spec_text(spec) if torch.compiler.is_compiling() else cached_spec_text(spec),
         )
         return AttentionOutput(out_BTHE, lse_BHT if return_lse else None)
 

@@ -24,7 +24,7 @@ from longspan.kernels.attention import (
 )
 from longspan.kernels.attention.registry import get, prepare
 from longspan.kernels.cross_entropy import linear_cross_entropy
-from longspan.kernels.testing import assert_within_budget, plain_attention
+from longspan.kernels.testing import assert_within_budget, judge, plain_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -141,7 +141,9 @@ def test_values_and_gradients(backend: str, name: str, dtype: torch.dtype, ragge
         twin = gradients("twin", tensors, dtype, spec, context, params)
         ours = gradients(backend, tensors, dtype, spec, context, params)
         for x, y, z in zip(ours[:4], exact[:4], twin[:4], strict=True):
-            assert_within_budget(x, y, z)
+            # A score of at most 8, rounded in the accumulator, moves its weight by as much.
+            verdict = judge(x, y, z, score=8.0)
+            assert not verdict.problem, verdict.problem
         # Gradients of slopes and sinks are sums over every pair: their error is that of the order of summation.
         for x, y, z in zip(ours[4:], exact[4:], twin[4:], strict=True):
             error, scale = float((x.double() - y).abs().max()), float(y.abs().max())

@@ -5,8 +5,8 @@ Legend: B batch, T queries, S keys, H query heads, G key/value heads, D head dim
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+import ast
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -31,23 +31,43 @@ from .mask import INTERPRETED
 # -- the spec, which an operator takes as text -------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1024)
-def _spec_json(spec: AttentionSpec) -> str:
-    return json.dumps(asdict(spec), sort_keys=True)
-
-
-@torch.compiler.assume_constant_result
 def spec_text(spec: AttentionSpec) -> str:
-    return _spec_json(spec)
+    """The spec in one line that `parse_spec` reads; plain string operations, which torch.compile can evaluate."""
+    window, layout = spec.window, spec.block_sparse
+    fields = [
+        spec.causal, window.left, window.right, window.dilation, spec.global_tokens, spec.documents, spec.alibi,
+        spec.softcap, spec.sink_tokens, spec.learned_sink, spec.scale, spec.dropout,
+    ]  # fmt: skip
+    if layout is not None:
+        rows = ["".join(["1" if cell else "0" for cell in row]) for row in layout.pattern]
+        fields += [layout.q_block, layout.kv_block, *rows]
+    return " ".join([str(field) for field in fields])
+
+
+cached_spec_text = lru_cache(maxsize=1024)(spec_text)
 
 
 @lru_cache(maxsize=1024)
 def parse_spec(text: str) -> AttentionSpec:
-    fields = json.loads(text)
-    layout = fields.pop("block_sparse")
-    if layout is not None:
-        layout = BlockLayout.from_rows(layout["pattern"], q_block=layout["q_block"], kv_block=layout["kv_block"])
-    return AttentionSpec(**{**fields, "window": Window(**fields["window"]), "block_sparse": layout})
+    fields = text.split(" ")
+    plain, layout = [ast.literal_eval(field) for field in fields[:12]], None
+    if len(fields) > 12:
+        rows = [[cell == "1" for cell in row] for row in fields[14:]]
+        layout = BlockLayout.from_rows(rows, q_block=int(fields[12]), kv_block=int(fields[13]))
+    causal, left, right, dilation, globals_, documents, alibi, softcap, sinks, learned, scale, dropout = plain
+    return AttentionSpec(
+        causal=causal,
+        window=Window(left, right, dilation),
+        global_tokens=globals_,
+        documents=documents,
+        alibi=alibi,
+        softcap=softcap,
+        sink_tokens=sinks,
+        learned_sink=learned,
+        scale=scale,
+        dropout=dropout,
+        block_sparse=layout,
+    )
 
 
 # -- what every launch needs -------------------------------------------------------------------------------------------
