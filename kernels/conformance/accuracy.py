@@ -55,7 +55,7 @@ def run(backend: AttentionBackend, inputs: Inputs, *, gradients: bool | None = N
         return backend(q, k, v, spec=case.spec, context=context, params=params, return_lse=case.lse)
 
     qkv = (inputs.q.view, inputs.k.view, inputs.v.view)
-    dirty_the_allocator(qkv[0].device, [*qkv, inputs.grad_out.to(case.dtype), inputs.grad_lse.float()])
+    _dirty_the_allocator(qkv[0].device, [*qkv, inputs.grad_out.to(case.dtype), inputs.grad_lse.float()])
     with _fresh_memory_is_poison(qkv[0].device):
         return _solve(attention, qkv, inputs.params, inputs, case.backward if gradients is None else gradients)
 
@@ -151,7 +151,7 @@ def _upstream(grad_BTHE: Tensor, case: Case) -> Tensor:
 # -- poison in fresh memory --------------------------------------------------------------------------------------------
 
 
-def dirty_the_allocator(device: torch.device, like: list[Tensor]) -> None:
+def _dirty_the_allocator(device: torch.device, like: list[Tensor]) -> None:
     """Leaves NaN in the memory that the next allocations of these sizes get from CUDA's caching allocator."""
     if device.type == "cuda":
         for _ in range(2):

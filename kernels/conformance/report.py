@@ -36,8 +36,8 @@ class Report:
 
     tallies   (check, feature) -> Tally
     failures  check -> its smallest failing example
-    refusals  what the backend refused, by its reason: the first such case (features that it does not claim, and
-              combinations that it cannot)
+    claims    what the capabilities say and the backend does not keep, in words
+    refusals  what it refused though each feature of the case is claimed here: reason -> number of cases
     """
 
     backend: str

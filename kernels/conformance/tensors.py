@@ -228,9 +228,9 @@ def _params(case: Case, random: torch.Generator, device: str) -> AttentionParams
     )
 
 
-def visible(case: Case, context: AttentionContext) -> Tensor:
+def visible(inputs: Inputs) -> Tensor:
     """[B, T, S] bool: the definition, as a dense mask."""
+    case, device = inputs.case, torch.device(inputs.device)
     T, S = case.n_queries, case.n_keys
-    device = context.device(torch.device("cpu"))
-    allowed = context.allowed(case.spec, slice(0, T), slice(0, S), lengths=(T, S), device=device)
+    allowed = inputs.context.allowed(case.spec, slice(0, T), slice(0, S), lengths=(T, S), device=device)
     return allowed.expand(case.batch, T, S)

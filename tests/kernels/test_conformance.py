@@ -61,6 +61,7 @@ def test_triton_conforms_when_interpreted(thorough: bool) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("default:::torch")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
