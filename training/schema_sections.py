@@ -17,7 +17,7 @@ from longspan.model.zoo import CONFIGS
 from .config_keys import documented
 
 DEFAULT_NEW_TOKENS = 200
-BACKENDS = ("reference", "sdpa", "flex")  # what kernels.attention registers; to ask it would import torch
+BACKENDS = ("reference", "sdpa", "flex", "triton")  # what kernels.attention registers; to ask it would import torch
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
@@ -78,8 +78,8 @@ class BackendPlan:
 
     train: Backend = Field(
         default="auto",
-        description="backend of training and evaluation: auto, sdpa, flex, reference, or a list to try; a backend that "
-        "others register has a dot in its name",
+        description="backend of training and evaluation: auto, triton, sdpa, flex, reference, or a list to try; a "
+        "backend that others register has a dot in its name",
     )
     prefill: Backend = Field(default="auto", description="backend that reads a prompt into the cache")
     decode: Backend = Field(default="auto", description="backend that generates token by token")
