@@ -121,8 +121,9 @@ def _solve(
         wide = torch.float64 if qkv[0].dtype == torch.float64 else torch.float32
         _check_kind("lse", lse_BHT, (case.batch, case.heads, case.n_queries), wide)
         results["lse"] = lse_BHT
+    values = {name: x.detach() for name, x in results.items()}
     if not gradients:
-        return results
+        return values
     if missing := [name for name, x in results.items() if not x.requires_grad]:
         raise ValueError(f"{' and '.join(missing)} carry no gradient, though q, k and v require one")
     # The same numbers for all: rounded to the case's dtype, in the memory order that upstream operations give.
@@ -132,7 +133,7 @@ def _solve(
     found = torch.autograd.grad(
         list(results.values()), list(leaves.values()), upstream, allow_unused=True, materialize_grads=True
     )
-    return results | dict(zip(leaves, found))
+    return values | dict(zip(leaves, found))
 
 
 def _check_kind(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -56,7 +56,7 @@ def _differ(first: Results, second: Results, where: Mapping[str, Any]) -> str:
     for name, place in where.items():
         if name not in first:
             continue
-        one, other = first[name].detach()[place], second[name].detach()[place]
+        one, other = first[name][place], second[name][place]
         if not torch.equal(one, other):
             return f"{name} differs by up to {float((one.double() - other.double()).abs().max()):.3g}"
     return ""
