@@ -68,15 +68,15 @@ def _step(forward: Callable[[], Tensor], leaves: tuple[Tensor, ...], gradient: T
 
 def _time_first(inputs: Inputs, forward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Prepared:
     """For [B, S, heads, D]."""
-    q, k, v, dout = inputs.q, inputs.k, inputs.v, inputs.dout
-    step = _step(lambda: forward(q, k, v), (q, k, v), dout)
+    q, k, v, gradient = inputs.q, inputs.k, inputs.v, inputs.gradient
+    step = _step(lambda: forward(q, k, v), (q, k, v), gradient)
     return Prepared(step, lambda out, gradients: Values(out.detach(), *gradients))
 
 
 def _heads_first(inputs: Inputs, forward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Prepared:
     """For [B, heads, S, D], contiguous."""
     q, k, v = (x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
-    step = _step(lambda: forward(q, k, v), (q, k, v), inputs.dout.transpose(1, 2).contiguous())
+    step = _step(lambda: forward(q, k, v), (q, k, v), inputs.gradient.transpose(1, 2).contiguous())
 
     def values(out: Tensor, gradients: tuple[Tensor | None, ...]) -> Values:
         return Values(out.detach().transpose(1, 2), *(None if x is None else x.transpose(1, 2) for x in gradients))
@@ -251,13 +251,13 @@ class Longformer:
         def forward() -> Tensor:
             return module(hidden_BSW, **arguments)[0]
 
-        dout_BTHD = inputs.dout
+        gradient_BTHD = inputs.gradient
         with torch.no_grad():
             q, k, v = (project(hidden_BSW).view(B, S, H, D) for project in (module.query, module.key, module.value))
         return Prepared(
-            _step(forward, (hidden_BSW, *module.parameters()), dout_BTHD.reshape(B, S, width)),
+            _step(forward, (hidden_BSW, *module.parameters()), gradient_BTHD.reshape(B, S, width)),
             lambda out, gradients: Values(out.detach().view(B, S, H, D)),
-            Inputs(q, k, v, dout_BTHD),
+            Inputs(q, k, v, gradient_BTHD),
         )
 
 

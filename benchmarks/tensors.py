@@ -25,13 +25,13 @@ Attention = Callable[[Tensor, Tensor, Tensor, AttentionSpec, AttentionContext], 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """q and dout (the gradient of the output) [B, T, H, D], k and v [B, S, G, D], standard normal; q, k and v require
+    """q and gradient (the gradient of the output) [B, T, H, D], k and v [B, S, G, D], standard normal; q, k and v require
     gradients."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    dout: Tensor
+    gradient: Tensor
 
 
 def make_inputs(case: Case, device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> Inputs:
@@ -151,7 +151,7 @@ def by_rows(case: Case, inputs: Inputs, chosen: Sample, *, attention: Attention,
         q_BtHD = inputs.q.detach()[:, rows].to(dtype).requires_grad_()
         out_BtHD = attention(q_BtHD, k_BSGD, v_BSGD, case.spec, make_context(case, rows.device, rows))
         dq_BtHD, dk, dv = torch.autograd.grad(
-            out_BtHD, (q_BtHD, k_BSGD, v_BSGD), inputs.dout[:, rows].to(out_BtHD.dtype)
+            out_BtHD, (q_BtHD, k_BSGD, v_BSGD), inputs.gradient[:, rows].to(out_BtHD.dtype)
         )
         dk_BSGD += dk
         dv_BSGD += dv

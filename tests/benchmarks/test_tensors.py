@@ -35,7 +35,7 @@ def at_once(case: Case, inputs: tensors.Inputs) -> Values:
     """The definition over all rows in one call."""
     q, k, v = (x.detach().double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     out = attend(q, k, v, spec=case.spec, context=make_context(case, CPU), backend="reference").out
-    return Values(out.detach(), *torch.autograd.grad(out, (q, k, v), inputs.dout.double()))
+    return Values(out.detach(), *torch.autograd.grad(out, (q, k, v), inputs.gradient.double()))
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
