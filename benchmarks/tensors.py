@@ -25,8 +25,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, AttentionSpec, AttentionContext], 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """q and gradient (the gradient of the output) [B, T, H, D], k and v [B, S, G, D], standard normal; q, k and v require
-    gradients."""
+    """q and gradient (of the output) [B, T, H, D], k and v [B, S, G, D], standard normal; q, k and v require theirs."""
 
     q: Tensor
     k: Tensor
