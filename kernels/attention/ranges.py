@@ -110,7 +110,8 @@ def residue_class(residue: int, dilation: int, n_queries: int, n_keys: int) -> t
 def tile_lists(
     spec: AttentionSpec, n_queries: int, n_keys: int, q_tile: int, kv_tile: int, *, by_key: bool, may_be_full: bool
 ) -> np.ndarray:
-    """[tiles, 2 + longest] int32: how many tiles are partly visible, how many wholly, then those, then these.
+    """[tiles, 3 + longest] int32: how many tiles are partly visible, how many wholly, then those, then these, then one
+    column that may be read ahead.
 
     A row for each tile of queries listing tiles of keys, or the other way round (`by_key`). A pair of tiles is listed
     when the block layout, the window and causality leave any of its pairs visible; it is whole when they leave all of
@@ -183,7 +184,7 @@ def _blocks_between(
 
 def _as_lists(partial: np.ndarray, full: np.ndarray) -> np.ndarray:
     longest = int((partial.sum(axis=1) + full.sum(axis=1)).max(initial=0))
-    lists = np.zeros((partial.shape[0], 2 + longest), dtype=np.int32)
+    lists = np.zeros((partial.shape[0], 3 + longest), dtype=np.int32)
     for row, (some, every) in enumerate(zip(partial, full, strict=True)):
         listed = np.concatenate([np.flatnonzero(some), np.flatnonzero(every)])
         lists[row, 0], lists[row, 1] = some.sum(), every.sum()

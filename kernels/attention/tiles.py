@@ -89,7 +89,7 @@ _NARROW: dict[Pass, dict[int, Tiles]] = {
     Pass.DKDV: {
         32: Tiles(64, 32, 4, 3),
         64: Tiles(64, 32, 4, 3),  # 325; 64 × 64 304
-        128: Tiles(64, 64, 4, 2),  # 317; 128 × 64 with 8 warps 300
+        128: Tiles(64, 32, 4, 3),  # 452; 128 × 64 with 8 warps 431, 64 × 64 353
         256: Tiles(64, 32, 8, 1),
     },
 }

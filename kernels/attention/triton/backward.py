@@ -259,8 +259,13 @@ def dq_kernel(
     lanes = tl.arange(0, N)
     k_offsets, v_offsets = lanes * (step * k_s), lanes * (step * v_s)
 
+    listed = first
+    if LISTED:
+        listed = tl.load(LISTS + 2)
     for it in tl.range(0, n_partial):
-        tile = tile_at(it, first, first_full, end_full, LISTS, LISTED)
+        tile = tile_at(it, listed, first, first_full, end_full, LISTED)
+        if LISTED:  # one ahead, so that the pipeline does not wait for it
+            listed = tl.load(LISTS + 2 + it + 1)
         ok = tile * N + lanes < n_k
         keys = residue + (tile * N + lanes) * step
         k_pos = keys
@@ -293,11 +298,13 @@ def dq_kernel(
             d_slope -= tl.sum(ds * tl.abs(q_pos[:, None] - k_pos[None, :]).to(tl.float32), 1)
         dq = tl.dot(raw.to(k.dtype), k, dq, input_precision="ieee")
 
+    if LISTED:
+        listed = tl.load(LISTS + 2 + n_partial)
     for it in tl.range(0, n_full):
+        tile = first_full + it
         if LISTED:
-            tile = tl.load(LISTS + 2 + n_partial + it)
-        else:
-            tile = first_full + it
+            tile = listed
+            listed = tl.load(LISTS + 2 + n_partial + it + 1)
         keys = residue + (tile * N + lanes) * step
         base = (tile * N).to(tl.int64) * step
         k = load_rows(K + base * k_s, k_offsets, row_ok, D, BLOCK_D, False)
@@ -511,10 +518,15 @@ def dkdv_kernel(
             dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
             dk = tl.dot(raw.to(q.dtype), q, dk, input_precision="ieee")
 
+    listed = first
+    if LISTED:
+        listed = tl.load(LISTS + 2)
     for visit in tl.range(0, R * n_partial):
         h, it = g * R + visit // n_partial, visit % n_partial
         head, q_head, do_head, slope = _head(Q, D_OUT, SLOPES, b, h, q_b, q_h, do_b, do_h, T, H, ALIBI)
-        tile = tile_at(it, first, first_full, end_full, LISTS, LISTED)
+        tile = tile_at(it, listed, first, first_full, end_full, LISTED)
+        if LISTED:  # one ahead, so that the pipeline does not wait for it
+            listed = tl.load(LISTS + 2 + (visit + 1) % n_partial)
         row_ok = tile * M + lanes < n_q
         rows = first_row + (tile * M + lanes) * step
         if EXPLICIT:
@@ -548,13 +560,15 @@ def dkdv_kernel(
         dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision="ieee")
         dk = tl.dot(raw.to(q.dtype), q, dk, input_precision="ieee")
 
+    if LISTED:
+        listed = tl.load(LISTS + 2 + n_partial)
     for visit in tl.range(0, R * n_full):
         h, it = g * R + visit // n_full, visit % n_full
         head, q_head, do_head, slope = _head(Q, D_OUT, SLOPES, b, h, q_b, q_h, do_b, do_h, T, H, ALIBI)
+        tile = first_full + it
         if LISTED:
-            tile = tl.load(LISTS + 2 + n_partial + it)
-        else:
-            tile = first_full + it
+            tile = listed
+            listed = tl.load(LISTS + 2 + n_partial + (visit + 1) % n_full)
         rows = first_row + (tile * M + lanes) * step
         q_pos = rows + (S - T)
         base = first_row + (tile * M).to(tl.int64) * step

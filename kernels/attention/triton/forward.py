@@ -227,8 +227,13 @@ def forward_kernel(
     lanes = tl.arange(0, N)
     k_offsets, v_offsets = lanes * (step * k_s), lanes * (step * v_s)
 
+    listed = first
+    if LISTED:
+        listed = tl.load(LISTS + 2)
     for it in tl.range(0, n_partial):
-        tile = tile_at(it, first, first_full, end_full, LISTS, LISTED)
+        tile = tile_at(it, listed, first, first_full, end_full, LISTED)
+        if LISTED:  # one ahead, so that the pipeline does not wait for it
+            listed = tl.load(LISTS + 2 + it + 1)
         ok = tile * N + lanes < n_k
         keys = residue + (tile * N + lanes) * step
         k_pos = keys
@@ -255,11 +260,13 @@ def forward_kernel(
         v = load_rows(V + base * v_s, v_offsets, ok, E, BLOCK_E, True)
         acc, total, top = take(s, unit, v, acc, total, top, keep, scale_kept, True, DROPOUT)
 
+    if LISTED:
+        listed = tl.load(LISTS + 2 + n_partial)
     for it in tl.range(0, n_full):
+        tile = first_full + it
         if LISTED:
-            tile = tl.load(LISTS + 2 + n_partial + it)
-        else:
-            tile = first_full + it
+            tile = listed
+            listed = tl.load(LISTS + 2 + n_partial + it + 1)
         keys = residue + (tile * N + lanes) * step
         base = (tile * N).to(tl.int64) * step
         k = load_rows(K + base * k_s, k_offsets, row_ok, D, BLOCK_D, False)

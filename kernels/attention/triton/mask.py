@@ -101,11 +101,10 @@ def kept(seed, p, head_row, keys, n_keys):
 
 
 @triton.jit
-def tile_at(it, first, first_full, end_full, LISTS, LISTED: tl.constexpr):
-    """The it-th partly visible tile: those before the full ones, then those after; or from a list."""
-    if LISTED:
-        tile = tl.load(LISTS + 2 + it)
-    else:
+def tile_at(it, listed, first, first_full, end_full, LISTED: tl.constexpr):
+    """The it-th partly visible tile: those before the full ones, then those after; or the one that a list names."""
+    tile = listed
+    if not LISTED:
         before = first_full - first
         tile = tl.where(it < before, first + it, end_full + it - before)
     return tile
