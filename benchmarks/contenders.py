@@ -179,6 +179,8 @@ def mask_mod(case: Case, device: torch.device) -> MaskMod | None:
         raise ValueError(f"{case.name}: no mask_mod is written for this mask")
     if spec.causal:
         return lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx <= left)
+    if spec.global_tokens and case.global_at == tuple(range(n_global := len(case.global_at))):
+        return lambda b, h, q_idx, kv_idx: ((q_idx - kv_idx).abs() <= left) | (q_idx < n_global) | (kv_idx < n_global)
     if spec.global_tokens:
         flagged = global_flags(case, device)
         return lambda b, h, q_idx, kv_idx: ((q_idx - kv_idx).abs() <= left) | flagged[q_idx] | flagged[kv_idx]
