@@ -110,10 +110,10 @@ def residue_class(residue: int, dilation: int, n_queries: int, n_keys: int) -> t
 def tile_lists(
     spec: AttentionSpec, n_queries: int, n_keys: int, q_tile: int, kv_tile: int, *, by_key: bool, may_be_full: bool
 ) -> np.ndarray:
-    """[tiles, 3 + longest] int32: how many tiles are partly visible, how many wholly, then those, then these, then one
-    column that may be read ahead.
+    """[tiles, 4 + longest] int32. A row: its tile, how many tiles are partly visible from it, how many wholly, then
+    those, then these; the last column is there to be read ahead. Longest rows first: no long one is left to the end.
 
-    A row for each tile of queries listing tiles of keys, or the other way round (`by_key`). A pair of tiles is listed
+    Tiles of queries list tiles of keys, or the other way round (`by_key`). A pair of tiles is listed
     when the block layout, the window and causality leave any of its pairs visible; it is whole when they leave all of
     them (never when `may_be_full` is false: then something else may still hide a pair).
     Raises ValueError when a position lies past the pattern.
@@ -183,10 +183,10 @@ def _blocks_between(
 
 
 def _as_lists(partial: np.ndarray, full: np.ndarray) -> np.ndarray:
-    longest = int((partial.sum(axis=1) + full.sum(axis=1)).max(initial=0))
-    lists = np.zeros((partial.shape[0], 3 + longest), dtype=np.int32)
-    for row, (some, every) in enumerate(zip(partial, full, strict=True)):
-        listed = np.concatenate([np.flatnonzero(some), np.flatnonzero(every)])
-        lists[row, 0], lists[row, 1] = some.sum(), every.sum()
-        lists[row, 2 : 2 + len(listed)] = listed
+    length = (partial | full).sum(axis=1)
+    lists = np.zeros((len(length), 4 + int(length.max(initial=0))), dtype=np.int32)
+    for row, tile in enumerate(np.argsort(-length, kind="stable")):
+        some, every = np.flatnonzero(partial[tile]), np.flatnonzero(full[tile])
+        listed = (tile, len(some), len(every), *some, *every)
+        lists[row, : len(listed)] = listed
     return lists

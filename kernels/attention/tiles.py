@@ -29,14 +29,15 @@ class Tiles:
 INTERPRETED = Tiles(16, 16, 1, 1)  # small, so that short tests still visit several
 
 
-def choose(which: Pass, head_dim: int, *, bytes_per_element: int, narrow: bool = False) -> Tiles:
+def choose(which: Pass, head_dim: int, *, bytes_per_element: int, short: bool = False, listed: bool = False) -> Tiles:
     """Tiles for a head dim (the larger of q's and v's) and element size.
 
-    `narrow`: a window of at most a few hundred keys, where a tall tile mostly computes what the window hides.
+    `short`: rows see few keys (a window of at most a thousand, documents): long pipelines and tall tiles do not pay.
+    `listed`: tiles come from a list, which a taller tile reads less often.
     """
     if bytes_per_element == 4:
         return _FP32[which][_step(head_dim, _FP32[which])]
-    table = _NARROW if narrow else _HALF
+    table = _LISTED if listed else _SHORT if short else _HALF
     return table[which][_step(head_dim, table[which])]
 
 
@@ -49,48 +50,61 @@ def _step(head_dim: int, table: dict[int, Tiles]) -> int:
 
 
 # bf16 on one H100, TFLOP/s of the kernel alone at lengths 4,096 and 16,384 (causal, 16 heads of 128 and 32 of 64);
-# beside each choice the best that it was measured against. Head dims 32 and 256 are set by analogy.
+# beside each choice the best that it was measured against. Head dim 32 is set by analogy.
 _HALF: dict[Pass, dict[int, Tiles]] = {
     Pass.FORWARD: {
         32: Tiles(128, 64, 4, 3),
         64: Tiles(128, 64, 8, 3),  # 347 and 456; 64 × 64 with 4 warps 335 and 418
         128: Tiles(64, 64, 4, 3),  # 368 and 524; 128 × 128 with 8 warps 349 and 516
-        256: Tiles(128, 64, 8, 2),
+        256: Tiles(128, 32, 8, 3),  # 326 at 4,096; 128 × 64 with 2 stages 318
     },
     Pass.DQ: {
         32: Tiles(64, 64, 4, 3),
         64: Tiles(64, 64, 4, 3),  # 495 and 573; 128 × 64 with 4 warps 458 and 527
         128: Tiles(128, 64, 8, 3),  # 546 and 658; 64 × 64 with 4 warps 515 and 575
-        256: Tiles(64, 32, 8, 2),
+        256: Tiles(64, 32, 4, 2),  # 288 at 4,096; with 8 warps 164
     },
     Pass.DKDV: {
         32: Tiles(64, 64, 4, 3),
         64: Tiles(64, 64, 4, 3),  # 478 and 512; 128 × 64 with 8 warps 381 and 443
-        128: Tiles(128, 64, 8, 2),  # 520 and 568; 64 × 32 with 4 warps: 522 at 16,384
-        256: Tiles(64, 32, 8, 1),
+        128: Tiles(128, 64, 8, 3),  # 501 and 571, full 540; with 2 stages 520, 568 and 467; 64 × 32: 526 in full
+        256: Tiles(32, 32, 4, 2),  # 210 at 4,096; 64 × 32 with 8 warps 183
     },
 }
 
 # Windows, at length 16,384: 256 keys each side (12 heads of 64) and 1,024 causal keys (16 heads of 128 over 4), in
-# TFLOP/s on what the window shows.
-_NARROW: dict[Pass, dict[int, Tiles]] = {
+# TFLOP/s on what the window shows; and documents of 2,048 in 65,536.
+_SHORT: dict[Pass, dict[int, Tiles]] = {
     Pass.FORWARD: {
         32: Tiles(64, 64, 4, 3),
         64: Tiles(64, 64, 4, 3),  # 237; 128 × 64 with 8 warps 161
-        128: Tiles(64, 64, 4, 3),  # 379; 128 × 64 with 8 warps 313
-        256: Tiles(64, 64, 8, 2),
+        128: Tiles(64, 64, 4, 3),  # 379 (documents 421); 128 × 64 with 8 warps 313 (379)
+        256: _HALF[Pass.FORWARD][256],
     },
     Pass.DQ: {
         32: Tiles(64, 32, 4, 3),
         64: Tiles(64, 32, 4, 3),  # 213; 64 × 64 200
-        128: Tiles(64, 64, 4, 2),  # 489; 128 × 64 with 8 warps 444
-        256: Tiles(64, 32, 8, 2),
+        128: Tiles(64, 64, 4, 2),  # 489 (documents 492); 128 × 64 with 8 warps 444 (486)
+        256: _HALF[Pass.DQ][256],
     },
     Pass.DKDV: {
         32: Tiles(64, 32, 4, 3),
         64: Tiles(64, 32, 4, 3),  # 325; 64 × 64 304
-        128: Tiles(64, 32, 4, 3),  # 452; 128 × 64 with 8 warps 431, 64 × 64 353
-        256: Tiles(64, 32, 8, 1),
+        128: Tiles(64, 32, 4, 3),  # 452 (documents 431); 128 × 64 with 8 warps 431 (386)
+        256: _HALF[Pass.DKDV][256],
+    },
+}
+
+# A BigBird-like layout of 128 × 128 blocks at 8,192 (16 heads of 128), TFLOP/s on the listed blocks.
+_LISTED: dict[Pass, dict[int, Tiles]] = {
+    Pass.FORWARD: {
+        **_HALF[Pass.FORWARD],
+        128: Tiles(128, 64, 8, 3),  # 276; 64 × 64 with 4 warps 192
+    },
+    Pass.DQ: _HALF[Pass.DQ],  # 423; 64 × 64 with 4 warps 417
+    Pass.DKDV: {
+        **_HALF[Pass.DKDV],
+        128: Tiles(64, 32, 4, 3),  # 387; 128 × 64 with 8 warps 377
     },
 }
 

@@ -115,7 +115,9 @@ def test_lists_hold_every_tile_once(layout: BlockLayout, window: Window, causal:
             picture = seen.T if by_key else seen
             rows, columns = (kv_tile, q_tile) if by_key else (q_tile, kv_tile)
             assert len(lists) == -(-picture.shape[0] // rows)
-            for at, (n_partial, n_full, *tiles) in enumerate(lists.tolist()):
+            assert sorted(lists[:, 0]) == list(range(len(lists)))
+            assert (np.diff(lists[:, 1] + lists[:, 2]) <= 0).all(), "longest first"
+            for at, n_partial, n_full, *tiles in lists.tolist():
                 listed = tiles[: n_partial + n_full]
                 assert len(set(listed)) == len(listed)
                 strip = picture[at * rows : (at + 1) * rows]
@@ -131,10 +133,10 @@ def test_an_aligned_layout_visits_exactly_its_blocks() -> None:
     layout = LAYOUTS[0]
     spec = AttentionSpec(causal=False, block_sparse=layout)
     lists = tile_lists(spec, 32, 32, 4, 4, by_key=False, may_be_full=True)
-    assert int(lists[:, 0].sum()) == 0
-    assert int(lists[:, 1].sum()) == sum(map(sum, layout.pattern))
+    assert int(lists[:, 1].sum()) == 0
+    assert int(lists[:, 2].sum()) == sum(map(sum, layout.pattern))
     hidden = tile_lists(spec, 32, 32, 4, 4, by_key=False, may_be_full=False)
-    assert int(hidden[:, 0].sum()) == int(lists[:, 1].sum())
+    assert int(hidden[:, 1].sum()) == int(lists[:, 2].sum())
 
 
 def test_lists_refuse_positions_past_the_pattern() -> None:

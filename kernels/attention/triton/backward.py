@@ -145,6 +145,9 @@ def dq_kernel(
     LISTED: tl.constexpr = LISTS is not None
 
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
+    if LISTED:
+        LISTS += tl.program_id(0) * list_width
+        slot = tl.load(LISTS)
     h, b = tl.program_id(1), tl.program_id(2)
     g = h // R
     n_keys = S
@@ -170,8 +173,7 @@ def dq_kernel(
         q_doc = tl.load(Q_DOC + b * T + rows, mask=row_ok, other=-2)
 
     if LISTED:
-        LISTS += slot * list_width
-        n_partial, n_full = tl.load(LISTS), tl.load(LISTS + 1)
+        n_partial, n_full = tl.load(LISTS + 1), tl.load(LISTS + 2)
         first, first_full, end_full = 0, n_partial, 0
     else:
         if EXPLICIT:
@@ -261,11 +263,11 @@ def dq_kernel(
 
     listed = first
     if LISTED:
-        listed = tl.load(LISTS + 2)
+        listed = tl.load(LISTS + 3)
     for it in tl.range(0, n_partial):
         tile = tile_at(it, listed, first, first_full, end_full, LISTED)
         if LISTED:  # one ahead, so that the pipeline does not wait for it
-            listed = tl.load(LISTS + 2 + it + 1)
+            listed = tl.load(LISTS + 3 + it + 1)
         ok = tile * N + lanes < n_k
         keys = residue + (tile * N + lanes) * step
         k_pos = keys
@@ -299,12 +301,12 @@ def dq_kernel(
         dq = tl.dot(raw.to(k.dtype), k, dq, input_precision="ieee")
 
     if LISTED:
-        listed = tl.load(LISTS + 2 + n_partial)
+        listed = tl.load(LISTS + 3 + n_partial)
     for it in tl.range(0, n_full):
         tile = first_full + it
         if LISTED:
             tile = listed
-            listed = tl.load(LISTS + 2 + n_partial + it + 1)
+            listed = tl.load(LISTS + 3 + n_partial + it + 1)
         keys = residue + (tile * N + lanes) * step
         base = (tile * N).to(tl.int64) * step
         k = load_rows(K + base * k_s, k_offsets, row_ok, D, BLOCK_D, False)
@@ -416,6 +418,9 @@ def dkdv_kernel(
     LISTED: tl.constexpr = LISTS is not None
 
     slot = tl.program_id(0)  # under causality the first tiles are seen by most queries
+    if LISTED:
+        LISTS += tl.program_id(0) * list_width
+        slot = tl.load(LISTS)
     g, b = tl.program_id(1), tl.program_id(2)
     n_keys = S
     if LENGTHS is not None:
@@ -440,8 +445,7 @@ def dkdv_kernel(
         k_doc = tl.load(K_DOC + b * S + keys, mask=key_ok, other=-1)
 
     if LISTED:
-        LISTS += slot * list_width
-        n_partial, n_full = tl.load(LISTS), tl.load(LISTS + 1)
+        n_partial, n_full = tl.load(LISTS + 1), tl.load(LISTS + 2)
         first, first_full, end_full = 0, n_partial, 0
     else:
         if EXPLICIT:
@@ -520,13 +524,13 @@ def dkdv_kernel(
 
     listed = first
     if LISTED:
-        listed = tl.load(LISTS + 2)
+        listed = tl.load(LISTS + 3)
     for visit in tl.range(0, R * n_partial):
         h, it = g * R + visit // n_partial, visit % n_partial
         head, q_head, do_head, slope = _head(Q, D_OUT, SLOPES, b, h, q_b, q_h, do_b, do_h, T, H, ALIBI)
         tile = tile_at(it, listed, first, first_full, end_full, LISTED)
         if LISTED:  # one ahead, so that the pipeline does not wait for it
-            listed = tl.load(LISTS + 2 + (visit + 1) % n_partial)
+            listed = tl.load(LISTS + 3 + (visit + 1) % n_partial)
         row_ok = tile * M + lanes < n_q
         rows = first_row + (tile * M + lanes) * step
         if EXPLICIT:
@@ -561,14 +565,14 @@ def dkdv_kernel(
         dk = tl.dot(raw.to(q.dtype), q, dk, input_precision="ieee")
 
     if LISTED:
-        listed = tl.load(LISTS + 2 + n_partial)
+        listed = tl.load(LISTS + 3 + n_partial)
     for visit in tl.range(0, R * n_full):
         h, it = g * R + visit // n_full, visit % n_full
         head, q_head, do_head, slope = _head(Q, D_OUT, SLOPES, b, h, q_b, q_h, do_b, do_h, T, H, ALIBI)
         tile = first_full + it
         if LISTED:
             tile = listed
-            listed = tl.load(LISTS + 2 + n_partial + (visit + 1) % n_full)
+            listed = tl.load(LISTS + 3 + n_partial + (visit + 1) % n_full)
         rows = first_row + (tile * M + lanes) * step
         q_pos = rows + (S - T)
         base = first_row + (tile * M).to(tl.int64) * step

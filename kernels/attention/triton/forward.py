@@ -119,6 +119,9 @@ def forward_kernel(
 
     # Longest rows first: under causality the last tiles see most keys.
     slot = tl.num_programs(0) - 1 - tl.program_id(0)
+    if LISTED:
+        LISTS += tl.program_id(0) * list_width
+        slot = tl.load(LISTS)
     h, b = tl.program_id(1), tl.program_id(2)
     g = h // R
     n_keys = S
@@ -147,8 +150,7 @@ def forward_kernel(
 
     # Which tiles of keys.
     if LISTED:
-        LISTS += slot * list_width
-        n_partial, n_full = tl.load(LISTS), tl.load(LISTS + 1)
+        n_partial, n_full = tl.load(LISTS + 1), tl.load(LISTS + 2)
         first, first_full, end_full = 0, n_partial, 0
     else:
         if EXPLICIT:
@@ -229,11 +231,11 @@ def forward_kernel(
 
     listed = first
     if LISTED:
-        listed = tl.load(LISTS + 2)
+        listed = tl.load(LISTS + 3)
     for it in tl.range(0, n_partial):
         tile = tile_at(it, listed, first, first_full, end_full, LISTED)
         if LISTED:  # one ahead, so that the pipeline does not wait for it
-            listed = tl.load(LISTS + 2 + it + 1)
+            listed = tl.load(LISTS + 3 + it + 1)
         ok = tile * N + lanes < n_k
         keys = residue + (tile * N + lanes) * step
         k_pos = keys
@@ -261,12 +263,12 @@ def forward_kernel(
         acc, total, top = take(s, unit, v, acc, total, top, keep, scale_kept, True, DROPOUT)
 
     if LISTED:
-        listed = tl.load(LISTS + 2 + n_partial)
+        listed = tl.load(LISTS + 3 + n_partial)
     for it in tl.range(0, n_full):
         tile = first_full + it
         if LISTED:
             tile = listed
-            listed = tl.load(LISTS + 2 + n_partial + it + 1)
+            listed = tl.load(LISTS + 3 + n_partial + it + 1)
         keys = residue + (tile * N + lanes) * step
         base = (tile * N).to(tl.int64) * step
         k = load_rows(K + base * k_s, k_offsets, row_ok, D, BLOCK_D, False)

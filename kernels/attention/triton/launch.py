@@ -119,10 +119,14 @@ class _Walk:
         if INTERPRETED:
             return INTERPRETED_TILES
         window = self.spec.window
-        narrow = window.left is not None and (self.spec.causal or window.right is not None)
         keys = (window.left or 0) + (0 if self.spec.causal else window.right or 0)
+        windowed = window.left is not None and (self.spec.causal or window.right is not None)
         tiles = choose(
-            which, max(shape.D, shape.E), bytes_per_element=element_size, narrow=narrow and keys <= _NARROW_WINDOW
+            which,
+            max(shape.D, shape.E),
+            bytes_per_element=element_size,
+            short=self.spec.documents or (windowed and keys <= _SHORT_WINDOW),
+            listed=self.listed,
         )
         layout = self.spec.block_sparse
         if layout is None:
@@ -131,7 +135,7 @@ class _Walk:
         return replace(tiles, rows=_within(tiles.rows, rows), columns=_within(tiles.columns, columns))
 
 
-_NARROW_WINDOW = 1024
+_SHORT_WINDOW = 1024  # keys
 
 
 def _within(tile: int, block: int) -> int:
