@@ -287,3 +287,29 @@ def test_cross_entropy_peak_memory() -> None:
     linear_cross_entropy(hidden, weight, targets).backward()
     peak = torch.cuda.max_memory_allocated() - before
     assert peak < 1e9, f"{peak / 1e9:.1f} GB; the logits alone would take {65_536 * 50_000 * 4 / 1e9:.1f} GB"
+
+
+def test_triton_reaches_rows_beyond_32_bit_offsets() -> None:
+    """Rows 65,536 elements apart: the last of 34,000 lie past 2**31, of inputs and of the gradient that comes in."""
+    T, width = 34_000, 65_536
+    spec = AttentionSpec(causal=True, window=Window(left=100))
+    wide = torch.empty(4, T, width, device=CUDA, dtype=torch.bfloat16)[:, :, :64].unflatten(2, (1, 64))
+    assert wide[0].stride(0) * T > 2**31
+    wide.copy_(torch.randn(4, T, 1, 64, device=CUDA))
+    results = []
+    for copy in (False, True):
+        q, k, v, grad = ((x.contiguous() if copy else x)[None] for x in wide)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves, spec=spec, backend="triton").out
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["causal", "globals", "all at once"])
+def test_triton_is_deterministic(name: str) -> None:
+    spec = SPECS[name]
+    tensors, context, params = make(spec, 300, 300)
+    first, *others = (gradients("triton", tensors, torch.bfloat16, spec, context, params) for _ in range(50))
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))

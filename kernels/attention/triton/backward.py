@@ -199,8 +199,8 @@ def dq_kernel(
     b64 = b.to(tl.int64)
     rows_64 = rows.to(tl.int64)
     flat = (b * H + h).to(tl.int64) * T + rows
-    K += b64 * k_b + g * k_g
-    V += b64 * v_b + g * v_g
+    K += b64 * k_b + g.to(tl.int64) * k_g
+    V += b64 * v_b + g.to(tl.int64) * v_g
     slope = 0.0
     unit = unit_of(scale, SOFTCAP, ALIBI)
     if ALIBI:
@@ -212,9 +212,9 @@ def dq_kernel(
         scale_kept = 1.0 / (1.0 - dropout)
     keep = row_ok
 
-    q = load_rows(Q + b64 * q_b + h * q_h, rows_64 * q_t, row_ok, D, BLOCK_D, True)
-    d_out = load_rows(D_OUT + b64 * do_b + h * do_h, rows_64 * do_t, row_ok, E, BLOCK_E, True)
-    out = load_rows(OUT + b64 * o_b + h * o_h, rows_64 * o_t, row_ok, E, BLOCK_E, True)
+    q = load_rows(Q + b64 * q_b + h.to(tl.int64) * q_h, rows_64 * q_t, row_ok, D, BLOCK_D, True)
+    d_out = load_rows(D_OUT + b64 * do_b + h.to(tl.int64) * do_h, rows_64 * do_t, row_ok, E, BLOCK_E, True)
+    out = load_rows(OUT + b64 * o_b + h.to(tl.int64) * o_h, rows_64 * o_t, row_ok, E, BLOCK_E, True)
     delta = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1) - tl.load(D_LSE + flat, mask=row_ok, other=0.0)
     tl.store(DELTA + flat, delta, mask=row_ok)
     lse_2 = lse_in_log_2(LSE, flat, row_ok)
@@ -327,7 +327,7 @@ def dq_kernel(
 
     if IS_GLOBAL is not None:  # these rows belong to dense.global_rows_dq_kernel; their delta, above, is right
         row_ok = row_ok & (tl.load(IS_GLOBAL + b * T + rows, mask=row_ok, other=1) == 0)
-    store_rows(DQ + b64 * dq_b + h * dq_h, rows_64 * dq_t, row_ok, dq * scale, D, BLOCK_D)
+    store_rows(DQ + b64 * dq_b + h.to(tl.int64) * dq_h, rows_64 * dq_t, row_ok, dq * scale, D, BLOCK_D)
     if ALIBI:
         tl.store(D_SLOPE + flat, d_slope, mask=row_ok)
 
@@ -339,7 +339,7 @@ def _head(Q, D_OUT, SLOPES, b, h, q_b, q_h, do_b, do_h, T, H, ALIBI: tl.constexp
     if ALIBI:
         slope = tl.load(SLOPES + h).to(tl.float32)
     b64 = b.to(tl.int64)
-    return (b64 * H + h) * T, Q + b64 * q_b + h * q_h, D_OUT + b64 * do_b + h * do_h, slope
+    return (b64 * H + h) * T, Q + b64 * q_b + h.to(tl.int64) * q_h, D_OUT + b64 * do_b + h.to(tl.int64) * do_h, slope
 
 
 @triton.jit
@@ -472,8 +472,8 @@ def dkdv_kernel(
 
     b64 = b.to(tl.int64)
     keys_64 = keys.to(tl.int64)
-    k = load_rows(K + b64 * k_b + g * k_g, keys_64 * k_s, key_ok, D, BLOCK_D, True)
-    v = load_rows(V + b64 * v_b + g * v_g, keys_64 * v_s, key_ok, E, BLOCK_E, True)
+    k = load_rows(K + b64 * k_b + g.to(tl.int64) * k_g, keys_64 * k_s, key_ok, D, BLOCK_D, True)
+    v = load_rows(V + b64 * v_b + g.to(tl.int64) * v_g, keys_64 * v_s, key_ok, E, BLOCK_E, True)
     dk = tl.zeros([N, BLOCK_D], tl.float32)
     dv = tl.zeros([N, BLOCK_E], tl.float32)
     seed = 0
@@ -597,5 +597,5 @@ def dkdv_kernel(
     slot_ok = units < n_slots  # slots without a key get zeros
     dk = tl.where(key_ok[:, None], dk, 0.0)
     dv = tl.where(key_ok[:, None], dv, 0.0)
-    store_rows(DK + b64 * dk_b + g * dk_g, keys_64 * dk_s, slot_ok, dk * scale, D, BLOCK_D)
-    store_rows(DV + b64 * dv_b + g * dv_g, keys_64 * dv_s, slot_ok, dv, E, BLOCK_E)
+    store_rows(DK + b64 * dk_b + g.to(tl.int64) * dk_g, keys_64 * dk_s, slot_ok, dk * scale, D, BLOCK_D)
+    store_rows(DV + b64 * dv_b + g.to(tl.int64) * dv_g, keys_64 * dv_s, slot_ok, dv, E, BLOCK_E)

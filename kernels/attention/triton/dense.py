@@ -93,9 +93,9 @@ def global_rows_kernel(
     if CAUSAL and not EXPLICIT:
         hi = tl.minimum(hi, tl.max(tl.where(row_ok, q_pos, -1), 0) + 1)
 
-    Q += b.to(tl.int64) * q_b + h * q_h
-    K += b.to(tl.int64) * k_b + g * k_g
-    V += b.to(tl.int64) * v_b + g * v_g
+    Q += b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
+    K += b.to(tl.int64) * k_b + g.to(tl.int64) * k_g
+    V += b.to(tl.int64) * v_b + g.to(tl.int64) * v_g
     slope = 0.0
     unit = unit_of(scale, SOFTCAP, ALIBI)
     if ALIBI:
@@ -225,8 +225,8 @@ def global_rows_dq_kernel(
     b64 = b.to(tl.int64)
     rows_64 = rows.to(tl.int64)
     flat = (b * H + h).to(tl.int64) * T + rows
-    K += b64 * k_b + g * k_g
-    V += b64 * v_b + g * v_g
+    K += b64 * k_b + g.to(tl.int64) * k_g
+    V += b64 * v_b + g.to(tl.int64) * v_g
     slope = 0.0
     unit = unit_of(scale, SOFTCAP, ALIBI)
     if ALIBI:
@@ -238,8 +238,8 @@ def global_rows_dq_kernel(
         scale_kept = 1.0 / (1.0 - dropout)
     keep = row_ok
 
-    q = load_rows(Q + b64 * q_b + h * q_h, rows_64 * q_t, row_ok, D, BLOCK_D, True)
-    d_out = load_rows(D_OUT + b64 * do_b + h * do_h, rows_64 * do_t, row_ok, E, BLOCK_E, True)
+    q = load_rows(Q + b64 * q_b + h.to(tl.int64) * q_h, rows_64 * q_t, row_ok, D, BLOCK_D, True)
+    d_out = load_rows(D_OUT + b64 * do_b + h.to(tl.int64) * do_h, rows_64 * do_t, row_ok, E, BLOCK_E, True)
     lse_2 = lse_in_log_2(LSE, flat, row_ok)
     delta = tl.load(DELTA + flat, mask=row_ok, other=0.0)
     dq = tl.zeros([M, BLOCK_D], tl.float32)
@@ -355,8 +355,8 @@ def always_keys_dkdv_kernel(
 
     b64 = b.to(tl.int64)
     keys_64 = keys.to(tl.int64)
-    k = load_rows(K + b64 * k_b + g * k_g, keys_64 * k_s, key_ok, D, BLOCK_D, True)
-    v = load_rows(V + b64 * v_b + g * v_g, keys_64 * v_s, key_ok, E, BLOCK_E, True)
+    k = load_rows(K + b64 * k_b + g.to(tl.int64) * k_g, keys_64 * k_s, key_ok, D, BLOCK_D, True)
+    v = load_rows(V + b64 * v_b + g.to(tl.int64) * v_g, keys_64 * v_s, key_ok, E, BLOCK_E, True)
     dk = tl.zeros([N, BLOCK_D], tl.float32)
     dv = tl.zeros([N, BLOCK_E], tl.float32)
     slope = 0.0
@@ -373,7 +373,7 @@ def always_keys_dkdv_kernel(
         if ALIBI:
             slope = tl.load(SLOPES + h).to(tl.float32)
         head = (b * H + h).to(tl.int64) * T
-        q_head, do_head = Q + b64 * q_b + h * q_h, D_OUT + b64 * do_b + h * do_h
+        q_head, do_head = Q + b64 * q_b + h.to(tl.int64) * q_h, D_OUT + b64 * do_b + h.to(tl.int64) * do_h
         for start in tl.range(lo, hi, M):
             rows = start + lanes
             row_ok = rows < hi
@@ -454,7 +454,7 @@ def merge_rows_kernel(
         acc = acc * shrink
         top = with_sink
     total = tl.where(empty, 1.0, total)
-    out = OUT + b.to(tl.int64) * o_b + row.to(tl.int64) * o_t + h * o_h + columns
+    out = OUT + b.to(tl.int64) * o_b + row.to(tl.int64) * o_t + h.to(tl.int64) * o_h + columns
     tl.store(out, (acc / total).to(OUT.dtype.element_ty), mask=columns < E)
     tl.store(LSE + (b * H + h).to(tl.int64) * T + row, tl.where(empty, float("-inf"), top + tl.log(total)))
 
@@ -486,5 +486,5 @@ def sum_rows_kernel(
     for split in range(n_splits):
         part = ((split * B + b).to(tl.int64) * limit + at) * H + h
         total += tl.load(PART + part * WIDTH + columns, mask=columns < WIDTH, other=0.0)
-    out = OUT + b.to(tl.int64) * o_b + row.to(tl.int64) * o_row + h * o_h + columns
+    out = OUT + b.to(tl.int64) * o_b + row.to(tl.int64) * o_row + h.to(tl.int64) * o_h + columns
     tl.store(out, total.to(OUT.dtype.element_ty), mask=columns < WIDTH)

@@ -173,9 +173,9 @@ def forward_kernel(
         first, first_full, end_full, end = tile_range(lo, full_lo, full_hi, hi, N)
         n_partial, n_full = first_full - first + end - end_full, end_full - first_full
 
-    Q += b.to(tl.int64) * q_b + h * q_h
-    K += b.to(tl.int64) * k_b + g * k_g
-    V += b.to(tl.int64) * v_b + g * v_g
+    Q += b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
+    K += b.to(tl.int64) * k_b + g.to(tl.int64) * k_g
+    V += b.to(tl.int64) * v_b + g.to(tl.int64) * v_g
     slope = 0.0
     unit = unit_of(scale, SOFTCAP, ALIBI)
     if ALIBI:
@@ -295,5 +295,5 @@ def forward_kernel(
 
     if IS_GLOBAL is not None:  # these rows belong to dense.global_rows_kernel
         row_ok = row_ok & (tl.load(IS_GLOBAL + b * T + rows, mask=row_ok, other=1) == 0)
-    store_rows(OUT + b.to(tl.int64) * o_b + h * o_h, rows.to(tl.int64) * o_t, row_ok, acc, E, BLOCK_E)
+    store_rows(OUT + b.to(tl.int64) * o_b + h.to(tl.int64) * o_h, rows.to(tl.int64) * o_t, row_ok, acc, E, BLOCK_E)
     tl.store(LSE + (b * H + h).to(tl.int64) * T + rows, lse, mask=row_ok)

@@ -63,13 +63,15 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = forward(*inputs)
+        with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device
+            output = forward(*inputs)
         _save(ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx, *gradients):
-        return _gradients(backward, ctx, *gradients)
+        with torch.cuda.device_of(gradients[0]):
+            return _gradients(backward, ctx, *gradients)
 
 
 def flash_attention(*inputs: Tensor | float | str | None) -> tuple[Tensor, Tensor]:
