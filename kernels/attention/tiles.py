@@ -108,9 +108,9 @@ _LISTED: dict[Pass, dict[int, Tiles]] = {
     },
 }
 
-# Without tensor cores for fp32 (tf32 is off) the registers of an accumulator tile are what limits.
+# Without tensor cores for fp32 (tf32 is off) registers are what limits: the largest tiles that compile without spills.
 _FP32: dict[Pass, dict[int, Tiles]] = {
-    Pass.FORWARD: {64: Tiles(64, 32, 4, 2), 128: Tiles(32, 32, 4, 2), 256: Tiles(32, 16, 4, 1)},
-    Pass.DQ: {64: Tiles(32, 32, 4, 2), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 4, 1)},
-    Pass.DKDV: {64: Tiles(32, 32, 4, 2), 128: Tiles(32, 16, 4, 1), 256: Tiles(16, 16, 4, 1)},
+    Pass.FORWARD: {64: Tiles(64, 32, 8, 2), 128: Tiles(32, 16, 8, 2), 256: Tiles(32, 16, 8, 1)},
+    Pass.DQ: {64: Tiles(32, 32, 8, 2), 128: Tiles(32, 16, 8, 2), 256: Tiles(16, 16, 8, 2)},
+    Pass.DKDV: {64: Tiles(32, 32, 8, 2), 128: Tiles(32, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
 }
