@@ -8,13 +8,15 @@ BIN    := $(VENV)/bin
 FOLDERS := kernels model data evaluation training scripts configs benchmarks
 RUN    ?= runs/quickstart
 
-.PHONY: quickstart test check lint format types contracts typing docs-check build clean help
+.PHONY: quickstart test check lint format types contracts typing docs-check compile-gate compile-gate-full build clean help
 
 help:
 	@sed -n 's/^#  *make/make/p' Makefile
 	@echo "make check         lint, types, import contracts, tests: what CI runs"
 	@echo "make format        formats and fixes what can be fixed"
 	@echo "make docs-check    runs the checks of the documentation alone"
+	@echo "make compile-gate  compiles the listed attention kernels for sm_80 and sm_90 (no GPU), holds them to their table"
+	@echo "make compile-gate-full   the same for every spec, head dim and dtype; about an hour on two cores"
 	@echo "make build         a wheel and a source archive in dist/"
 
 $(VENV)/bin/python:
@@ -67,6 +69,12 @@ contracts: $(VENV)/.dev typing
 
 docs-check: $(VENV)/.dev typing
 	$(BIN)/python -m pytest tests/test_docs.py tests/scripts/test_docs.py tests/kernels/test_docs.py $(ARGS)
+
+compile-gate: $(VENV)/.dev typing
+	PYTHONPATH=.typing $(BIN)/python -m longspan.kernels.attention.triton.gate $(ARGS)
+
+compile-gate-full: $(VENV)/.dev typing
+	PYTHONPATH=.typing $(BIN)/python -m longspan.kernels.attention.triton.gate --full $(ARGS)
 
 build: $(VENV)/.dev
 	$(BIN)/python -m build
