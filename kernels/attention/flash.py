@@ -24,7 +24,8 @@ class Triton:
     """Fused kernels on CUDA (compute capability 8.0 and newer) and, under TRITON_INTERPRET=1, on CPU.
 
     Memory is O(T + S). Weights of a whole tile that nobody sees are never computed: outside the window, in other
-    documents (as far as documents lie together), outside the block layout. Deterministic, gradients included.
+    documents (as far as documents lie together), outside the block layout; but with explicit positions all are, and
+    finding their global queries takes T × S. Deterministic, gradients included.
     """
 
     name = "triton"
@@ -49,6 +50,8 @@ class Triton:
             reasons += (Reason("import", "triton is not installed"),)
         elif call.device == "cpu" and not self._interpreted:
             reasons += (Reason("device=cpu", "only interpreted: set TRITON_INTERPRET=1 before starting Python"),)
+        elif self._interpreted and call.dtype == torch.bfloat16:
+            reasons += (Reason("dtype=bfloat16", "Triton's interpreter multiplies it wrongly"),)
         elif call.device == "cuda" and (found := _capability()) is not None and found < OLDEST:
             reasons += (Reason(f"device=cuda of capability {found[0]}.{found[1]}", "8.0 or newer"),)
         return reasons
@@ -105,12 +108,15 @@ class Triton:
 
 def interpreted() -> bool:
     """Triton decides when a kernel's module is imported; the environment is what it looks at."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 @lru_cache(maxsize=1)
 def _capability() -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    """Of the oldest GPU that this process sees."""
+    if not torch.cuda.is_available():
+        return None
+    return min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
 
 
 # As in registry: what torch.compiler.assume_constant_result does, without importing dynamo.

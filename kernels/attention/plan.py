@@ -46,11 +46,14 @@ class Plan:
 def make_plan(
     context: AttentionContext, spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.device
 ) -> Plan:
-    """The plan of `context` for `spec`. Finding out how many keys and rows are global waits for the device, once."""
+    """The plan of `context` for `spec`. Finding out how many keys and how many rows are global waits for the device.
+
+    Raises ValueError for explicit positions that triton cannot count, or that lie past a block layout.
+    """
     q_pos = k_pos = None
     if context.q_positions is not None or context.kv_positions is not None:
-        q_pos = context.query_positions(n_queries, n_keys, device).int().contiguous()
-        k_pos = context.key_positions(n_keys, device).int().contiguous()
+        q_pos = _narrowed("q_positions", context.query_positions(n_queries, n_keys, device), spec)
+        k_pos = _narrowed("kv_positions", context.key_positions(n_keys, device), spec)
     q_doc = k_doc = q_span = k_span = None
     if spec.documents:
         q_doc, k_doc, q_span, k_span = _documents(*context.documents(n_queries, n_keys))
@@ -84,6 +87,20 @@ def make_plan(
         most_always=most_always,
         most_rows=most_rows,
     )
+
+
+def _narrowed(name: str, positions: Tensor, spec: AttentionSpec) -> Tensor:
+    """Positions as int32. Raises ValueError for those that do not fit, and for those past a block layout's pattern."""
+    if positions.numel() and not torch.compiler.is_compiling():  # values cannot be looked at while tracing
+        last, layout = int(positions.max()), spec.block_sparse
+        if last >= 2**30:
+            raise ValueError(f"context.{name} reaches {last}; triton takes positions below {2**30}")
+        if layout is not None:
+            queries = name == "q_positions"
+            n = len(layout.pattern) * layout.q_block if queries else len(layout.pattern[0]) * layout.kv_block
+            if last >= n:
+                raise ValueError(f"block_sparse covers {n} positions, but context.{name} reaches {last}")
+    return positions.int().contiguous()
 
 
 def narrows(spec: AttentionSpec) -> bool:

@@ -139,7 +139,8 @@ def preference(spec: AttentionSpec, call: AttentionCall) -> tuple[str, ...]:
     """What "auto" tries, in order: a pure function of the device, the spec and the call.
 
     CPU            sdpa, reference
-    CUDA           triton, which skips what is masked and was the fastest for whatever was measured (docs/results.md);
+    CUDA           triton, which skips what is masked and was ahead of torch's FlashAttention wherever both were
+                   measured (docs/results.md); flex where positions are explicit, over which triton skips nothing;
                    sdpa first in decoding and, without gradients, wherever a dense mask is small: there every new kind
                    of call would cost more in compilation than it saves
     another device reference
@@ -152,6 +153,8 @@ def preference(spec: AttentionSpec, call: AttentionCall) -> tuple[str, ...]:
         small = pairs is not None and pairs <= _SMALL_MASK and not call.needs_grad
         if small or call.phase == Phase.DECODE:
             return ("sdpa", "triton", "flex", "reference")
+        if call.positions:
+            return ("flex", "triton", "sdpa", "reference")
         return ("triton", "flex", "sdpa", "reference")
     return ("reference",)
 

@@ -6,6 +6,7 @@ whose `allowed` turns both into THE mask. Every backend is held to that one defi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -130,11 +131,11 @@ class AttentionSpec:
     block_sparse: BlockLayout | None = None
 
     def __post_init__(self) -> None:
-        if self.softcap is not None and not self.softcap > 0:
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap={self.softcap}: it is a positive number, or null for none")
         if self.sink_tokens < 0:
             raise ValueError(f"sink_tokens={self.sink_tokens}: a count of keys is 0 or more")
-        if self.scale is not None and not self.scale > 0:
+        if self.scale is not None and not 0 < self.scale < math.inf:
             raise ValueError(f"scale={self.scale}: it is a positive number, or null for head_dim ** -0.5")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: a probability in [0, 1)")

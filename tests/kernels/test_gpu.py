@@ -306,6 +306,22 @@ def test_triton_reaches_rows_beyond_32_bit_offsets() -> None:
         assert torch.equal(x, y)
 
 
+def test_triton_reaches_heads_beyond_32_bit_offsets() -> None:
+    """Heads 2**30 elements apart, as of a heads-first layout of a million tokens."""
+    T = 256
+    buffer = torch.zeros(2 * 2**30 + 4 * T * 64, device=CUDA, dtype=torch.bfloat16)
+    far = [buffer.as_strided((1, T, 3, 64), (0, 64, 2**30, 1), at * T * 64) for at in range(4)]
+    for x in far:
+        x.copy_(torch.randn(x.shape, device=CUDA))
+    results = []
+    for tensors in (far, [x.contiguous() for x in far]):
+        leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+        out = attend(*leaves, spec=AttentionSpec(causal=True), backend="triton").out
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, tensors[3])])
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("name", ["causal", "globals", "all at once"])
 def test_triton_is_deterministic(name: str) -> None:
     spec = SPECS[name]
@@ -313,3 +329,17 @@ def test_triton_is_deterministic(name: str) -> None:
     first, *others = (gradients("triton", tensors, torch.bfloat16, spec, context, params) for _ in range(50))
     for other in others:
         assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("name", ["causal", "globals", "two-sided dilated window"])
+def test_triton_replays_dropout(name: str) -> None:
+    spec = dataclasses.replace(SPECS[name], dropout=0.2)
+    tensors, context, _ = make(spec, 300, 300)
+    params = AttentionParams(dropout_seed=torch.tensor(1234567, device=CUDA))
+    results = []
+    for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+        out = attend(*leaves, spec=spec, context=context, params=params, backend=backend).out
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+    for x, y in zip(*results, strict=True):
+        assert float((x - y.double()).abs().max()) <= 2e-5 * max(1.0, float(x.abs().max()))

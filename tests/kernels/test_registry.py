@@ -172,6 +172,7 @@ def test_an_empty_choice_is_an_error() -> None:
         (LOCAL, AttentionCall(device="cuda"), "triton"),
         (LOCAL, AttentionCall(device="cuda", phase=Phase.DECODE), "sdpa"),
         (CAUSAL, AttentionCall(device="cuda", kv_lengths=True), "triton"),
+        (CAUSAL, AttentionCall(device="cuda", positions=True), "flex"),
         (LOCAL, AttentionCall(device="cuda", n_queries=2048, n_keys=2048), "sdpa"),
         (LOCAL, AttentionCall(device="cuda", n_queries=2048, n_keys=2049), "triton"),
         (LOCAL, AttentionCall(device="cuda", n_queries=8, n_keys=8, needs_grad=True), "triton"),

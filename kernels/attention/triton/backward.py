@@ -210,7 +210,6 @@ def dq_kernel(
     if DROPOUT:
         seed = tl.load(SEED)
         scale_kept = 1.0 / (1.0 - dropout)
-    keep = row_ok
 
     q = load_rows(Q + b64 * q_b + h.to(tl.int64) * q_h, rows_64 * q_t, row_ok, D, BLOCK_D, True)
     d_out = load_rows(D_OUT + b64 * do_b + h.to(tl.int64) * do_h, rows_64 * do_t, row_ok, E, BLOCK_E, True)
@@ -246,6 +245,7 @@ def dq_kernel(
             seen = permitted(q_pos[:, None], k_pos[None, :], q_doc[:, None], k_doc[None, :], CAUSAL, DOCUMENTS)
             s = tl.where(ok[None, :] & seen & (near == 0), s, float("-inf"))
             dp = tl.dot(d_out, tl.trans(v), input_precision="ieee")
+            keep = True
             if DROPOUT:
                 keep = kept(seed, dropout, flat[:, None], keys[None, :], S)
             _, ds, raw = d_scores(
@@ -291,6 +291,7 @@ def dq_kernel(
         seen = permitted(q_pos[:, None], k_pos[None, :], q_doc[:, None], k_doc[None, :], CAUSAL, DOCUMENTS)
         s = tl.where(ok[None, :] & near & seen, s, float("-inf"))
         dp = tl.dot(d_out, tl.trans(v), input_precision="ieee")
+        keep = True
         if DROPOUT:
             keep = kept(seed, dropout, flat[:, None], keys[None, :], S)
         _, ds, raw = d_scores(
@@ -316,6 +317,7 @@ def dq_kernel(
             q_pos[:, None], keys[None, :], scale, softcap, slope, SOFTCAP, ALIBI,
         )  # fmt: skip
         dp = tl.dot(d_out, tl.trans(v), input_precision="ieee")
+        keep = True
         if DROPOUT:
             keep = kept(seed, dropout, flat[:, None], keys[None, :], S)
         _, ds, raw = d_scores(
@@ -481,7 +483,6 @@ def dkdv_kernel(
     if DROPOUT:
         seed = tl.load(SEED)
         scale_kept = 1.0 / (1.0 - dropout)
-    keep = key_ok
     unit = unit_of(scale, SOFTCAP, ALIBI)
     lanes = tl.arange(0, M)
     q_offsets, do_offsets = lanes * (step * q_t), lanes * (step * do_t)
@@ -514,6 +515,7 @@ def dkdv_kernel(
             seen = permitted(q_pos[None, :], k_pos[:, None], q_doc[None, :], k_doc[:, None], CAUSAL, DOCUMENTS)
             s = tl.where(key_ok[:, None] & seen, s, float("-inf"))
             dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
+            keep = True
             if DROPOUT:
                 keep = kept(seed, dropout, (head + rows)[None, :], keys[:, None], S)
             p, _, raw = d_scores(
@@ -556,6 +558,7 @@ def dkdv_kernel(
         seen = permitted(q_pos[None, :], k_pos[:, None], q_doc[None, :], k_doc[:, None], CAUSAL, DOCUMENTS)
         s = tl.where(key_ok[:, None] & near & seen, s, float("-inf"))
         dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
+        keep = True
         if DROPOUT:
             keep = kept(seed, dropout, (head + rows)[None, :], keys[:, None], S)
         p, _, raw = d_scores(
@@ -586,6 +589,7 @@ def dkdv_kernel(
             q_pos[None, :], k_pos[:, None], scale, softcap, slope, SOFTCAP, ALIBI,
         )  # fmt: skip
         dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
+        keep = True
         if DROPOUT:
             keep = kept(seed, dropout, (head + rows)[None, :], keys[:, None], S)
         p, _, raw = d_scores(

@@ -112,7 +112,6 @@ def global_rows_kernel(
     acc = tl.zeros([M, BLOCK_E], tl.float32)
     total = tl.zeros([M], tl.float32)
     top = tl.full([M], float("-inf"), tl.float32)
-    keep = row_ok
     lanes = tl.arange(0, N)
     for start in tl.range(lo, hi, N):
         keys = start + lanes
@@ -131,6 +130,7 @@ def global_rows_kernel(
         )  # fmt: skip
         seen = permitted(q_pos[:, None], k_pos[None, :], q_doc[:, None], k_doc[None, :], CAUSAL, DOCUMENTS)
         s = tl.where(ok[None, :] & seen, s, float("-inf"))
+        keep = True
         if DROPOUT:
             keep = kept(seed, dropout, head_rows[:, None], keys[None, :], S)
         v = load_rows(V, keys.to(tl.int64) * v_s, ok, E, BLOCK_E, True)
@@ -236,7 +236,6 @@ def global_rows_dq_kernel(
     if DROPOUT:
         seed = tl.load(SEED)
         scale_kept = 1.0 / (1.0 - dropout)
-    keep = row_ok
 
     q = load_rows(Q + b64 * q_b + h.to(tl.int64) * q_h, rows_64 * q_t, row_ok, D, BLOCK_D, True)
     d_out = load_rows(D_OUT + b64 * do_b + h.to(tl.int64) * do_h, rows_64 * do_t, row_ok, E, BLOCK_E, True)
@@ -264,6 +263,7 @@ def global_rows_dq_kernel(
         seen = permitted(q_pos[:, None], k_pos[None, :], q_doc[:, None], k_doc[None, :], CAUSAL, DOCUMENTS)
         s = tl.where(ok[None, :] & seen, s, float("-inf"))
         dp = tl.dot(d_out, tl.trans(v), input_precision="ieee")
+        keep = True
         if DROPOUT:
             keep = kept(seed, dropout, flat[:, None], keys[None, :], S)
         _, ds, raw = d_scores(
@@ -366,7 +366,6 @@ def always_keys_dkdv_kernel(
     if DROPOUT:
         seed = tl.load(SEED)
         scale_kept = 1.0 / (1.0 - dropout)
-    keep = key_ok
     lanes = tl.arange(0, M)
     for r in tl.range(0, R):
         h = g * R + r
@@ -394,6 +393,7 @@ def always_keys_dkdv_kernel(
             seen = permitted(q_pos[None, :], k_pos[:, None], q_doc[None, :], k_doc[:, None], CAUSAL, DOCUMENTS)
             s = tl.where(key_ok[:, None] & seen, s, float("-inf"))
             dp = tl.dot(v, tl.trans(d_out), input_precision="ieee")
+            keep = True
             if DROPOUT:
                 keep = kept(seed, dropout, (head + rows)[None, :], keys[:, None], S)
             p, _, raw = d_scores(

@@ -192,7 +192,6 @@ def forward_kernel(
     acc = tl.zeros([M, BLOCK_E], tl.float32)
     total = tl.zeros([M], tl.float32)
     top = tl.full([M], float("-inf"), tl.float32)
-    keep = row_ok
 
     if ALWAYS is not None:
         n_always = tl.load(N_ALWAYS + b)
@@ -217,6 +216,7 @@ def forward_kernel(
             )  # fmt: skip
             seen = permitted(q_pos[:, None], k_pos[None, :], q_doc[:, None], k_doc[None, :], CAUSAL, DOCUMENTS)
             s = tl.where(ok[None, :] & seen & (near == 0), s, float("-inf"))
+            keep = True
             if DROPOUT:
                 keep = kept(seed, dropout, head_rows[:, None], keys[None, :], S)
             v = load_rows(V, keys.to(tl.int64) * v_s, ok, E, BLOCK_E, True)
@@ -257,6 +257,7 @@ def forward_kernel(
         )  # fmt: skip
         seen = permitted(q_pos[:, None], k_pos[None, :], q_doc[:, None], k_doc[None, :], CAUSAL, DOCUMENTS)
         s = tl.where(ok[None, :] & near & seen, s, float("-inf"))
+        keep = True
         if DROPOUT:
             keep = kept(seed, dropout, head_rows[:, None], keys[None, :], S)
         v = load_rows(V + base * v_s, v_offsets, ok, E, BLOCK_E, True)
@@ -276,6 +277,7 @@ def forward_kernel(
             tl.dot(q, tl.trans(k), input_precision="ieee"),
             q_pos[:, None], keys[None, :], scale, softcap, slope, SOFTCAP, ALIBI,
         )  # fmt: skip
+        keep = True
         if DROPOUT:
             keep = kept(seed, dropout, head_rows[:, None], keys[None, :], S)
         v = load_rows(V + base * v_s, v_offsets, row_ok, E, BLOCK_E, False)

@@ -115,7 +115,7 @@ class _Walk:
         classes = self.spec.window.dilation
         return classes * triton.cdiv(triton.cdiv(n, classes), tile)
 
-    def tiles(self, which: Pass, shape: _Shape, element_size: int) -> Tiles:
+    def tiles(self, which: Pass, shape: _Shape, element_size: int, device: torch.device) -> Tiles:
         if INTERPRETED:
             return INTERPRETED_TILES
         window = self.spec.window
@@ -127,6 +127,7 @@ class _Walk:
             bytes_per_element=element_size,
             short=self.spec.documents or (windowed and keys <= _SHORT_WINDOW),
             listed=self.listed,
+            compact=_shared_memory(device) < _ROOMY,
         )
         layout = self.spec.block_sparse
         if layout is None:
@@ -136,6 +137,14 @@ class _Walk:
 
 
 _SHORT_WINDOW = 1024  # keys
+_ROOMY = 160 * 1024  # bytes of shared memory a program, as on data-centre GPUs
+
+
+@lru_cache(maxsize=64)
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _ROOMY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _within(tile: int, block: int) -> int:
@@ -143,7 +152,7 @@ def _within(tile: int, block: int) -> int:
     return block if 16 <= block < tile and block & (block - 1) == 0 else tile
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=64)
 def _lists(
     spec: AttentionSpec,
     T: int,
@@ -180,6 +189,10 @@ def _dense_tile(most: int, tile: int) -> int:
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _per_batch(x: Tensor | None, B: int) -> Tensor | None:
@@ -220,7 +233,10 @@ def _window(walk: _Walk, lists: Tensor | None) -> tuple[int, int, int, int, int,
         (1, 1, 1) if layout is None else (layout.q_block, layout.kv_block, len(layout.pattern[0]))
     )
     width = 0 if lists is None else lists.shape[1]
-    return window.left or 0, window.right or 0, window.dilation, q_block, kv_block, n_blocks, width
+    # Clamped, so that no sum of positions leaves 32 bits: a window as wide as that hides nothing.
+    widest = 2**30 // window.dilation
+    left, right = min(window.left or 0, widest), min(window.right or 0, widest)
+    return left, right, window.dilation, q_block, kv_block, n_blocks, width
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
@@ -255,6 +271,7 @@ def forward(
     B, T, S, H, E = shape.B, shape.T, shape.S, shape.H, shape.E
     walk = _Walk(parsed, explicit=q_pos is not None, maskable=q_doc is not None or lengths is not None)
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    slopes, sinks = _contiguous(slopes), _contiguous(sinks)
     q_pos, k_pos, q_doc, k_doc = (_per_batch(x, B) for x in (q_pos, k_pos, q_doc, k_doc))
     q_span, is_global, always, n_always, rows, n_rows = (
         _per_batch(x, B) for x in (q_span, is_global, always, n_always, rows, n_rows)
@@ -263,14 +280,13 @@ def forward(
     lse = q.new_empty(B, H, T, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    tiles = walk.tiles(Pass.FORWARD, shape, q.element_size())
+    tiles = walk.tiles(Pass.FORWARD, shape, q.element_size(), q.device)
     lists = None
     if walk.listed:
         lists = _lists(parsed, T, S, tiles.rows, tiles.columns, False, not walk.maskable, q.device)
     layout = None if parsed.block_sparse is None else _pattern(parsed.block_sparse, q.device)
     scalars, static = _scalars(parsed, shape), _static(parsed, shape)
-    tensors = (q, k, v)
-    strides = [s for x in tensors for s in x.stride()[:3]]
+    strides = [s for x in (q, k, v) for s in x.stride()[:3]]
     forward_kernel[walk.slots(T, tiles.rows), H, B](
         q, k, v, out, lse, slopes, sinks, seed, q_pos, k_pos, q_doc, k_doc, q_span, lengths, layout, lists, always,
         n_always, is_global, *strides, *out.stride()[:3], T, S, H, *scalars, *_window(walk, lists),
@@ -330,7 +346,7 @@ def backward(
     B, T, S, H, G, D, E = shape.B, shape.T, shape.S, shape.H, shape.G, shape.D, shape.E
     walk = _Walk(parsed, explicit=q_pos is not None, maskable=q_doc is not None or lengths is not None)
     q, k, v, d_out = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(d_out)
-    d_lse = d_lse.contiguous()
+    d_lse, slopes, sinks = d_lse.contiguous(), _contiguous(slopes), _contiguous(sinks)
     q_pos, k_pos, q_doc, k_doc = (_per_batch(x, B) for x in (q_pos, k_pos, q_doc, k_doc))
     q_span, k_span, is_global = (_per_batch(x, B) for x in (q_span, k_span, is_global))
     always, n_always, rows, n_rows = (_per_batch(x, B) for x in (always, n_always, rows, n_rows))
@@ -345,7 +361,7 @@ def backward(
     may_be_full = not walk.maskable
 
     if q.numel():
-        tiles = walk.tiles(Pass.DQ, shape, q.element_size())
+        tiles = walk.tiles(Pass.DQ, shape, q.element_size(), q.device)
         lists = None
         if walk.listed:
             lists = _lists(parsed, T, S, tiles.rows, tiles.columns, False, may_be_full, q.device)
@@ -356,7 +372,7 @@ def backward(
             M=tiles.rows, N=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages, **static, **_walking(walk),
         )  # fmt: skip
     if rows is not None:
-        tiles = walk.tiles(Pass.DQ, shape, q.element_size())
+        tiles = walk.tiles(Pass.DQ, shape, q.element_size(), q.device)
         M = _dense_tile(most_rows, tiles.rows)
         row_tiles = triton.cdiv(most_rows, M)
         splits, length = _splits(S, tiles.columns, row_tiles * B * H)
@@ -373,7 +389,7 @@ def backward(
             WIDTH=D, BLOCK=static["BLOCK_D"], num_warps=1,
         )  # fmt: skip
 
-    tiles = walk.tiles(Pass.DKDV, shape, q.element_size())
+    tiles = walk.tiles(Pass.DKDV, shape, q.element_size(), q.device)
     if k.numel() or v.numel():
         lists = None
         if walk.listed:

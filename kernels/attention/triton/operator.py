@@ -70,6 +70,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
+        if torch.is_grad_enabled():  # create_graph=True: torch's own once_differentiable would let autograd.grad pass
+            raise RuntimeError("triton attention has no second derivative; backend='reference' has")
         with torch.cuda.device_of(gradients[0]):
             return _gradients(backward, ctx, *gradients)
 
