@@ -120,7 +120,8 @@ def dq_kernel(
     dilation,
     q_block,
     kv_block,
-    n_blocks,
+    q_blocks,
+    kv_blocks,
     list_width,
     R: tl.constexpr,
     D: tl.constexpr,
@@ -239,7 +240,7 @@ def dq_kernel(
                 q_pos[:, None], k_pos[None, :], scale, softcap, slope, SOFTCAP, ALIBI,
             )  # fmt: skip
             near = neighbours(
-                q_pos[:, None], k_pos[None, :], left, right, dilation, LAYOUT, q_block, kv_block, n_blocks,
+                q_pos[:, None], k_pos[None, :], left, right, dilation, LAYOUT, q_block, kv_block, q_blocks, kv_blocks,
                 HAS_LEFT, HAS_RIGHT, MODULO or STRIDED,
             )  # fmt: skip
             seen = permitted(q_pos[:, None], k_pos[None, :], q_doc[:, None], k_doc[None, :], CAUSAL, DOCUMENTS)
@@ -285,7 +286,7 @@ def dq_kernel(
             q_pos[:, None], k_pos[None, :], scale, softcap, slope, SOFTCAP, ALIBI,
         )  # fmt: skip
         near = neighbours(
-            q_pos[:, None], k_pos[None, :], left, right, dilation, LAYOUT, q_block, kv_block, n_blocks,
+            q_pos[:, None], k_pos[None, :], left, right, dilation, LAYOUT, q_block, kv_block, q_blocks, kv_blocks,
             HAS_LEFT, HAS_RIGHT, MODULO,
         )  # fmt: skip
         seen = permitted(q_pos[:, None], k_pos[None, :], q_doc[:, None], k_doc[None, :], CAUSAL, DOCUMENTS)
@@ -396,7 +397,8 @@ def dkdv_kernel(
     dilation,
     q_block,
     kv_block,
-    n_blocks,
+    q_blocks,
+    kv_blocks,
     list_width,
     R: tl.constexpr,
     D: tl.constexpr,
@@ -552,7 +554,7 @@ def dkdv_kernel(
             q_pos[None, :], k_pos[:, None], scale, softcap, slope, SOFTCAP, ALIBI,
         )  # fmt: skip
         near = neighbours(
-            q_pos[None, :], k_pos[:, None], left, right, dilation, LAYOUT, q_block, kv_block, n_blocks,
+            q_pos[None, :], k_pos[:, None], left, right, dilation, LAYOUT, q_block, kv_block, q_blocks, kv_blocks,
             HAS_LEFT, HAS_RIGHT, MODULO,
         )  # fmt: skip
         seen = permitted(q_pos[None, :], k_pos[:, None], q_doc[None, :], k_doc[:, None], CAUSAL, DOCUMENTS)

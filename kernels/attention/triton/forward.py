@@ -95,7 +95,8 @@ def forward_kernel(
     dilation,
     q_block,
     kv_block,
-    n_blocks,
+    q_blocks,
+    kv_blocks,
     list_width,
     R: tl.constexpr,
     D: tl.constexpr,
@@ -211,7 +212,7 @@ def forward_kernel(
                 q_pos[:, None], k_pos[None, :], scale, softcap, slope, SOFTCAP, ALIBI,
             )  # fmt: skip
             near = neighbours(
-                q_pos[:, None], k_pos[None, :], left, right, dilation, LAYOUT, q_block, kv_block, n_blocks,
+                q_pos[:, None], k_pos[None, :], left, right, dilation, LAYOUT, q_block, kv_block, q_blocks, kv_blocks,
                 HAS_LEFT, HAS_RIGHT, MODULO or STRIDED,
             )  # fmt: skip
             seen = permitted(q_pos[:, None], k_pos[None, :], q_doc[:, None], k_doc[None, :], CAUSAL, DOCUMENTS)
@@ -252,7 +253,7 @@ def forward_kernel(
             q_pos[:, None], k_pos[None, :], scale, softcap, slope, SOFTCAP, ALIBI,
         )  # fmt: skip
         near = neighbours(
-            q_pos[:, None], k_pos[None, :], left, right, dilation, LAYOUT, q_block, kv_block, n_blocks,
+            q_pos[:, None], k_pos[None, :], left, right, dilation, LAYOUT, q_block, kv_block, q_blocks, kv_blocks,
             HAS_LEFT, HAS_RIGHT, MODULO,
         )  # fmt: skip
         seen = permitted(q_pos[:, None], k_pos[None, :], q_doc[:, None], k_doc[None, :], CAUSAL, DOCUMENTS)

@@ -227,16 +227,16 @@ def _scalars(spec: AttentionSpec, shape: _Shape) -> tuple[float, float, float]:
     return spec.softmax_scale(shape.D), spec.softcap or 1.0, spec.dropout
 
 
-def _window(walk: _Walk, lists: Tensor | None) -> tuple[int, int, int, int, int, int, int]:
+def _window(walk: _Walk, lists: Tensor | None) -> tuple[int, int, int, int, int, int, int, int]:
     window, layout = walk.spec.window, walk.spec.block_sparse
-    q_block, kv_block, n_blocks = (
-        (1, 1, 1) if layout is None else (layout.q_block, layout.kv_block, len(layout.pattern[0]))
-    )
+    blocks = (1, 1, 1, 1)
+    if layout is not None:
+        blocks = layout.q_block, layout.kv_block, len(layout.pattern), len(layout.pattern[0])
     width = 0 if lists is None else lists.shape[1]
     # Clamped, so that no sum of positions leaves 32 bits: a window as wide as that hides nothing.
     widest = 2**30 // window.dilation
     left, right = min(window.left or 0, widest), min(window.right or 0, widest)
-    return left, right, window.dilation, q_block, kv_block, n_blocks, width
+    return left, right, window.dilation, *blocks, width
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ def neighbours(
     LAYOUT,
     q_block,
     kv_block,
-    n_blocks,
+    q_blocks,
+    kv_blocks,
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     MODULO: tl.constexpr,
@@ -60,8 +61,9 @@ def neighbours(
         # of a non-negative number: `%` of negative ones differs between the interpreter and the GPU
         ok = ok & (tl.where(back < 0, -back, back) % dilation == 0)
     if LAYOUT is not None:
-        known = (q_pos >= 0) & (k_pos >= 0)
-        cell = (tl.maximum(q_pos, 0) // q_block) * n_blocks + tl.maximum(k_pos, 0) // kv_block
+        q_at, k_at = tl.maximum(q_pos, 0) // q_block, tl.maximum(k_pos, 0) // kv_block
+        known = (q_pos >= 0) & (k_pos >= 0) & (q_at < q_blocks) & (k_at < kv_blocks)
+        cell = q_at * kv_blocks + k_at
         ok = ok & known & (tl.load(LAYOUT + cell, mask=known, other=0) != 0)
     return ok
 
