@@ -325,6 +325,9 @@ def _describe(
     )
 
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 def _check_inputs(
     q_BTHD: Tensor,
     k_BSGD: Tensor,
@@ -363,11 +366,18 @@ def _check_inputs(
         raise ValueError(f"context.kv_lengths has shape {list(context.kv_lengths.shape)}; it must be [{B}]")
     if context.page_table is not None and (context.page_table.dim() != 2 or context.page_table.shape[0] != B):
         raise ValueError(f"context.page_table has shape {list(context.page_table.shape)}; it must be [{B}, pages]")
-    if context.is_global is not None and context.is_global.dtype != torch.bool:
-        raise ValueError(f"context.is_global has dtype {short(context.is_global.dtype)}; it must be bool")
+    for name, tensor in tensors.items():
+        if name == "is_global" and tensor.dtype != torch.bool:
+            raise ValueError(f"context.is_global has dtype {short(tensor.dtype)}; it must be bool")
+        if name != "is_global" and tensor.dtype not in _INTEGERS:
+            raise ValueError(f"context.{name} has dtype {short(tensor.dtype)}; it must be int64 (or another integer)")
     if spec.documents:
         context.documents(T, call.n_keys or 0)
 
+    seed = params.dropout_seed
+    if spec.dropout > 0 and seed is not None and (seed.dim() or seed.dtype not in _INTEGERS):
+        found = f"a {short(seed.dtype)} tensor of shape {list(seed.shape)}"
+        raise ValueError(f"params.dropout_seed is {found}; it must be int64, without dimensions")
     for asks, name, tensor in (
         (spec.alibi, "alibi_slopes", params.alibi_slopes),
         (spec.learned_sink, "sink_logits", params.sink_logits),

@@ -168,12 +168,21 @@ class Verdict:
     problem: str = ""
 
 
-def judge(ours: Tensor, exact: Tensor, twin: Tensor, *, magnitude: float = 1.0, score: float = 0.0) -> Verdict:
+def judge(
+    ours: Tensor,
+    exact: Tensor,
+    twin: Tensor,
+    *,
+    magnitude: float = 1.0,
+    score: float = 0.0,
+    rounded: torch.dtype | None = None,
+) -> Verdict:
     """Is `ours` finite, and its error within twice the twin's plus two roundings of `magnitude`?
 
     `exact` is fp64; `ours` and `twin` have the dtype under test. `magnitude` is the size of the terms that add up
     (at least that of the results, and 1); `score` that of a score's, whose rounding in the accumulator (fp32; fp64 for
-    fp64) moves every weight by as much.
+    fp64) moves every weight by as much. `rounded` is the dtype that the terms were rounded to, where it is coarser than
+    that of `ours`.
     """
     ours, exact, twin = ours.detach(), exact.detach(), twin.detach()
     if not ours.numel():
@@ -182,7 +191,7 @@ def judge(ours: Tensor, exact: Tensor, twin: Tensor, *, magnitude: float = 1.0, 
     if not bool(finite.all()):
         return Verdict(math.inf, f"{int((~finite).sum())} values are not finite, the first at {_place(~finite)}")
     error, of_twin = ((x.double() - exact).abs() for x in (ours, twin))
-    eps = torch.finfo(ours.dtype).eps
+    eps = torch.finfo(rounded or ours.dtype).eps
     accumulator = torch.finfo(torch.float64 if ours.dtype == torch.float64 else torch.float32).eps
     size = max(float(exact.abs().max()), magnitude, 1.0)
     budget = 2 * float(of_twin.max()) + 2 * (eps + accumulator * score) * size

@@ -278,7 +278,7 @@ DOCUMENTS = AttentionSpec(causal=True, documents=True)
         (
             (q[:, :5], k, v),
             DOCUMENTS,
-            {"kv_documents": torch.zeros(2, 6)},
+            {"kv_documents": torch.zeros(2, 6, dtype=torch.int64)},
             {},
             "pass both q_documents and kv_documents",
         ),
@@ -322,3 +322,28 @@ def test_autocast_decides_the_dtype() -> None:
         mixed = attend(q, k.bfloat16(), v, spec=CAUSAL)
     assert mixed.out.dtype == torch.bfloat16
     torch.testing.assert_close(mixed.out.float(), attend(q, k, v, spec=CAUSAL).out, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        ({"q_positions": torch.arange(8.0)[None]}, r"context\.q_positions has dtype float32; it must be int64"),
+        ({"kv_lengths": torch.tensor([7.5])}, r"context\.kv_lengths has dtype float32; it must be int64"),
+        (
+            {"q_documents": torch.zeros(1, 8, dtype=torch.bool)},
+            r"context\.q_documents has dtype bool; it must be int64",
+        ),
+        ({"is_global": torch.zeros(1, 8)}, r"context\.is_global has dtype float32; it must be bool"),
+    ],
+)
+def test_context_tensors_of_another_dtype(context: dict[str, torch.Tensor], message: str) -> None:
+    q = torch.randn(1, 8, 2, 4)
+    with pytest.raises(ValueError, match=message):
+        attend(q, q, q, spec=CAUSAL, context=AttentionContext(**context))
+
+
+@pytest.mark.parametrize("seed", [torch.tensor(3.0), torch.tensor([3, 4])])
+def test_a_dropout_seed_that_is_none(seed: torch.Tensor) -> None:
+    q = torch.randn(1, 8, 2, 4)
+    with pytest.raises(ValueError, match=r"params\.dropout_seed is a .* it must be int64, without dimensions"):
+        attend(q, q, q, spec=AttentionSpec(causal=True, dropout=0.1), params=AttentionParams(dropout_seed=seed))

@@ -48,8 +48,6 @@ SPILL_BUDGETS: dict[str, dict[int, int]] = {
     "d96 causal dkdv": {80: 752, 90: 256},
     "d256 causal forward": {80: 160},
     "d256 causal dq": {80: 48, 90: 160},
-    "d128 fp32 forward": {90: 1776},
-    "d128 fp32 dkdv": {90: 1472},
     "d128 softcap alibi sink dkdv": {80: 1296, 90: 128},
     "d64 dropout dq": {80: 64, 90: 16},
     "d64 dropout dkdv": {80: 176, 90: 480},

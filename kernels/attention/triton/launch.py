@@ -204,8 +204,9 @@ def _static(spec: AttentionSpec, shape: _Shape) -> dict[str, object]:
         "R": shape.H // shape.G,
         "D": shape.D,
         "E": shape.E,
-        "BLOCK_D": max(16, triton.next_power_of_2(shape.D)),
-        "BLOCK_E": max(16, triton.next_power_of_2(shape.E)),
+        # At least 32: ptxas 12.8 crashes on some kernels for sm_90 whose accumulator is 16 wide.
+        "BLOCK_D": max(32, triton.next_power_of_2(shape.D)),
+        "BLOCK_E": max(32, triton.next_power_of_2(shape.E)),
         "CAUSAL": spec.causal,
         "SOFTCAP": spec.softcap is not None,
         "ALIBI": spec.alibi,
