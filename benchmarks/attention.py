@@ -42,6 +42,11 @@ class Outcome:
     page: str
 
     @property
+    def measured(self) -> bool:
+        """Was anything of ours timed?"""
+        return any(row.contender.startswith(OURS) and row.status == "ok" for row in self.rows)
+
+    @property
     def sound(self) -> bool:
         """Nothing of ours was void or failed, and the GPU is still there."""
         ours = (row for row in self.rows if row.contender.startswith(OURS))

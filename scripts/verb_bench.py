@@ -34,6 +34,12 @@ def run(config: BenchConfig) -> int:
     command = f"longspan bench suite={config.suite} shapes={shapes} backend={config.backend}"
     if config.only is not None:
         command += f" only='{config.only}'"
+    if config.peers is not None:
+        command += f" peers=[{','.join(config.peers)}]"
+    if config.repetitions != BenchConfig.repetitions:
+        command += f" repetitions={config.repetitions}"
+    if config.time_limit is not None:
+        command += f" time_limit={config.time_limit:g}"
     outcome = run_suite(
         Plan(
             suite=config.suite,
@@ -50,6 +56,9 @@ def run(config: BenchConfig) -> int:
     print(f"\n{outcome.page}\nrows appended to {output / config.suite}.csv and .jsonl; figure and table beside them")
     if not outcome.sound:
         print("something of ours was void or failed")
+        return 1
+    if not outcome.measured:
+        print(f"backend={config.backend} measured nothing here: the reasons stand above under 'Not measured'")
         return 1
     return 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from longspan.kernels.attention import AttentionBackend, Feature, available
+from longspan.kernels.attention import AttentionBackend, AttentionCall, AttentionSpec, Feature, available
 from longspan.kernels.attention.registry import get
 from longspan.kernels.testing import NEEDS_HYPOTHESIS, conformance
 from longspan.training.config_plain import plain
@@ -32,8 +32,10 @@ def run(config: ConformanceConfig) -> int:
     known = {str(feature) for feature in Feature}
     if strangers := sorted(set(config.features or ()) - known):
         raise UserError(f"features: no feature is called {strangers[0]}; there are {', '.join(sorted(known))}")
+    backend = load(config.backend)
+    _check_request(backend, config)
     report = conformance(
-        load(config.backend),
+        backend,
         device=config.device,
         dtypes=None if config.dtypes is None else [_DTYPES[name] for name in config.dtypes],
         examples=config.examples,
@@ -44,6 +46,35 @@ def run(config: ConformanceConfig) -> int:
     )
     print(report.text())
     return 0 if report.ok else 1
+
+
+def _check_request(backend: AttentionBackend, config: ConformanceConfig) -> None:
+    """Raises UserError for what cannot be checked: that is no verdict on the backend."""
+    for key, values in (("features", config.features), ("dtypes", config.dtypes)):
+        if values is not None and not values:
+            raise UserError(f"{key}=[]: nothing would be checked; name some, or leave it out")
+    claimed = backend.capabilities.features
+    if unclaimed := [name for name in config.features or () if Feature(name) not in claimed]:
+        has = ", ".join(sorted(claimed))
+        raise UserError(f"features: {backend.name} does not claim {unclaimed[0]}; it claims {has}")
+    if refusal := _refusal(backend, config.device):
+        raise UserError(f"backend={config.backend} device={config.device}: {refusal}")
+
+
+def _refusal(backend: AttentionBackend, device: str) -> str:
+    """Why it refuses even plain attention here; empty when it does not, or asking fails (which the suite reports)."""
+    refusals = set()
+    for dtype in backend.capabilities.dtypes.get(device, ()):
+        call = AttentionCall(device=device, dtype=dtype, n_queries=8, n_keys=8)
+        for causal in (True, False):
+            try:
+                reasons = backend.unsupported(AttentionSpec(causal=causal), call)
+            except Exception:  # noqa: BLE001  # somebody's code
+                return ""
+            if not reasons:
+                return ""
+            refusals.add("; ".join(map(str, reasons)))
+    return min(refusals, default="")
 
 
 def load(name: str) -> AttentionBackend:

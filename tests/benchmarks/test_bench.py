@@ -138,8 +138,9 @@ def test_what_raises_becomes_a_row_and_the_suite_goes_on(bench) -> None:
 
 
 def test_what_a_backend_refuses_is_skipped_with_its_reasons(bench) -> None:
-    code, _, rows = bench("attention", "backend=flex", "peers=[]")
-    assert code == 0
+    code, out, rows = bench("attention", "backend=flex", "peers=[]")
+    assert code == 1
+    assert "backend=flex measured nothing here" in out
     assert {row["status"] for row in rows} == {"skipped"}
     assert "backward on cpu" in rows[0]["reason"]
 

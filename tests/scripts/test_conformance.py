@@ -53,6 +53,9 @@ def test_a_users_class(own_module: str, capsys: pytest.CaptureFixture[str]) -> N
         ("backend=own_kernels:Nope", "own_kernels has no 'Nope'"),
         ("backend=own_kernels:not_one", "no attention backend, because it has no name, capabilities, unsupported"),
         ("backend=sdpa features=[windw]", "no feature is called windw; there are alibi, backward"),
+        ("backend=sdpa features=[softcap]", "features: sdpa does not claim softcap; it claims alibi"),
+        ("backend=sdpa features=[]", "features=[]: nothing would be checked"),
+        ("backend=triton", "backend=triton device=cpu: device=cpu (only interpreted: set TRITON_INTERPRET=1"),
         ("backend=flex dtypes=[bf16]", "does not claim bfloat16 on cpu; it has float32, float64"),
     ],
 )
