@@ -100,7 +100,7 @@ def _narrowed(name: str, positions: Tensor, spec: AttentionSpec) -> Tensor:
             n = len(layout.pattern) * layout.q_block if queries else len(layout.pattern[0]) * layout.kv_block
             if last >= n:
                 raise ValueError(f"block_sparse covers {n} positions, but context.{name} reaches {last}")
-    return positions.int().contiguous()
+    return positions.clamp(min=-(2**30)).int().contiguous()  # an empty slot stays negative, however it is marked
 
 
 def narrows(spec: AttentionSpec) -> bool:

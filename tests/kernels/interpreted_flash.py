@@ -83,6 +83,12 @@ def test_positions_that_cannot_be_counted_are_refused_by_name() -> None:
         results(True, AttentionSpec(causal=True), context)
 
 
+def test_an_empty_slot_is_empty_however_negative() -> None:
+    positions = torch.arange(S)[None].clone()
+    positions[:, :5] = -(2**32)  # 0 in 32 bits
+    assert_same(AttentionSpec(causal=True), AttentionContext(q_positions=positions[:, S - T :], kv_positions=positions))
+
+
 def test_positions_past_a_layout_are_refused_by_name() -> None:
     layout = BlockLayout.from_rows([[1, 0], [1, 1]], q_block=16, kv_block=16)
     context = AttentionContext(q_positions=torch.arange(T)[None], kv_positions=torch.arange(30, 30 + S)[None])
