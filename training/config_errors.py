@@ -103,6 +103,9 @@ def translate(schema: type, raw: Mapping[str, Any], errors: Iterable[Mapping[str
 def wrong(schema: type, path: str, value: object) -> Problem:
     """A known key holds something it may not."""
     key = find(schema, path)
+    owner, _, item = path.rpartition(".")
+    if key is None and item.isdecimal():  # an item of a list: its key says what items may be
+        key, path = find(schema, owner), owner
     if key is None:
         inside = children(schema, section(schema, path) or path)
         expected = f"a section with {', '.join(inside)}" if inside else "nothing here"

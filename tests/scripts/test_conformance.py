@@ -54,6 +54,7 @@ def test_a_users_class(own_module: str, capsys: pytest.CaptureFixture[str]) -> N
         ("backend=own_kernels:not_one", "no attention backend, because it has no name, capabilities, unsupported"),
         ("backend=sdpa features=[windw]", "no feature is called windw; there are alibi, backward"),
         ("backend=sdpa features=[softcap]", "features: sdpa does not claim softcap; it claims alibi"),
+        ("backend=sdpa dtypes=[fp8]", "dtypes=fp8: expected a list, each item one of fp32, bf16, fp16, fp64, or null"),
         ("backend=sdpa features=[]", "features=[]: nothing would be checked"),
         ("backend=triton", "backend=triton device=cpu: device=cpu (only interpreted: set TRITON_INTERPRET=1"),
         ("backend=flex dtypes=[bf16]", "does not claim bfloat16 on cpu; it has float32, float64"),
