@@ -9,7 +9,8 @@ The runs' directories are temporary: what stays is the losses.
 Two bf16 runs that round differently cannot stay together step by step: a rounding moves a weight, every later gradient
 differs, and the distance grows. That noise changes sign from step to step; a wrong kernel's error does not. So |Δloss|
 is given as it is, and of the mean over the last ten steps, which the target of 5e-3 is asked of. A third backend shows
-how far two correct kernels get apart anyway.
+how far two correct kernels get apart anyway, and `backends=sdpa,sdpa` how far one gets from itself: the second run is
+called `sdpa#2`, and torch's FlashAttention adds dQ up with atomics, so it is not the first.
 """
 
 from __future__ import annotations
@@ -89,6 +90,19 @@ def train(backend: str, arguments: Sequence[str], directory: Path) -> Curve:
     return Curve(backend, loss, int(told[-1].partition("=")[2]) if told else None)
 
 
+def distinct(backends: Sequence[str]) -> list[str]:
+    """Names for the runs: a backend's second run is `sdpa#2`.
+
+    >>> distinct(["sdpa", "triton", "sdpa"])
+    ['sdpa', 'triton', 'sdpa#2']
+    """
+    seen: list[str] = []
+    for backend in backends:
+        again = sum(each.partition("#")[0] == backend for each in seen)
+        seen.append(f"{backend}#{again + 1}" if again else backend)
+    return seen
+
+
 def distance(one: np.ndarray, other: np.ndarray) -> Distance:
     """Of two curves of the same steps. Raises ValueError when one is shorter or holds a NaN."""
     if one.shape != other.shape or not np.isfinite([one, other]).all():
@@ -108,11 +122,14 @@ def main(arguments: Sequence[str]) -> int:
     backends = own.get("backends", "triton,sdpa,flex").split(",")
     output = output_directory(own.get("output"), smoke=False)
     with tempfile.TemporaryDirectory() as runs:
-        curves = {name: train(name, passed, Path(runs) / name) for name in backends}
+        curves = {
+            name: train(backend, passed, Path(runs) / name)
+            for name, backend in zip(distinct(backends), backends, strict=True)
+        }
     reference = curves["sdpa" if "sdpa" in curves else backends[-1]]
 
     rows: list[dict[str, object]] = []
-    for curve in curves.values():
+    for name, curve in curves.items():
         if curve is reference:
             continue
         apart = distance(curve.loss, reference.loss)
@@ -120,7 +137,7 @@ def main(arguments: Sequence[str]) -> int:
             {
                 "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
                 "command": f"python -m longspan.benchmarks.loss_curves {' '.join(arguments)}",
-                "backend": curve.backend,
+                "backend": name,
                 "against": reference.backend,
                 "steps": len(curve.loss),
                 "largest_difference": round(apart.raw, 6),

@@ -111,16 +111,21 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-@lru_cache(maxsize=1)
 def _capability() -> tuple[int, int] | None:
     """Of the oldest GPU that this process sees."""
+    return _oldest_gpu()
+
+
+# As in registry: what torch.compiler.assume_constant_result does, without importing dynamo. It has to stand on a plain
+# function: dynamo looks through the wrapper of lru_cache and traces what it wraps.
+_capability._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # functions take attributes
+
+
+@lru_cache(maxsize=1)
+def _oldest_gpu() -> tuple[int, int] | None:
     if not torch.cuda.is_available():
         return None
     return min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
-
-
-# As in registry: what torch.compiler.assume_constant_result does, without importing dynamo.
-_capability._dynamo_marked_constant = True  # pyright: ignore[reportAttributeAccessIssue]  # wrappers take attributes
 
 
 def _plan(context: AttentionContext, spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.device) -> Plan:

@@ -50,6 +50,14 @@ def test_all_are_compared_with_sdpa(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert json.loads((tmp_path / "loss_curves.jsonl").read_text())["loss"]["b"] == [3.01] * 20
 
 
+def test_a_backend_named_twice_is_compared_with_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    losses = iter((3.0, 3.002))
+    monkeypatch.setattr(loss_curves, "train", lambda backend, *_: Curve(backend, np.full(20, next(losses)), None))
+    assert main(["backends=sdpa,sdpa", f"output={tmp_path}"]) == 0
+    (row,) = csv.DictReader((tmp_path / "loss_curves.csv").read_text().splitlines())
+    assert (row["backend"], row["against"], row["largest_difference"]) == ("sdpa#2", "sdpa", "0.002")
+
+
 @pytest.mark.slow
 def test_two_backends_train_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two real runs of a tiny model on a CPU, each in a process of its own."""
