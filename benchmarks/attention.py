@@ -16,9 +16,9 @@ import torch
 
 from longspan.kernels.attention import UnsupportedAttention
 
-from .contenders import OURS, Contender, contenders, installed
+from .contenders import OURS, Contender, contenders
 from .entrants import Entrant, rows_of, summary
-from .environment import assembler, describe
+from .environment import facts_of_run
 from .plan import Plan
 from .plots import draw
 from .rows import Row, Status, markdown, save
@@ -51,18 +51,6 @@ class Outcome:
         """Nothing of ours was void or failed, and the GPU is still there."""
         ours = (row for row in self.rows if row.contender.startswith(OURS))
         return not any(row.status in ("void", "failed") for row in ours) and "GPU" not in self.stopped
-
-
-def facts_of_run() -> dict[str, str]:
-    """Versions of everything that a number depends on."""
-    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
-    return {
-        **describe(),
-        "ptxas": assembler(),
-        "cudnn": "none" if cudnn is None else str(cudnn),
-        "transformers": installed("transformers"),
-        "flash_attn_4": installed("flash-attn-4"),
-    }
 
 
 def run(plan: Plan, tell: Tell = print) -> Outcome:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -310,14 +309,6 @@ class Flash4:
             return out
 
         return _time_first(inputs, forward)
-
-
-def installed(package: str) -> str:
-    """Its version, or "none"."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
 
 
 def _missing(module: str, package: str) -> str | None:

@@ -10,6 +10,7 @@ import re
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -35,6 +36,26 @@ def describe() -> dict[str, str]:
         facts["device"] = platform.processor() or platform.machine()
         facts["driver"] = "none"
     return facts
+
+
+def facts_of_run() -> dict[str, str]:
+    """Versions of everything that a number depends on."""
+    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+    return {
+        **describe(),
+        "ptxas": assembler(),
+        "cudnn": "none" if cudnn is None else str(cudnn),
+        "transformers": installed("transformers"),
+        "flash_attn_4": installed("flash-attn-4"),
+    }
+
+
+def installed(package: str) -> str:
+    """Its version, or "none"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def assembler() -> str:

@@ -27,8 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .attention import facts_of_run
-from .environment import append, output_directory
+from .environment import append, facts_of_run, output_directory
 
 TARGET = 5e-3
 _WINDOW = 10

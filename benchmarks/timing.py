@@ -112,6 +112,21 @@ def interleaved(steps: Mapping[str, Step], clock: Clock, repetitions: int) -> di
     return samples
 
 
+def interleaved_calls(
+    calls: Mapping[str, Callable[[], object]], clock: Clock, repetitions: int
+) -> dict[str, list[float]]:
+    """Milliseconds of each call of each contender, in turn as in `interleaved`; for what has no backward pass."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for repetition in range(repetitions if names else 0):
+        turn = repetition % len(names)
+        readings = [(name, clock.time(calls[name])[1]) for name in names[turn:] + names[:turn]]
+        clock.synchronize()
+        for name, reading in readings:
+            samples[name].append(reading())
+    return samples
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes. peak: the most allocated beyond the inputs; scratch: the same without output and gradients."""
