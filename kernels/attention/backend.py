@@ -43,18 +43,26 @@ class Feature(StrEnum):
     POSITIONS = "positions"  # explicit q_positions or kv_positions
     KV_LENGTHS = "kv_lengths"
     PAGED = "paged"
+    QUANTIZED_KV = "quantized_kv"  # k and v stored in eight bits, with scales
     LSE = "lse"
     BACKWARD = "backward"
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:
-    """Per-head tensors. alibi_slopes [H], sink_logits [H]; dropout_seed: int64 scalar that makes dropout replayable
-    (None draws one from torch's generator)."""
+    """What a call takes beside q, k and v.
+
+    alibi_slopes [H], sink_logits [H]
+    dropout_seed   int64 scalar that makes dropout replayable; None draws one from torch's generator
+    k_scale_BSG, v_scale_BSG [B, S, G] fp32 or fp16, of k and v stored in eight bits: stored value × scale = value. With
+                   a page table pools [n_pages, page, G]
+    """
 
     alibi_slopes: Tensor | None = None
     sink_logits: Tensor | None = None
     dropout_seed: Tensor | None = None
+    k_scale_BSG: Tensor | None = None
+    v_scale_BSG: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +80,7 @@ class AttentionCall:
     phase: Phase = Phase.TRAIN
     device: str = "cpu"  # device type
     dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None  # None: dtype
     head_dim: int = 64
     value_dim: int | None = None  # None: head_dim
     n_heads: int = 1
@@ -115,6 +124,8 @@ def needed(spec: AttentionSpec, call: AttentionCall) -> dict[Feature, str]:
     want(Feature.POSITIONS, call.positions)
     want(Feature.KV_LENGTHS, call.kv_lengths)
     want(Feature.PAGED, call.paged)
+    stored = call.dtype if call.kv_dtype is None else call.kv_dtype
+    want(Feature.QUANTIZED_KV, stored != call.dtype, short(stored))
     want(Feature.LSE, call.needs_lse)
     want(Feature.BACKWARD, call.needs_grad)
     return wants
@@ -129,6 +140,7 @@ class Capabilities:
     dtypes: dict[str, tuple[torch.dtype, ...]]  # device type -> dtypes
     max_head_dim: int | None = None
     head_dim_multiple: int = 1
+    max_queries: int | None = None
     notes: dict[Feature, str] | None = None  # why a missing feature is missing: "lse": "returns none"
 
 
@@ -207,7 +219,8 @@ class PreparesContext(Protocol):
 
 
 def check(capabilities: Capabilities, spec: AttentionSpec, call: AttentionCall) -> tuple[Reason, ...]:
-    """Reasons that follow from the capabilities alone: missing features, dtype on the device, head dims, phase."""
+    """Reasons that follow from the capabilities alone: missing features, dtype on the device, head dims, queries,
+    phase."""
     reasons: list[Reason] = []
     notes = capabilities.notes or {}
     for feature, asked in needed(spec, call).items():
@@ -226,6 +239,8 @@ def check(capabilities: Capabilities, spec: AttentionSpec, call: AttentionCall) 
             reasons.append(Reason(f"head_dim={dim}", f"at most {capabilities.max_head_dim}"))
         if dim % capabilities.head_dim_multiple:
             reasons.append(Reason(f"head_dim={dim}", f"a multiple of {capabilities.head_dim_multiple}"))
+    if capabilities.max_queries is not None and (call.n_queries or 0) > capabilities.max_queries:
+        reasons.append(Reason(f"n_queries={call.n_queries}", f"at most {capabilities.max_queries}"))
     return tuple(reasons)
 
 

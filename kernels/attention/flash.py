@@ -1,4 +1,4 @@
-"""The `triton` backend: our fused FlashAttention kernels, forward and backward, for everything but pages.
+"""The `triton` backend: our fused FlashAttention kernels, for everything but pages and keys in eight bits.
 
 This module imports no triton; the kernels (`triton/`) are imported by the first call.
 """
@@ -30,13 +30,13 @@ class Triton:
 
     name = "triton"
     capabilities = Capabilities(
-        features=frozenset(Feature) - {Feature.PAGED},
+        features=frozenset(Feature) - {Feature.PAGED, Feature.QUANTIZED_KV},
         dtypes={
             "cpu": (torch.float32, torch.float16),
             "cuda": (torch.bfloat16, torch.float16, torch.float32),
         },
         max_head_dim=256,
-        notes={Feature.PAGED: "needs contiguous keys"},
+        notes={Feature.PAGED: "needs contiguous keys", Feature.QUANTIZED_KV: "needs the inputs' dtype"},
     )
 
     def __init__(self) -> None:

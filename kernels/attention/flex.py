@@ -38,19 +38,20 @@ _STRIP = 2**24  # pairs that are materialised at a time while blocks are classif
 
 
 class Flex:
-    """Everything but dropout and pages, in torch's compiled kernel (CUDA).
+    """Everything but dropout, pages and keys in eight bits, in torch's compiled kernel (CUDA).
 
     On CPU it runs uncompiled and forward only: there to check masks, not for speed.
     """
 
     name = "flex"
     capabilities = Capabilities(
-        features=frozenset(Feature) - {Feature.DROPOUT, Feature.PAGED},
+        features=frozenset(Feature) - {Feature.DROPOUT, Feature.PAGED, Feature.QUANTIZED_KV},
         dtypes={"cpu": (torch.float32, torch.float64), "cuda": (torch.bfloat16, torch.float16, torch.float32)},
         max_head_dim=256,
         notes={
             Feature.DROPOUT: "no hook after the softmax",
             Feature.PAGED: "needs contiguous keys",
+            Feature.QUANTIZED_KV: "needs the inputs' dtype",
             Feature.BACKWARD: "on CUDA only",
         },
     )

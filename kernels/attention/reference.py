@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .backend import AttentionCall, AttentionOutput, AttentionParams, Capabilities, Feature, Reason, check
 from .context import AttentionContext
+from .quantize import dequantize
 from .spec import AttentionSpec
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -37,6 +38,7 @@ class Reference:
         params: AttentionParams,
         return_lse: bool = False,
     ) -> AttentionOutput:
+        k_BSGD, v_BSGE = dequantized(q_BTHD, k_BSGD, v_BSGE, params)
         if context.page_table is not None:
             k_BSGD, v_BSGE = (gather_pages(pool, context) for pool in (k_BSGD, v_BSGE))
         k_BSGD, v_BSGE = context.without_empty_slots(k_BSGD, v_BSGE)
@@ -99,7 +101,18 @@ def key_distance(context: AttentionContext, n_queries: int, n_keys: int, device:
     return (q_pos[:, :, None] - context.key_positions(n_keys, device)[:, None, :]).abs()
 
 
-# -- paged keys --------------------------------------------------------------------------------------------------------
+# -- keys as they are stored -------------------------------------------------------------------------------------------
+
+
+def dequantized(
+    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, params: AttentionParams, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """k and v as numbers where they are stored in eight bits: in `dtype`, by default fp32 (fp64 for an fp64 q)."""
+    if params.k_scale_BSG is None or params.v_scale_BSG is None:
+        return k_BSGD, v_BSGE
+    if dtype is None:
+        dtype = torch.float64 if q_BTHD.dtype == torch.float64 else torch.float32
+    return dequantize(k_BSGD, params.k_scale_BSG, dtype), dequantize(v_BSGE, params.v_scale_BSG, dtype)
 
 
 def gather_pages(pool: Tensor, context: AttentionContext) -> Tensor:

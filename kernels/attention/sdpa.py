@@ -62,6 +62,7 @@ class SDPA:
             Feature.LSE: "returns none",
             Feature.DROPOUT: "its random numbers cannot be replayed",
             Feature.PAGED: "needs contiguous keys",
+            Feature.QUANTIZED_KV: "needs the inputs' dtype",
             Feature.SOFTCAP: "no hook between scores and softmax",
             Feature.LEARNED_SINK: "needs the lse, which it does not return",
             Feature.ALIBI: "float32 and float64",

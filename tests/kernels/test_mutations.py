@@ -41,7 +41,7 @@ class Small:
 
     name = "small"
     capabilities = Capabilities(
-        features=frozenset(Feature) - {F.PAGED},
+        features=frozenset(Feature) - {F.PAGED, F.QUANTIZED_KV},
         dtypes={"cpu": (torch.float32, torch.float16, torch.bfloat16)},
         max_head_dim=256,
     )
