@@ -76,6 +76,10 @@ class Tokenizer:
         """Text of the ids; bytes that are not UTF-8 (a character cut in half) show as U+FFFD."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
+    def stream(self) -> StreamDecoder:
+        """Text of ids that come one by one."""
+        return StreamDecoder(self)
+
     def save(self, directory: Path | str) -> None:
         """Write tokenizer.json (and tokenizer_config.json, where only that tells which token ends a document)."""
         directory = Path(directory)
