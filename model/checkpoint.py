@@ -1,6 +1,6 @@
 """Checkpoint directories: a model as config.json + model.safetensors, sealed by a manifest.
 
-    config.json         the DecoderConfig as plain JSON
+    config.json         the model's config as plain JSON
     model.safetensors   weights under their unfused names (q_proj, k_proj, v_proj); no pickle anywhere
     tokenizer.json      if there is one
     lineage.json        how the model was made: run, parent, data, commit
@@ -33,6 +33,7 @@ from .checkpoint_files import (
     WEIGHTS,
     CheckpointError,
     load_config,
+    load_decoder_config,
     resolve_checkpoint,
     sha256_of,
     step_directory,
@@ -51,6 +52,7 @@ __all__ = [
     "SavesItself",
     "check_weights",
     "load_config",
+    "load_decoder_config",
     "load_model",
     "load_weights",
     "remove_unfinished",
@@ -198,7 +200,7 @@ def load_model(
     Raises CheckpointError, in one line, for anything that is missing, damaged, foreign or of another shape.
     """
     directory = Path(directory)
-    config = load_config(directory)
+    config = load_decoder_config(directory)
     verify(directory)
     model = from_config(config, fused_qkv=fused_qkv, device="meta")
     weights = load_weights(directory)

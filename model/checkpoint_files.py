@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from .config import DecoderConfig, ModelConfigError, from_dict, near
+from .config import ARCHITECTURES, DecoderConfig, ModelConfig, ModelConfigError, from_dict, near
 
 CONFIG, WEIGHTS, TOKENIZER, LINEAGE, MANIFEST = (
     "config.json",
@@ -20,7 +20,6 @@ CONFIG, WEIGHTS, TOKENIZER, LINEAGE, MANIFEST = (
     "lineage.json",
     "manifest.json",
 )
-_ARCHITECTURES = ("decoder",)
 
 logger = logging.getLogger("longspan.model")
 
@@ -54,7 +53,7 @@ def verify(directory: Path | str) -> None:
             raise CheckpointError(f"{directory / name} does not match its sha256 in the manifest: it was altered")
 
 
-def load_config(directory: Path | str) -> DecoderConfig:
+def load_config(directory: Path | str) -> ModelConfig:
     """The config of a checkpoint directory. Raises CheckpointError for a missing, damaged or foreign one."""
     directory = Path(directory)
     path = directory / CONFIG
@@ -64,15 +63,28 @@ def load_config(directory: Path | str) -> DecoderConfig:
         raise CheckpointError(f"{directory} holds no {CONFIG}: it is not a checkpoint directory")
     raw = _json(path)
     architecture = raw.get("architecture")
-    if architecture not in _ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         found = f"architecture {architecture!r}" if architecture is not None else "no architecture"
         if "model_type" in raw:
             found = f"a Hugging Face model of type {raw['model_type']!r}"
-        raise CheckpointError(f"{path} describes {found}; this version reads: {', '.join(_ARCHITECTURES)}")
+        raise CheckpointError(f"{path} describes {found}; this version reads: {', '.join(ARCHITECTURES)}")
     try:
         return from_dict(raw)
     except ModelConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def load_decoder_config(directory: Path | str) -> DecoderConfig:
+    """As `load_config`, where only a decoder will do: to generate, to continue a language model's training.
+
+    Raises CheckpointError for another architecture as well.
+    """
+    config = load_config(directory)
+    if not isinstance(config, DecoderConfig):
+        raise CheckpointError(
+            f"{directory} holds an {config.architecture}; this needs a decoder, which predicts tokens"
+        )
+    return config
 
 
 def sha256_of(path: Path) -> str:

@@ -8,7 +8,9 @@ from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from .config import DecoderConfig, ModelConfigError, from_dict
+from longspan.kernels.attention.spec import AttentionSpec, Window
+
+from .config import AttentionPlan, DecoderConfig, EncoderConfig, ModelConfig, ModelConfigError, from_dict
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -38,9 +40,35 @@ def _llama(n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_ff: int
     )
 
 
+def _bert(
+    n_layers: int, d_model: int, n_heads: int, *, spec: AttentionSpec | None = None, dropout: float = 0.1
+) -> EncoderConfig:
+    """Devlin et al. 2019 (arXiv 1810.04805), §3: post-norm, GELU, two token types, dropout everywhere."""
+    spec = AttentionSpec(causal=False, dropout=dropout) if spec is None else spec
+    return EncoderConfig(
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=n_heads,
+        d_ff=4 * d_model,
+        dropout=dropout,
+        attention=AttentionPlan(patterns={"layer": spec}, layers=("layer",)),
+    )
+
+
+def _roberta(base: EncoderConfig) -> EncoderConfig:
+    """Liu et al. 2019 (arXiv 1907.11692): BERT with GPT-2's vocabulary and one token type; its position table begins at
+    row 2."""
+    return replace(base, vocab_size=50265, n_types=1, norm_eps=1e-5, position_offset=2)
+
+
+def _longformer(each_side: int, *, dropout: float = 0.1) -> AttentionSpec:
+    """Beltagy et al. 2020 (arXiv 2004.05150), §3: a window on either side, and global tokens."""
+    return AttentionSpec(causal=False, window=Window.symmetric(each_side), global_tokens=True, dropout=dropout)
+
+
 _TINY = DecoderConfig(vocab_size=256, n_layers=2, d_model=64, n_heads=4, d_ff=256, max_positions=128)
 
-CONFIGS: Mapping[str, DecoderConfig] = MappingProxyType(
+DECODERS: Mapping[str, DecoderConfig] = MappingProxyType(
     {
         # The GPT-2 family: parameters as published.
         "gpt2-small": _gpt2(12, 768, 12),  # 124,439,808
@@ -72,8 +100,34 @@ CONFIGS: Mapping[str, DecoderConfig] = MappingProxyType(
     }
 )
 
+_TINY_BERT = replace(_bert(2, 64, 4, dropout=0.0), vocab_size=256, max_positions=128)
 
-def configure(name: str, overrides: Mapping[str, object] | None = None) -> DecoderConfig:
+ENCODERS: Mapping[str, EncoderConfig] = MappingProxyType(
+    {
+        # With the masked-LM head and without pooler; parameters as published.
+        "bert-base": _bert(12, 768, 12),
+        "bert-large": _bert(24, 1024, 16),
+        "roberta-base": _roberta(_bert(12, 768, 12)),
+        "roberta-large": _roberta(_bert(24, 1024, 16)),
+        "longformer-base": replace(
+            _roberta(_bert(12, 768, 12, spec=_longformer(256))), max_positions=4096, global_projections=True
+        ),
+        # For tests.
+        "bert-tiny": _TINY_BERT,
+        "longformer-tiny": replace(
+            _TINY_BERT,
+            n_types=1,
+            position_offset=2,
+            attention=AttentionPlan(patterns={"layer": _longformer(8, dropout=0.0)}, layers=("layer",)),
+            global_projections=True,
+        ),
+    }
+)
+
+CONFIGS: Mapping[str, ModelConfig] = MappingProxyType({**DECODERS, **ENCODERS})
+
+
+def configure(name: str, overrides: Mapping[str, object] | None = None) -> ModelConfig:
     """The named config with some fields replaced (`attention` as an AttentionPlan or as plain dicts).
 
     Raises ValueError for an unknown name, ModelConfigError for unknown fields and impossible values, each with the
@@ -92,4 +146,7 @@ def build(name: str, overrides: Mapping[str, object] | None = None, *, seed: int
     """A freshly initialised model of a named size; `seed=None` draws one from torch's generator."""
     from .decoder import from_config
 
-    return from_config(configure(name, overrides), seed=seed)
+    config = configure(name, overrides)
+    if not isinstance(config, DecoderConfig):
+        raise ModelConfigError([f"{name} is an {config.architecture}; only decoders can be built"])
+    return from_config(config, seed=seed)

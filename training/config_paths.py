@@ -13,7 +13,7 @@ from pathlib import Path
 from longspan.model.checkpoint_files import (
     CONFIG,
     CheckpointError,
-    load_config,
+    load_decoder_config,
     step_directories,
     why_no_checkpoint,
 )
@@ -120,6 +120,6 @@ def _model_of(checkpoint: str) -> DecoderConfig | None:
     if chosen is None:
         return None
     try:
-        return load_config(chosen)
+        return load_decoder_config(chosen)
     except CheckpointError:
         return None

@@ -223,6 +223,8 @@ def _model(request: Any, raw: Raw) -> tuple[DecoderConfig | None, list[Problem]]
     patterns, layers = request.attention.patterns, request.attention.layers
     try:
         start = configure(request.model.name, overrides) if request.model.name else from_dict(overrides)
+        if not isinstance(start, DecoderConfig):
+            raise ModelConfigError([f"name={request.model.name}: is an {start.architecture}; this takes a decoder"])
         if patterns is None:
             plan = start.attention if layers is None else replace(start.attention, layers=layers)
         elif layers is None and len(patterns) != 1:

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from longspan.kernels.attention.spec import AttentionSpec
 from longspan.model.config import DecoderConfig, HeadGroup
-from longspan.model.zoo import CONFIGS
+from longspan.model.zoo import DECODERS
 
 from .config_keys import documented
 
@@ -336,7 +336,7 @@ def _model_section() -> type:
     hints, meanings = get_type_hints(DecoderConfig), documented(DecoderConfig)
     named = (
         "name",
-        Literal[tuple(CONFIGS)] | None,  # pyright: ignore[reportOperatorIssue]: the names are known at run time
+        Literal[tuple(DECODERS)] | None,  # pyright: ignore[reportOperatorIssue]: the names are known at run time
         Field(default=None, description="named size to start from; null: the keys below alone"),
     )
     overrides = [

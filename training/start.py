@@ -131,7 +131,7 @@ def model_of(config: RunConfig, origin: Origin) -> DecoderConfig:
     wanted = resolved_model(config)
     if origin.checkpoint is None:
         return wanted
-    found = model_checkpoint.load_config(origin.checkpoint)
+    found = model_checkpoint.load_decoder_config(origin.checkpoint)
     differing = _differences(wanted, found)
     if origin.parent is not None:
         if differing:

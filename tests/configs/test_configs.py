@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from longspan.model.zoo import CONFIGS as SIZES
+from longspan.model.zoo import DECODERS as SIZES
 from longspan.scripts.cli import VERBS, main
 from longspan.scripts.compose import CONFIGS, compose, group_options
 from longspan.training import schema

@@ -18,7 +18,7 @@ from longspan.model import accounting
 from longspan.model.cache import ContiguousCache, cache_bytes
 from longspan.model.config import AttentionPlan, DecoderConfig, HeadGroup
 from longspan.model.decoder import from_config
-from longspan.model.zoo import CONFIGS, build, configure
+from longspan.model.zoo import DECODERS, build, configure
 
 PUBLISHED = {
     "gpt2-small": 124_439_808,
@@ -50,10 +50,10 @@ SINKS = AttentionPlan(
 )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", DECODERS)
 def test_parameters_equal_the_models(name: str) -> None:
-    model = from_config(CONFIGS[name], device="meta")
-    count = accounting.parameters(CONFIGS[name])
+    model = from_config(DECODERS[name], device="meta")
+    count = accounting.parameters(DECODERS[name])
     assert count.total == sum(parameter.numel() for parameter in model.parameters())
     assert count.blocks == sum(parameter.numel() for parameter in model.blocks.parameters())
     assert count.embedding == model.embedding.weight.numel()
@@ -163,7 +163,7 @@ def test_packed_flops_are_the_mean_over_the_sequences(spec: AttentionSpec, split
 
 
 def test_packed_flops_refuse_what_they_cannot_count() -> None:
-    config = CONFIGS["llama-tiny"]
+    config = DECODERS["llama-tiny"]
     with pytest.raises(ValueError, match="add up to 23 tokens a sequence, not to length=24"):
         accounting.packed_training_flops_per_token(config, length=24, documents={11: 1.0, 12: 1.0})
     layout = BlockLayout.from_rows([[1]], q_block=128, kv_block=128)
@@ -194,14 +194,16 @@ def test_the_uncut_convention_charges_every_query_for_the_row() -> None:
 
 def test_documents_that_do_not_add_up_are_refused() -> None:
     with pytest.raises(ValueError, match=r"add up to 30, not to length=31"):
-        accounting.forward_flops(CONFIGS["gpt-tiny"], length=31, documents=[10, 20])
+        accounting.forward_flops(DECODERS["gpt-tiny"], length=31, documents=[10, 20])
 
 
 def test_gpt2_small_flops_per_token_by_hand() -> None:
     """6 * matrices + attention of Radford's 124M at 1024: 6 * (84.9M + 38.6M) + 12 * 12 * 768 * 1025 / 2."""
     matrices = 12 * (4 * 768 * 768 + 2 * 768 * 3072) + 768 * 50257
     expected = 6 * matrices + 3 * 12 * 4 * 768 * 1025 / 2
-    assert accounting.training_flops_per_token(CONFIGS["gpt2-small"], length=1024) == pytest.approx(expected, rel=1e-12)
+    assert accounting.training_flops_per_token(DECODERS["gpt2-small"], length=1024) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), ("bfloat16", 2), (torch.float16, 2), ("float64", 8)])
@@ -250,7 +252,7 @@ def test_activation_estimate_matches_what_autograd_keeps(name: str) -> None:
 
 
 def test_training_memory_terms_add_up() -> None:
-    config = CONFIGS["gpt2-small"]
+    config = DECODERS["gpt2-small"]
     n = accounting.parameters(config).total
     fp32 = accounting.training_memory(config, micro_batch=4, length=1024, precision="fp32")
     mixed = accounting.training_memory(config, micro_batch=4, length=1024, precision="bf16-mixed")

@@ -183,7 +183,7 @@ def test_any_plan_survives_json(kinds: dict[str, object], alibi: bool) -> None:
         ({"bias": 1}, "bias=1: it is true or false"),
         ({"dropout": "0.1"}, "dropout='0.1': it is a number"),
         ({"positions": "rotary"}, "positions='rotary': it is one of learned, rope"),
-        ({"architecture": "encoder"}, "architecture='encoder': it is one of decoder"),
+        ({"architecture": "encodr"}, "architecture='encodr': it is one of decoder, encoder"),
         ({"attention": []}, "attention: a mapping of keys, not []"),
         ({"attention": {"patterns": {"a": {}}, "layers": ["a"]}}, "attention.patterns.a: 'causal' is missing"),
         ({"attention": {"patterns": {"a": {"causal": True, "windw": {}}}, "layers": ["a"]}}, "did you mean 'window'?"),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from longspan.kernels.attention import AttentionSpec, Window
-from longspan.model.zoo import CONFIGS
+from longspan.model.zoo import DECODERS
 from longspan.training.config_errors import COMMAND_LINE, ConfigError
 from longspan.training.config_keys import documented, find, keys
 from longspan.training.errors import UserError
@@ -53,14 +53,14 @@ def test_a_sound_config_becomes_plain_dataclasses() -> None:
     config = validate(merged(LLAMA, {"trainer": {"steps": 7}, "attention": {"backend": "sdpa"}}))
     assert config.trainer.steps == 7
     assert config.model.vocab_size == 8192
-    assert config.model.n_layers == CONFIGS["llama-tiny"].n_layers
+    assert config.model.n_layers == DECODERS["llama-tiny"].n_layers
     assert config.model_name == "llama-tiny"
     assert (config.attention_backend.train, config.attention_backend.decode) == ("sdpa", "sdpa")
     assert config.directory == "runs/run"
     assert validate(merged(LLAMA, {"output": "here"})).directory == "here"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", DECODERS)
 def test_what_is_written_down_reads_back_the_same(name: str) -> None:
     raw = {
         "model": {"name": name, "dropout": 0.1},
@@ -70,7 +70,7 @@ def test_what_is_written_down_reads_back_the_same(name: str) -> None:
             "backend": {"train": ["flex", "reference"]},
         },
     }
-    if CONFIGS[name].vocab_size < 257:
+    if DECODERS[name].vocab_size < 257:
         raw["model"]["vocab_size"] = 300
     config = validate(raw)
     written = json.loads(json.dumps(as_request(config)))  # plain data throughout
@@ -344,7 +344,7 @@ def test_null_is_a_value_where_it_is_allowed() -> None:
     config = validate(merged(LLAMA, {"model": {"n_kv_heads": None}, "trainer": {"clip": None}}))
     assert config.model.n_kv_heads is None
     assert config.trainer.clip is None
-    assert CONFIGS["llama-tiny"].n_kv_heads is not None
+    assert DECODERS["llama-tiny"].n_kv_heads is not None
 
 
 def test_an_attention_section_replaces_the_models_own() -> None:
@@ -355,7 +355,9 @@ def test_an_attention_section_replaces_the_models_own() -> None:
     groups = [{"heads": 2, "spec": window}, {"heads": 2, "spec": {"causal": True}}]
     config = validate(merged(LLAMA, {"attention": {"patterns": {"mixed": groups}}}))
     assert [group.heads for group in config.model.head_groups(0)] == [2, 2]
-    assert validate(merged(LLAMA, {"attention": {"patterns": None}})).model.attention == CONFIGS["llama-tiny"].attention
+    assert (
+        validate(merged(LLAMA, {"attention": {"patterns": None}})).model.attention == DECODERS["llama-tiny"].attention
+    )
 
 
 def test_numbers_may_be_written_as_yaml_and_people_write_them() -> None:
