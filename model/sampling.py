@@ -103,7 +103,7 @@ class Sampling:
 
 
 def sequence_seeds(sampling: Sampling, batch: int) -> list[int]:
-    """One seed a sequence. Those of `seed` start with itself: a prompt alone, a request and row 0 draw the same.
+    """One seed a sequence: those given, or `sequence_seed` of the one given.
 
     Raises ValueError when `seeds` are not as many as sequences.
     """
@@ -112,9 +112,15 @@ def sequence_seeds(sampling: Sampling, batch: int) -> list[int]:
             raise ValueError(f"{len(sampling.seeds)} seeds for {batch} sequences: one each")
         return list(sampling.seeds)
     first = int(torch.randint(2**31, ())) if sampling.seed is None else sampling.seed
-    # Hashed, not first + row: neighbouring seeds would share most of their rows.
-    others = (hashlib.sha256(f"{first}/{row}".encode()).digest() for row in range(1, batch))
-    return [first, *(int.from_bytes(digest[:8], "big") & MAX_SEED for digest in others)][:batch]
+    return [sequence_seed(first, row) for row in range(batch)]
+
+
+def sequence_seed(seed: int, row: int) -> int:
+    """The seed of one sequence of several. Row 0 has the seed itself: a prompt alone, a request, and the first of a
+    batch draw the same. The others' are hashed, since neighbouring seeds would otherwise share most of their rows."""
+    if row == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}/{row}".encode()).digest()[:8], "big") & MAX_SEED
 
 
 def choose(
