@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from longspan.kernels.attention import AttentionCall, AttentionContext, AttentionParams, AttentionSpec, Phase
+from longspan.kernels.attention.caching import CachedKeys, CacheStep
 from longspan.kernels.attention.registry import attend, prepare
 
-from .cache import KeyValueCache
 from .config import HeadGroup
 from .positions import FixedTable, rotate, slope_table
 
@@ -44,8 +44,8 @@ def effective(spec: AttentionSpec, *, documents: bool, global_tokens: bool, trai
     )
 
 
-def phase_of(cache: KeyValueCache | None, n_tokens: int) -> Phase:
-    if cache is None:
+def phase_of(step: CacheStep | None, n_tokens: int) -> Phase:
+    if step is None:
         return Phase.TRAIN
     return Phase.DECODE if n_tokens == 1 else Phase.PREFILL
 
@@ -100,32 +100,35 @@ class Attention(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
         context: AttentionContext,
-        cache: KeyValueCache | None,
+        step: CacheStep | None,
     ) -> Tensor:
-        q_BTHK, k_BSGK, v_BSGK = self._project(x_BTD)
+        """Attention goes by `context` without a cache; with one, by the context that the cache answers with."""
+        q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD)
         if rotation is not None:
-            q_BTHK, k_BSGK = rotate(q_BTHK, rotation), rotate(k_BSGK, rotation)
-        phase = phase_of(cache, x_BTD.shape[1])
-        if cache is not None:
-            k_BSGK, v_BSGK = cache.append(self.layer, k_BSGK, v_BSGK)
-            q_BTHK = q_BTHK.to(k_BSGK.dtype)  # a cache may be narrower than the model
+            q_BTHK, k_BTGK = rotate(q_BTHK, rotation), rotate(k_BTGK, rotation)
+        if step is None:
+            keys = CachedKeys(k_BTGK, v_BTGK, context)
+        else:
+            keys = step.append(self.layer, k_BTGK, v_BTGK)
+            if keys.k_scale_BSG is None:
+                q_BTHK = q_BTHK.to(keys.k_BSGD.dtype)  # a cache may be narrower than the model
 
-        situation = self._situation(context)
+        phase, situation = phase_of(step, x_BTD.shape[1]), self._situation(keys.context)
         one_of_many = len(self.groups) > 1
         outputs = []
         for group in self.groups:
             output = attend(
                 q_BTHK.narrow(2, *group.q) if one_of_many else q_BTHK,
-                k_BSGK.narrow(2, *group.kv) if one_of_many else k_BSGK,
-                v_BSGK.narrow(2, *group.kv) if one_of_many else v_BSGK,
+                keys.k_BSGD.narrow(2, *group.kv) if one_of_many else keys.k_BSGD,
+                keys.v_BSGE.narrow(2, *group.kv) if one_of_many else keys.v_BSGE,
                 spec=group.variants[situation],
-                context=context,
-                params=self._params(group),
+                context=keys.context,
+                params=self._params(group, keys),
                 backend=self.backends[phase],
             )
             outputs.append(output.out)
         out_BTHK = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-        if cache is not None:
+        if step is not None:
             out_BTHK = out_BTHK.to(x_BTD.dtype)
         return self.o_proj(out_BTHK.flatten(2))
 
@@ -133,9 +136,7 @@ class Attention(nn.Module):
         self,
         context: AttentionContext,
         *,
-        phase: Phase,
-        n_queries: int,
-        n_keys: int,
+        n_tokens: int,
         device: torch.device,
         dtype: torch.dtype,
         needs_grad: bool,
@@ -145,20 +146,20 @@ class Attention(nn.Module):
         situation = self._situation(context)
         for group in self.groups:
             call = AttentionCall(
-                phase=Phase.TRAIN if needs_grad else phase,
+                phase=Phase.TRAIN,
                 device=device.type,
                 dtype=dtype,
                 head_dim=self.head_dim,
                 value_dim=self.head_dim,
                 n_heads=group.q[1],
                 n_kv_heads=group.kv[1],
-                n_queries=n_queries,
-                n_keys=n_keys,
+                n_queries=n_tokens,
+                n_keys=n_tokens,
                 needs_grad=needs_grad,
                 positions=context.q_positions is not None or context.kv_positions is not None,
                 kv_lengths=context.kv_lengths is not None,
             )
-            prepare(context, group.variants[situation], call, device=device, backend=self.backends[phase])
+            prepare(context, group.variants[situation], call, device=device, backend=self.backends[Phase.TRAIN])
 
     def _situation(self, context: AttentionContext) -> tuple[bool, bool, bool]:
         documents = context.q_documents is not None or context.kv_documents is not None
@@ -175,15 +176,18 @@ class Attention(nn.Module):
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         return q, k, v
 
-    def _params(self, group: _Group) -> AttentionParams | None:
+    def _params(self, group: _Group, keys: CachedKeys) -> AttentionParams | None:
         slopes = sinks = None
         if group.alibi and self.slopes is not None:
             slopes = self.slopes.values.narrow(0, *group.q)
         if group.sinks is not None and self.sink_logits is not None:
             sinks = self.sink_logits.narrow(0, *group.sinks)
-        if slopes is None and sinks is None:
+        k_scale, v_scale = (
+            None if scale is None else scale.narrow(2, *group.kv) for scale in (keys.k_scale_BSG, keys.v_scale_BSG)
+        )
+        if slopes is None and sinks is None and k_scale is None:
             return None
-        return AttentionParams(alibi_slopes=slopes, sink_logits=sinks)
+        return AttentionParams(alibi_slopes=slopes, sink_logits=sinks, k_scale_BSG=k_scale, v_scale_BSG=v_scale)
 
 
 def _layout(groups: Sequence[HeadGroup], shared: int) -> tuple[_Group, ...]:

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from longspan.kernels.attention import AttentionCall, AttentionContext, Phase
+from longspan.kernels.attention.caching import CacheStep, KeyValueCache
 from longspan.kernels.attention.registry import resolve
 
-from .attention import Attention, BackendChoice, effective, phase_of
-from .cache import KeyValueCache
+from .attention import Attention, BackendChoice, effective
 from .config import DecoderConfig
 from .layers import feed_forward, norm
 from .positions import Rotary
@@ -51,9 +51,9 @@ class Block(nn.Module):
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
         context: AttentionContext,
-        cache: KeyValueCache | None = None,
+        step: CacheStep | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotation, context, cache))
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotation, context, step))
         return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
 
 
@@ -107,29 +107,33 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Hidden states after the final norm, [B, T, D].
 
-        context        documents, global tokens, positions for attention. With a cache it describes this call: the T
-                       new tokens as queries, all S = cache.length + T tokens as keys. Without document ids each row is
-                       one document; without flags no token is global
-        positions_BT   int64 positions for the position encoding; None: the context's q_positions, else cache.length …
+        context        documents, global tokens, positions for attention. With a cache it describes these T tokens alone
+                       (the cache remembers what earlier ones were): q_documents, is_global, and kv_lengths, how many
+                       of the T are real in each row. Without document ids each row is one document; without flags no
+                       token is global
+        positions_BT   int64 positions for the position encoding; None: the context's q_positions, or the cache's
         cache          receives the keys and values of these tokens and supplies those of earlier ones
 
-        Raises ValueError for tokens that are not [B, T] and for positions beyond a learned table.
+        Raises ValueError for tokens that are not [B, T], for positions beyond a learned table and for a cache that is
+        full.
         """
         if tokens_BT.dim() != 2:
             raise ValueError(f"tokens have shape {tuple(tokens_BT.shape)}; the model reads [batch, time]")
         context = AttentionContext() if context is None else context
-        positions_BT, reach = self._positions(tokens_BT, context, positions_BT, cache)
+        step = None if cache is None else cache.begin(tokens_BT.shape[1], context)
+        positions_BT, reach = self._positions(tokens_BT, context, positions_BT, step)
 
         x_BTD = self.embedding(tokens_BT)
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(positions_BT)
         x_BTD = self.dropout(x_BTD)
         rotation = self.rotary(positions_BT, reach) if self.rotary is not None else None
-        self._prepare(context, tokens_BT, cache)
+        if step is None:
+            self._prepare(context, tokens_BT)
         for block in self.blocks:
-            x_BTD = block(x_BTD, rotation, context, cache)
-        if cache is not None:
-            cache.advance(tokens_BT.shape[1])
+            x_BTD = block(x_BTD, rotation, context, step)
+        if step is not None:
+            step.finish()
         return self.norm(x_BTD)
 
     @property
@@ -142,14 +146,13 @@ class Decoder(nn.Module):
         tokens_BT: Tensor,
         context: AttentionContext,
         positions_BT: Tensor | None,
-        cache: KeyValueCache | None,
+        step: CacheStep | None,
     ) -> tuple[Tensor, int]:
         """Positions for the encoding, [B or 1, T], and a bound above all of them that is known on the host."""
-        start = 0 if cache is None else cache.length
-        reach = start + tokens_BT.shape[1]
+        reach = tokens_BT.shape[1] if step is None else step.reach
         positions_BT = context.q_positions if positions_BT is None else positions_BT
         if positions_BT is None:
-            positions_BT = torch.arange(start, reach, device=tokens_BT.device)[None]
+            positions_BT = torch.arange(reach, device=tokens_BT.device)[None] if step is None else step.positions_BT
         elif not (self.training and positions_BT.is_cuda) and positions_BT.numel():
             # Explicit positions are read back, except in training on a GPU, where each step would wait for it.
             reach = int(positions_BT.max()) + 1
@@ -160,16 +163,14 @@ class Decoder(nn.Module):
             )
         return positions_BT, reach
 
-    def _prepare(self, context: AttentionContext, tokens_BT: Tensor, cache: KeyValueCache | None) -> None:
+    def _prepare(self, context: AttentionContext, tokens_BT: Tensor) -> None:
         """Masks are derived here, once for each kind of layer; compiled blocks then only read them."""
-        device, n_queries = tokens_BT.device, tokens_BT.shape[1]
+        device = tokens_BT.device
         autocast = torch.is_autocast_enabled(device.type)
         for attention in self._kinds:
             attention.prepare(
                 context,
-                phase=phase_of(cache, n_queries),
-                n_queries=n_queries,
-                n_keys=n_queries if cache is None else cache.length + n_queries,
+                n_tokens=tokens_BT.shape[1],
                 device=device,
                 dtype=torch.get_autocast_dtype(device.type) if autocast else self.head_weight.dtype,
                 needs_grad=torch.is_grad_enabled() and self.head_weight.requires_grad,

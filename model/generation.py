@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cache import ContiguousCache, KeyValueCache
+from longspan.kernels.attention.caching import KeyValueCache
+
+from .cache import create_cache
 from .decoder import Decoder
 
 
@@ -127,7 +129,7 @@ def _stream(model: Decoder, tokens_BT: Tensor, sampling: Sampling) -> Iterator[T
         return
     weight = model.head_weight
     # The last token is never read back, so it needs no slot.
-    cache = ContiguousCache(model.config, B, T + n_steps - 1, dtype=weight.dtype, device=weight.device)
+    cache = create_cache(model, B, T + n_steps - 1)
     noise_BN = _noise(sampling.seed, B, n_steps).to(weight.device) if sampling.temperature > 0 else None
     stops = torch.tensor(sorted(sampling.stop_tokens), device=weight.device) if sampling.stop_tokens else None
     finished_B = torch.zeros(B, dtype=torch.bool, device=weight.device)

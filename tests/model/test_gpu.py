@@ -113,9 +113,7 @@ def test_decoding_equals_the_full_pass(base: str, plan: str, dtype: torch.dtype)
     pieces, start = [], 0
     for length in [130, 60, 90, *[1] * 20]:
         stop = start + length
-        step = AttentionContext(
-            q_documents=documents[:, start:stop].contiguous(), kv_documents=documents[:, :stop].contiguous()
-        )
+        step = AttentionContext(q_documents=documents[:, start:stop].contiguous())
         pieces.append(model(tokens_BT[:, start:stop], step, cache=cache))
         start = stop
     found = torch.cat(pieces, dim=1).float()

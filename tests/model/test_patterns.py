@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longspan.kernels.attention import AttentionContext, AttentionSpec, BlockLayout, Window
-from longspan.model.cache import ContiguousCache
+from longspan.model.cache import create_cache
 from longspan.model.config import AttentionPlan, HeadGroup
 from longspan.model.decoder import Decoder
 from longspan.model.zoo import build
@@ -34,7 +34,7 @@ def plan(*specs: AttentionSpec | tuple[HeadGroup, ...]) -> AttentionPlan:
 class Case:
     overrides: Mapping[str, object] = field(default_factory=dict)
     base: str = "llama-tiny"
-    context: Callable[[slice, slice], AttentionContext] | None = None  # (queries, keys) -> context
+    context: Callable[[slice], AttentionContext] | None = None  # of some tokens
 
 
 DOCUMENTS = torch.tensor([[7] * 5 + [3] * 9 + [9] * 9, [1] * 14 + [0] * 1 + [4] * 8])
@@ -43,16 +43,16 @@ GLOBAL[0, [0, 11]] = True
 GLOBAL[1, [4, 17]] = True
 
 
-def with_documents(q: slice, kv: slice) -> AttentionContext:
-    return AttentionContext(q_documents=DOCUMENTS[:, q], kv_documents=DOCUMENTS[:, kv])
+def with_documents(of: slice) -> AttentionContext:
+    return AttentionContext(q_documents=DOCUMENTS[:, of])
 
 
-def with_globals(q: slice, kv: slice) -> AttentionContext:
-    return AttentionContext(is_global=GLOBAL[:, kv])
+def with_globals(of: slice) -> AttentionContext:
+    return AttentionContext(is_global=GLOBAL[:, of])
 
 
-def with_both(q: slice, kv: slice) -> AttentionContext:
-    return AttentionContext(q_documents=DOCUMENTS[:, q], kv_documents=DOCUMENTS[:, kv], is_global=GLOBAL[:, kv])
+def with_both(of: slice) -> AttentionContext:
+    return AttentionContext(q_documents=DOCUMENTS[:, of], is_global=GLOBAL[:, of])
 
 
 WINDOW = causal(window=Window(left=4))
@@ -118,9 +118,9 @@ def model_of(name: str) -> Decoder:
     return _models[name]
 
 
-def context_of(name: str, q: slice, kv: slice) -> AttentionContext | None:
+def context_of(name: str, of: slice) -> AttentionContext | None:
     make = CASES[name].context
-    return None if make is None else make(q, kv)
+    return None if make is None else make(of)
 
 
 def tokens(seed: int = 0) -> Tensor:
@@ -129,17 +129,17 @@ def tokens(seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def full(name: str, tokens_BT: Tensor) -> Tensor:
-    return model_of(name)(tokens_BT, context_of(name, slice(0, T), slice(0, T)))
+    return model_of(name)(tokens_BT, context_of(name, slice(0, T)))
 
 
 @torch.no_grad()
 def incremental(name: str, tokens_BT: Tensor, pieces: list[int]) -> Tensor:
     model = model_of(name)
-    cache = ContiguousCache(model.config, B, T)
+    cache = create_cache(model, B, T, globals_possible=True)
     logits, start = [], 0
     for piece in pieces:
         stop = start + piece
-        context = context_of(name, slice(start, stop), slice(0, stop))
+        context = context_of(name, slice(start, stop))
         logits.append(model(tokens_BT[:, start:stop], context, cache=cache))
         start = stop
     assert start == T == cache.length
