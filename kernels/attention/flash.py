@@ -52,7 +52,7 @@ class Triton:
             reasons += (Reason("device=cpu", "only interpreted: set TRITON_INTERPRET=1 before starting Python"),)
         elif self._interpreted and call.dtype == torch.bfloat16:
             reasons += (Reason("dtype=bfloat16", "Triton's interpreter multiplies it wrongly"),)
-        elif call.device == "cuda" and (found := _capability()) is not None and found < OLDEST:
+        elif call.device == "cuda" and (found := oldest_capability()) is not None and found < OLDEST:
             reasons += (Reason(f"device=cuda of capability {found[0]}.{found[1]}", "8.0 or newer"),)
         return reasons
 
@@ -111,14 +111,14 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
-def _capability() -> tuple[int, int] | None:
+def oldest_capability() -> tuple[int, int] | None:
     """Of the oldest GPU that this process sees."""
     return _oldest_gpu()
 
 
 # As in registry: what torch.compiler.assume_constant_result does, without importing dynamo. It has to stand on a plain
 # function: dynamo looks through the wrapper of lru_cache and traces what it wraps.
-_capability._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # functions take attributes
+oldest_capability._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]  # functions take attributes
 
 
 @lru_cache(maxsize=1)

@@ -52,6 +52,7 @@ _factories: dict[str, Factory] = {
     "sdpa": _builtin("sdpa", "SDPA"),
     "flex": _builtin("flex", "Flex"),
     "triton": _builtin("flash", "Triton"),
+    "decode": _builtin("decode", "Decode"),
 }
 _loaded: dict[str, AttentionBackend] = {}
 _chosen: dict[tuple[Choice, AttentionSpec, AttentionCall], AttentionBackend] = {}  # what `attend` resolved before
@@ -140,20 +141,24 @@ _SMALL_MASK = 2**22  # query-key pairs: a dense mask of 2,048 × 2,048
 def preference(spec: AttentionSpec, call: AttentionCall) -> tuple[str, ...]:
     """What "auto" tries, in order: a pure function of the device, the spec and the call.
 
-    CPU            sdpa, reference
-    CUDA           triton, which skips what is masked and was ahead of torch's FlashAttention wherever both were
-                   measured (docs/results.md); flex where positions are explicit, over which triton skips nothing;
-                   sdpa first in decoding and, without gradients, wherever a dense mask is small: there every new kind
-                   of call would cost more in compilation than it saves
+    CPU            sdpa, decode, reference; decode first over heads that sdpa would repeat
+    CUDA           decode in generation and over keys in pages or eight bits; else triton, which skips what is masked
+                   and was ahead of torch's FlashAttention wherever both were measured (docs/results.md); flex where
+                   positions are explicit, over which triton skips nothing;
+                   sdpa first, without gradients, wherever a dense mask is small: there every new kind of call would
+                   cost more in compilation than it saves
     another device reference
     """
     if call.device == "cpu":
-        return ("sdpa", "reference")
+        repeats = call.phase == Phase.DECODE and call.n_kv_heads not in (None, call.n_heads)
+        return ("decode", "sdpa", "reference") if repeats else ("sdpa", "decode", "reference")
     if call.device == "cuda":
-        # The places of the kernels to come: "hopper" before triton, "decode" first in the decode phase.
+        # The place of the kernel to come: "hopper" before triton.
+        if call.phase == Phase.DECODE or call.paged or call.kv_dtype is not None:
+            return ("decode", "sdpa", "triton", "flex", "reference")
         pairs = None if call.n_queries is None or call.n_keys is None else call.n_queries * call.n_keys
         small = pairs is not None and pairs <= _SMALL_MASK and not call.needs_grad
-        if small or call.phase == Phase.DECODE:
+        if small:
             return ("sdpa", "triton", "flex", "reference")
         if call.positions:
             return ("flex", "triton", "sdpa", "reference")

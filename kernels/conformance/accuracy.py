@@ -69,13 +69,13 @@ def truth(inputs: Inputs) -> Truth:
     def plain(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, params: AttentionParams):
         return twin(q, k, v, spec=case.spec, context=context, params=params)
 
-    wide, params = _in_fp64(inputs)
+    wide, params = _values(inputs, torch.float64)
     upstream = [x.to(case.dtype).double() for x in (inputs.grad_out, inputs.grad_lse)]
     if not case.lse:
         upstream[1] = torch.zeros_like(upstream[1])
     return Truth(
         exact=definition(inputs, gradients=case.backward),
-        twin=_solve(plain, (inputs.q.view, inputs.k.view, inputs.v.view), inputs.params, inputs, case.backward),
+        twin=_solve(plain, *_values(inputs, case.dtype), inputs, case.backward),
         magnitude=magnitudes(*wide, *upstream, spec=case.spec, context=inputs.context, params=params),
     )
 
@@ -88,18 +88,24 @@ def definition(inputs: Inputs, *, gradients: bool = False) -> Results:
     def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, params: AttentionParams):
         return reference(q, k, v, spec=case.spec, context=context, params=params, return_lse=case.lse)
 
-    wide, params = _in_fp64(inputs)
+    wide, params = _values(inputs, torch.float64)
     return _solve(attention, wide, params, inputs, gradients)
 
 
-def _in_fp64(inputs: Inputs) -> tuple[tuple[Tensor, Tensor, Tensor], AttentionParams]:
-    slopes, sinks = inputs.params.alibi_slopes, inputs.params.sink_logits
-    params = dataclasses.replace(
-        inputs.params,
-        alibi_slopes=None if slopes is None else slopes.double(),
-        sink_logits=None if sinks is None else sinks.double(),
-    )
-    return (inputs.q.view.double(), inputs.k.view.double(), inputs.v.view.double()), params
+def _values(inputs: Inputs, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, Tensor], AttentionParams]:
+    """q, k, v as numbers in `dtype`, whatever k and v are stored in, and the params without scales (fp64 for fp64)."""
+    params, k, v = inputs.params, inputs.k.view, inputs.v.view
+    if params.k_scale_BSG is not None and params.v_scale_BSG is not None:
+        k, v = k.double() * params.k_scale_BSG[..., None].double(), v.double() * params.v_scale_BSG[..., None].double()
+        params = dataclasses.replace(params, k_scale_BSG=None, v_scale_BSG=None)
+    if dtype == torch.float64:
+        slopes, sinks = params.alibi_slopes, params.sink_logits
+        params = dataclasses.replace(
+            params,
+            alibi_slopes=None if slopes is None else slopes.double(),
+            sink_logits=None if sinks is None else sinks.double(),
+        )
+    return (inputs.q.view.to(dtype), k.to(dtype), v.to(dtype)), params
 
 
 def _solve(
@@ -156,7 +162,8 @@ def _dirty_the_allocator(device: torch.device, like: list[Tensor]) -> None:
     """Leaves NaN in the memory that the next allocations of these sizes get from CUDA's caching allocator."""
     if device.type == "cuda":
         for _ in range(2):
-            poisoned = [torch.full(x.shape, torch.nan, dtype=x.dtype, device=device) for x in like]
+            floats = [x for x in like if x.is_floating_point()]
+            poisoned = [torch.full(x.shape, torch.nan, dtype=x.dtype, device=device) for x in floats]
             del poisoned
 
 

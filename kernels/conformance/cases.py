@@ -32,6 +32,7 @@ class Case:
     scattered   document ids vary from key to key (and differ by multiples of 2**32); else they come in runs
     kv_lengths  how many keys a row of the batch has
     page        keys in a page (a divisor of n_keys): k and v are pools with a page table; None: they are contiguous
+    stored      k and v in eight bits of this dtype, with scales; None: in `dtype`
     shared      the context's tensors have one row for the whole batch
     """
 
@@ -52,6 +53,7 @@ class Case:
     scattered: bool = False
     kv_lengths: Lengths = "none"
     page: int | None = None
+    stored: torch.dtype | None = None
     shared: bool = False
     seed: int = 0
 
@@ -74,6 +76,7 @@ class Case:
             phase=phase,
             device=device,
             dtype=self.dtype,
+            kv_dtype=self.stored,
             head_dim=self.head_dim,
             value_dim=self.value_dim,
             n_heads=self.heads,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ..attention.backend import Feature
 from ..attention.spec import Window
 from .cases import Case
-from .plan import LENGTHS, MEMORIES, OF_A_CASE, POSITIONS, VALUES, Limits, case_with, with_layout
+from .plan import LENGTHS, MEMORIES, OF_A_CASE, PAGES, POSITIONS, STORED, VALUES, Limits, case_with, with_layout
 
 F = Feature
 
@@ -29,20 +29,23 @@ def cases(draw: st.DrawFn, limits: Limits) -> Case:
     length = st.sampled_from(limits.lengths) | st.integers(1, limits.max_length)
     case = case_with(features, limits, n_keys=draw(length), dtype=dtype, seed=draw(st.integers(0, 2**16)))
     dim = draw(st.sampled_from(limits.head_dims))
+    queries = length if limits.max_queries is None else st.integers(1, limits.max_queries)
     case = dataclasses.replace(
         case,
-        n_queries=draw(length) if F.CROSS_LENGTH in features and not limits.decodes_only else case.n_queries,
+        n_queries=draw(queries) if F.CROSS_LENGTH in features else case.n_queries,
         batch=draw(st.integers(1, 3)),
         kv_heads=draw(st.integers(1, 2)),
         head_dim=dim,
         value_dim=draw(st.sampled_from(limits.head_dims)) if F.VALUE_DIM in features else dim,
-        backward=limits.backward and draw(st.booleans()),
+        backward=case.backward and draw(st.booleans()),
         memory=draw(st.sampled_from(("contiguous", *MEMORIES))),
         values=draw(st.sampled_from(VALUES)),
         positions=draw(st.sampled_from(POSITIONS)) if F.POSITIONS in features else "none",
         scattered=draw(st.booleans()),
         kv_lengths=draw(st.sampled_from(LENGTHS)) if F.KV_LENGTHS in features else "none",
         shared=draw(st.booleans()),
+        page=draw(st.sampled_from([p for p in PAGES if case.n_keys % p == 0])) if F.PAGED in features else None,
+        stored=draw(st.sampled_from(STORED)) if F.QUANTIZED_KV in features else None,
     )
     group = draw(st.integers(2, 4)) if F.GQA in features else 1
     case = dataclasses.replace(case, heads=case.kv_heads * group)

@@ -25,7 +25,7 @@ def applicable(case: Case) -> tuple[str, ...]:
     """The names of the invariances that a case has."""
     spec = case.spec
     names = ["determinism"]
-    plain = case.page is None and case.memory == "contiguous"
+    plain = case.page is None and case.stored is None and case.memory == "contiguous"
     if plain and case.values == "normal":
         names.append("unseen keys")
         if spec.causal:

@@ -28,14 +28,15 @@ EDGES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 2
 class Limits:
     """What cases may ask of a backend: its capabilities, as far as they hold here, and the budget of the run.
 
-    features   those to exercise, lse and gradients among them
+    features     those to exercise, lse and gradients among them
+    max_queries  None: any number
     """
 
     features: frozenset[Feature]
     dtypes: tuple[torch.dtype, ...]
     head_dims: tuple[int, ...]
     max_length: int
-    decodes_only: bool
+    max_queries: int | None
 
     @property
     def backward(self) -> bool:
@@ -66,12 +67,13 @@ def limits(
     max_length: int,
     dims: tuple[int, ...],
 ) -> Limits:
+    decodes_only = not {Phase.TRAIN, Phase.PREFILL} & capabilities.phases
     return Limits(
         features=features,
         dtypes=dtypes,
         head_dims=dims,
         max_length=max_length,
-        decodes_only=not {Phase.TRAIN, Phase.PREFILL} & capabilities.phases,
+        max_queries=1 if decodes_only else capabilities.max_queries,
     )
 
 
@@ -83,6 +85,8 @@ def case_with(features: frozenset[Feature], limits: Limits, *, n_keys: int, dtyp
     page = 4 if F.PAGED in features else None
     n_keys = max(n_keys // 4, 1) * 4 if page else n_keys
     n_queries = n_keys // 2 + 1 if F.CROSS_LENGTH in features else n_keys
+    if limits.max_queries is not None:
+        n_queries = min(n_queries, limits.max_queries) if F.CROSS_LENGTH in features else 1
     position: Positions = "none"
     if F.POSITIONS in features:
         position = "chunk" if F.CROSS_LENGTH in features else "left padding"
@@ -90,7 +94,7 @@ def case_with(features: frozenset[Feature], limits: Limits, *, n_keys: int, dtyp
     other = next((d for d in limits.head_dims if d != dim), dim + 8)
     case = Case(
         spec=spec_with(features),
-        n_queries=1 if limits.decodes_only else n_queries,
+        n_queries=n_queries,
         n_keys=n_keys,
         heads=4 if F.GQA in features else 2,
         kv_heads=2,
@@ -98,10 +102,11 @@ def case_with(features: frozenset[Feature], limits: Limits, *, n_keys: int, dtyp
         value_dim=other if F.VALUE_DIM in features else dim,
         dtype=dtype,
         lse=limits.lse,
-        backward=limits.backward,
+        backward=limits.backward and F.QUANTIZED_KV not in features,
         positions=position,
         kv_lengths="ragged" if F.KV_LENGTHS in features else "none",
         page=page,
+        stored=torch.int8 if F.QUANTIZED_KV in features else None,
         seed=seed,
     )
     return with_layout(case, 16, 16) if F.BLOCK_SPARSE in features else case
@@ -179,8 +184,8 @@ def by_construction(limits: Limits, seed: int) -> Iterator[Case]:
         yield make(*pair)
         if F.KV_LENGTHS in pair:
             yield dataclasses.replace(make(*pair), kv_lengths="a row without keys")
-        if F.CROSS_LENGTH in pair and F.BLOCK_SPARSE not in pair and not limits.decodes_only:
-            yield dataclasses.replace(make(*pair), n_queries=make(*pair).n_keys + 5)
+        if F.CROSS_LENGTH in pair and F.BLOCK_SPARSE not in pair:
+            yield from _more_queries_than_keys(make, *pair)
     yield from _triples(features, make)
     yield from _sizes(limits, make)
     yield from _values(limits, make)
@@ -189,9 +194,19 @@ def by_construction(limits: Limits, seed: int) -> Iterator[Case]:
 def all_at_once(limits: Limits, seed: int) -> Iterator[Case]:
     """Every feature in one call, causal and not."""
     make = Maker(limits, seed)
-    every = (limits.features & OF_A_CASE) - {F.PAGED}
+    stored_otherwise = limits.features & {F.PAGED, F.QUANTIZED_KV}
+    every = (limits.features & OF_A_CASE) - stored_otherwise
     yield make(*every)
     yield make(*(every - {F.CAUSAL}))
+    if stored_otherwise:
+        yield make(*every, *stored_otherwise)
+
+
+def _more_queries_than_keys(make: Maker, *features: Feature) -> Iterator[Case]:
+    most = make.limits.max_queries
+    case = make(*features, n_keys=None if most is None else max(most - 5, 1))
+    if most is None or most > case.n_keys:
+        yield dataclasses.replace(case, n_queries=case.n_keys + 5 if most is None else most)
 
 
 def _triples(features: list[Feature], make: Maker) -> Iterator[Case]:
@@ -209,6 +224,9 @@ def _triples(features: list[Feature], make: Maker) -> Iterator[Case]:
         (F.ALIBI, F.SOFTCAP, F.CAUSAL),
         (F.LEARNED_SINK, F.CAUSAL, F.CROSS_LENGTH),
         (F.GQA, F.DROPOUT, F.CAUSAL),
+        (F.PAGED, F.QUANTIZED_KV, F.KV_LENGTHS),
+        (F.PAGED, F.WINDOW, F.KV_LENGTHS),
+        (F.PAGED, F.GQA, F.CROSS_LENGTH),
     ):
         if set(three) <= set(features):
             yield make(*three)
@@ -233,6 +251,11 @@ def _variants(feature: Feature, case: Case) -> Iterator[Case]:
         yield dataclasses.replace(case, positions="ring", shared=True)
     elif feature is F.KV_LENGTHS:
         yield dataclasses.replace(case, kv_lengths="a row without keys")
+    elif feature is F.PAGED:  # one key, one whole row, and what is no power of two
+        for page in (1, case.n_keys, *(page for page in (6, 9, 16) if case.n_keys % page == 0)):
+            yield dataclasses.replace(case, page=page)
+    elif feature is F.QUANTIZED_KV:
+        yield dataclasses.replace(case, stored=torch.float8_e4m3fn)
     elif feature is F.BLOCK_SPARSE:
         yield with_layout(case, 16, 5)
         yield with_layout(case, 7, 16)
@@ -247,7 +270,7 @@ def _sizes(limits: Limits, make: Maker) -> Iterator[Case]:
     if F.CROSS_LENGTH in limits.features:
         longest = limits.lengths[-1]
         for n_queries, n_keys in ((1, 1), (1, longest), (longest, 1), (17, 33), (33, 17), (16, longest), (longest, 16)):
-            if max(n_queries, n_keys) <= limits.max_length:
+            if max(n_queries, n_keys) <= limits.max_length and n_queries <= (limits.max_queries or n_queries):
                 for chosen in (causal, window, [*causal, *window]):
                     yield dataclasses.replace(make(*chosen, n_keys=n_keys), n_queries=n_queries)
     for dim in limits.head_dims[1:]:
@@ -274,4 +297,6 @@ def _values(limits: Limits, make: Maker) -> Iterator[Case]:
 
 POSITIONS: tuple[Positions, ...] = ("offset", "chunk", "left padding", "ring")
 LENGTHS: tuple[Lengths, ...] = ("ragged", "a row without keys")
+STORED = (torch.int8, torch.float8_e4m3fn)
+PAGES = (1, 2, 3, 4, 8, 16, 32, 64)
 VALUES: tuple[Values, ...] = ("normal", "normal", "outliers")

@@ -5,6 +5,7 @@ Legend: B batch, T queries, S keys, N either, H query heads, G key/value heads, 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..attention.backend import AttentionParams
 from ..attention.context import AttentionContext
+from ..attention.quantize import quantize
 from .cases import OFFSET, Case, Memory, Positions
 
 GUARD = 64  # elements of poison on either side of a tensor: 128 bytes of bf16, the alignment that kernels hope for
@@ -34,7 +36,8 @@ class Guarded:
 
 @dataclass(slots=True, kw_only=True)
 class Inputs:
-    """What a case means, on the device under test. q, k, v in the case's dtype; the upstream gradients in fp64."""
+    """What a case means, on the device under test. q, k, v in the case's dtype (k, v as they are stored); the upstream
+    gradients in fp64."""
 
     case: Case
     q: Guarded
@@ -64,11 +67,16 @@ def materialise(case: Case, device: str) -> Inputs:
         memory_of_keys = "contiguous" if case.memory == "expanded" else case.memory
     else:
         poison_empty_slots(context, k, v)
+    if case.stored is None:
+        k, v = k.to(case.dtype), v.to(case.dtype)
+    else:  # where k and v are poison, so are scales
+        (k, k_scale), (v, v_scale) = (_stored(case, x, device) for x in (k, v))
+        params = dataclasses.replace(params, k_scale_BSG=k_scale, v_scale_BSG=v_scale)
     return Inputs(
         case=case,
         q=guard(q.to(case.dtype), case.memory, device),
-        k=guard(k.to(case.dtype), memory_of_keys, device),
-        v=guard(v.to(case.dtype), memory_of_keys, device),
+        k=guard(k, memory_of_keys, device),
+        v=guard(v, memory_of_keys, device),
         context=_amid_other_rows(context, device),
         params=params,
         grad_out=grad_out.to(device),
@@ -124,7 +132,8 @@ def guard(values: Tensor, memory: Memory, device: str) -> Guarded:
     else:
         strides = (N * heads * dim, heads * dim, dim, 1)
     reach = 1 + sum((size - 1) * stride for size, stride in zip(values.shape, strides))
-    buffer = torch.full((start + reach + GUARD,), torch.nan, dtype=values.dtype)
+    poison = torch.nan if values.dtype.is_floating_point else 77
+    buffer = torch.full((start + reach + GUARD,), poison, dtype=values.dtype)
     source = values[:1] if memory == "expanded" else values
     buffer.as_strided(source.shape, strides, start).copy_(source)
     buffer = buffer.to(device)
@@ -149,6 +158,15 @@ def _paged(
         unused = torch.arange(pages)[None] * page >= context.kv_lengths[:, None]
         table = torch.where(unused, -9, table)
     return pools[0], pools[1], table
+
+
+def _stored(case: Case, values: Tensor, device: str) -> tuple[Tensor, Tensor]:
+    """(`values` in eight bits, their scales amid poison on `device`)."""
+    stored, scale = quantize(values, case.stored or torch.int8)
+    scale = scale.half() if case.seed % 2 else scale
+    amid = torch.full((*scale.shape[:2], scale.shape[2] + 2), torch.nan, dtype=scale.dtype)
+    amid[:, :, 1:-1] = scale
+    return stored, amid.to(device)[:, :, 1:-1]
 
 
 # -- the context -------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def registry_as_it_was() -> Iterator[None]:
 
 def test_available_lists_every_backend() -> None:
     found = available()
-    assert {"reference", "sdpa", "flex"} <= set(found)
+    assert {"reference", "sdpa", "flex", "triton", "decode"} <= set(found)
     assert all(isinstance(capabilities, Capabilities) for capabilities in found.values())
     assert found["reference"].features == frozenset(Feature)
     assert all(isinstance(get(name), AttentionBackend) for name in found)
@@ -151,7 +151,7 @@ def test_when_none_of_a_list_can_every_reason_is_told() -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("sdpo", "did you mean 'sdpa'"), ("flexx", "did you mean 'flex'"), ("zzz", "registered are flex")],
+    [("sdpo", "did you mean 'sdpa'"), ("flexx", "did you mean 'flex'"), ("zzz", "registered are decode, flex")],
 )
 def test_an_unknown_name_is_told_its_neighbour(name: str, hint: str) -> None:
     with pytest.raises(ValueError, match=f"unknown attention backend '{name}': .*{hint}"):
@@ -170,7 +170,7 @@ def test_an_empty_choice_is_an_error() -> None:
         (LOCAL, AttentionCall(), "sdpa"),
         (CAUSAL, AttentionCall(device="cuda"), "triton"),
         (LOCAL, AttentionCall(device="cuda"), "triton"),
-        (LOCAL, AttentionCall(device="cuda", phase=Phase.DECODE), "sdpa"),
+        (LOCAL, AttentionCall(device="cuda", phase=Phase.DECODE), "decode"),
         (CAUSAL, AttentionCall(device="cuda", kv_lengths=True), "triton"),
         (CAUSAL, AttentionCall(device="cuda", positions=True), "flex"),
         (LOCAL, AttentionCall(device="cuda", n_queries=2048, n_keys=2048), "sdpa"),
