@@ -1,46 +1,28 @@
 """Text from a decoder: one prefill (whole or in chunks), then a token at a time through the same modules and a cache.
 
+    generate   tokens in, tokens out
+    stream     the new tokens of each step
+    complete   prompts in, `Completion`s out: with log-probabilities, reasons, and text up to a stop string
+
 Legend: B sequences, T prompt tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from longspan.kernels.attention import AttentionContext
 from longspan.kernels.attention.caching import KeyValueCache
 
 from .cache import create_cache
+from .cache_plan import CacheKind, Storage
+from .completion import Completion, Output, TextTokenizer
 from .decoder import Decoder
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How a prompt is continued; `stream` explains the settings. Raises ValueError for impossible ones."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop_tokens: frozenset[int] = frozenset()
-    pad_token: int = 0
-    prefill_chunk: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens}: a count is 0 or more")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature}: 0 is greedy, above it sampling")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k}: at least one token is kept; null keeps all")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: a probability in (0, 1]; null keeps all")
-        if self.prefill_chunk is not None and self.prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk={self.prefill_chunk}: a count of tokens is at least 1")
+from .prompts import Prompts, check_room, check_tokenizer, check_tokens, from_rows, from_sequences
+from .sampling import Sampling, choose, log_probabilities, seen_tokens, sequence_seeds
 
 
 def generate(
@@ -51,27 +33,40 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int | None = None,
+    seeds: Sequence[int] | None = None,
     stop_tokens: Collection[int] | None = None,
     pad_token: int = 0,
+    prompt_mask_BT: Tensor | None = None,
+    cache: CacheKind = "auto",
+    storage: Storage | None = None,
     on_token: Callable[[Tensor], None] | None = None,
     prefill_chunk: int | None = None,
 ) -> Tensor:
     """Prompt and continuation, [B, T + max_new_tokens] int64. Arguments as in `stream`; rows that stop early (or all
-    at once) are padded with `pad_token`. `on_token` is called with each step's tokens [B]."""
+    at once) are padded with `pad_token`.
+
+    on_token   called with each step's tokens [B]
+    """
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
+        seeds=None if seeds is None else tuple(seeds),
         stop_tokens=frozenset(stop_tokens or ()),
         pad_token=pad_token,
         prefill_chunk=prefill_chunk,
     )
-    _check(model, tokens_BT, sampling)
+    prompts = from_rows(tokens_BT, prompt_mask_BT)
+    _check(model, prompts, sampling)
     steps = [tokens_BT]
-    for token_B in _stream(model, tokens_BT, sampling):
+    for token_B, _ in _steps(model, prompts, sampling, cache, storage):
         if on_token is not None:
             on_token(token_B)
         steps.append(token_B[:, None])
@@ -88,140 +83,177 @@ def stream(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int | None = None,
+    seeds: Sequence[int] | None = None,
     stop_tokens: Collection[int] | None = None,
     pad_token: int = 0,
+    prompt_mask_BT: Tensor | None = None,
+    cache: CacheKind = "auto",
+    storage: Storage | None = None,
     prefill_chunk: int | None = None,
 ) -> Iterator[Tensor]:
     """Yields the new tokens of each step, [B] int64; ends early once every row has stopped.
 
-    tokens_BT       prompts of one length, each read as one document. Padding inside a prompt would be read as text, so
-                    prompts of different lengths are generated one by one
-    temperature     divides the logits; 0 takes the likeliest token
-    top_k, top_p    keep the k likeliest tokens; of those, the fewest whose probabilities reach p
-    seed            makes sampling a function of (seed, row, step), on every device and for every batch size; None:
-                    drawn from torch's generator
-    stop_tokens     a row that emits one of these is finished and yields `pad_token` from then on
-    prefill_chunk   read the prompt in pieces of this many tokens (less memory, same result)
+    tokens_BT           prompts, each read as one document
+    prompt_mask_BT      bool [B, T], True for tokens; prompts of different lengths are padded on either side, and each
+                        is continued as if it were alone
+    temperature, top_k, top_p, min_p, repetition_penalty, prefill_chunk   see `Sampling`
+    seed, seeds         a number for the batch, of which row 0 has itself and the others numbers made of it, or one for
+                        each row; what a row draws is a function of its seed and the step, on every device, in every
+                        batch. None: drawn from torch's generator
+    stop_tokens         a row that emits one of these is finished and yields `pad_token` from then on
+    cache, storage      where keys and values are kept: `create_cache`
 
     The model runs in evaluation mode and without gradients, and is left as it was.
     Raises ValueError, before any work is done, for an empty prompt, token ids outside the vocabulary, impossible
-    settings, and more tokens than a learned position table has rows.
+    settings, more tokens than a learned position table has rows, and a cache that does not fit into memory.
     """
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
+        seeds=None if seeds is None else tuple(seeds),
         stop_tokens=frozenset(stop_tokens or ()),
         pad_token=pad_token,
         prefill_chunk=prefill_chunk,
     )
-    _check(model, tokens_BT, sampling)
-    return _stream(model, tokens_BT, sampling)
+    prompts = from_rows(tokens_BT, prompt_mask_BT)
+    _check(model, prompts, sampling)
+    return (token_B for token_B, _ in _steps(model, prompts, sampling, cache, storage))
 
 
-def _stream(model: Decoder, tokens_BT: Tensor, sampling: Sampling) -> Iterator[Tensor]:
-    B, T = tokens_BT.shape
-    n_steps = sampling.max_new_tokens
+def complete(
+    model: Decoder,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    tokenizer: TextTokenizer | None = None,
+    stop_strings: Sequence[str] = (),
+    cache: CacheKind = "auto",
+    storage: Storage | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[Completion]:
+    """Continues prompts of any lengths, texts or token ids, as one batch.
+
+    tokenizer      reads texts and writes `Completion.text`
+    stop_strings   a prompt whose continuation contains one of these is finished; its text is cut before it
+    on_text        called with (number of the prompt, further text) as soon as the text is certain
+
+    Raises ValueError as `stream` does, and for a tokenizer that has more tokens than the model.
+    """
+    if tokenizer is not None:
+        check_tokenizer(model.config, tokenizer)
+    rows = from_sequences(prompts, tokenizer, model.head_weight.device)
+    _check(model, rows, sampling)
+    outputs = [
+        Output(
+            max_new_tokens=sampling.max_new_tokens,
+            stop_tokens=sampling.stop_tokens,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
+        )
+        for _ in rows.lengths
+    ]
+
+    def push(row: int, token: int, logprob: float) -> None:
+        text = outputs[row].push(token, logprob)
+        if text and on_text is not None:
+            on_text(row, text)
+
+    for token_B, logits_BV in _steps(model, rows, sampling, cache, storage):
+        logprob_B = log_probabilities(logits_BV, token_B)
+        for row, (token, logprob) in enumerate(zip(token_B.tolist(), logprob_B.tolist())):
+            if outputs[row].finish_reason is None:
+                push(row, token, logprob)
+        if all(output.finish_reason is not None for output in outputs):
+            break
+    return [output.completion() for output in outputs]
+
+
+def _steps(
+    model: Decoder, prompts: Prompts, sampling: Sampling, cache: CacheKind, storage: Storage | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(tokens [B], the logits [B, V] they were chosen from) of each step, until every row has met a stop token."""
+    n_steps, batch = sampling.max_new_tokens, len(prompts.lengths)
     if n_steps == 0:
         return
-    weight = model.head_weight
+    device = model.head_weight.device
     # The last token is never read back, so it needs no slot.
-    cache = create_cache(model, B, T + n_steps - 1)
-    noise_BN = _noise(sampling.seed, B, n_steps).to(weight.device) if sampling.temperature > 0 else None
-    stops = torch.tensor(sorted(sampling.stop_tokens), device=weight.device) if sampling.stop_tokens else None
-    finished_B = torch.zeros(B, dtype=torch.bool, device=weight.device)
+    memory = create_cache(model, batch, prompts.longest + n_steps - 1, kind=cache, storage=storage)
+    seeds_B = torch.tensor(sequence_seeds(sampling, batch), device=device)
+    stops = torch.tensor(sorted(sampling.stop_tokens), device=device) if sampling.stop_tokens else None
+    finished_B = torch.zeros(batch, dtype=torch.bool, device=device)
+    penalised = sampling.repetition_penalty != 1.0
+    seen_BV = seen_tokens(prompts.tokens_BT, model.config.vocab_size, prompts.real()) if penalised else None
 
-    logits_BV = prefill(model, tokens_BT, cache, chunk=sampling.prefill_chunk)
+    lengths = prompts.lengths if prompts.ragged else None
+    logits_BV = prefill(model, prompts.tokens_BT, memory, chunk=sampling.prefill_chunk, lengths=lengths)
     for step in range(n_steps):
-        if noise_BN is None:
-            token_B = logits_BV.argmax(dim=-1)
-        else:
-            probabilities_BV = distribution(
-                logits_BV, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
-            )
-            token_B = draw(probabilities_BV, noise_BN[:, step])
+        token_B = choose(logits_BV, sampling, seeds_B=seeds_B, step=step, seen_BV=seen_BV)
         if stops is not None:
             token_B = token_B.masked_fill(finished_B, sampling.pad_token)
             finished_B = finished_B | torch.isin(token_B, stops)
-        yield token_B
+        if seen_BV is not None:
+            seen_BV.scatter_(1, token_B[:, None], True)
+        yield token_B, logits_BV
         if step + 1 == n_steps or (stops is not None and bool(finished_B.all())):
             return
-        logits_BV = prefill(model, token_B[:, None], cache)
+        logits_BV = prefill(model, token_B[:, None], memory)
 
 
 @torch.no_grad()
-def prefill(model: Decoder, tokens_BT: Tensor, cache: KeyValueCache, *, chunk: int | None = None) -> Tensor:
-    """Reads tokens into the cache, all at once or `chunk` at a time; logits [B, V] after the last one."""
+def prefill(
+    model: Decoder,
+    tokens_BT: Tensor,
+    cache: KeyValueCache,
+    *,
+    chunk: int | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Tensor:
+    """Reads tokens into the cache, all at once or `chunk` at a time; logits [B, V] after the last one of each row.
+
+    lengths   how many of the T are real in each row, at least one; None: all
+    """
     was_training = model.training
     if was_training:
         model.eval()
     try:
-        *pieces, last_BT = tokens_BT.split(chunk or tokens_BT.shape[1], dim=1)
-        for piece_BT in pieces:
-            model.hidden(piece_BT, cache=cache)
-        hidden_BTD = model.hidden(last_BT, cache=cache)
-        return torch.nn.functional.linear(hidden_BTD[:, -1], model.head_weight)
+        last_BD: Tensor | None = None
+        start = 0
+        for piece_BT in tokens_BT.split(chunk or tokens_BT.shape[1], dim=1):
+            width = piece_BT.shape[1]
+            if lengths is None:
+                last_BD = model.hidden(piece_BT, cache=cache)[:, -1]
+            else:
+                counts = [min(max(length - start, 0), width) for length in lengths]
+                hidden_BTD = model.hidden(piece_BT, AttentionContext(kv_lengths=torch.tensor(counts)), cache=cache)
+                # A row that has no token in this piece keeps what it had.
+                ends_B = torch.tensor(counts, device=piece_BT.device)
+                own_BD = hidden_BTD.gather(
+                    1, (ends_B - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden_BTD.shape[2])
+                )[:, 0]
+                last_BD = own_BD if last_BD is None else torch.where(ends_B[:, None] > 0, own_BD, last_BD)
+            start += width
+        if last_BD is None:
+            raise ValueError("no tokens to read")
+        return torch.nn.functional.linear(last_BD, model.head_weight)
     finally:
         if was_training:
             model.train()
 
 
-def distribution(
-    logits_BV: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """Probabilities [B, V] in fp64 after temperature, then top-k, then top-p (Holtzman et al. 2020, arXiv 1904.09751:
-    the smallest set of likeliest tokens whose probability reaches p; at least one)."""
-    logits_BV = logits_BV.double() / temperature
-    if top_k is not None and top_k < logits_BV.shape[-1]:
-        kept = logits_BV.topk(top_k, dim=-1)
-        logits_BV = torch.full_like(logits_BV, -torch.inf).scatter(-1, kept.indices, kept.values)
-    probabilities_BV = logits_BV.softmax(dim=-1)
-    if top_p is not None and top_p < 1.0:
-        ordered, order = probabilities_BV.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered  # probability of everything likelier
-        ordered = ordered.masked_fill(before >= top_p, 0.0)
-        probabilities_BV = torch.zeros_like(ordered).scatter(-1, order, ordered)
-        probabilities_BV = probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)
-    return probabilities_BV
-
-
-def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """One token a row, [B]: the first whose cumulative probability exceeds the row's number in [0, 1)."""
-    cumulative_BV = probabilities_BV.cumsum(dim=-1)
-    # Scaled by the sum, so that rounding cannot ask for more than there is; tokens of probability 0 are never first.
-    wanted_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, wanted_B1, right=True).squeeze(-1)
-
-
-def _noise(seed: int | None, batch: int, steps: int) -> Tensor:
-    """Uniform numbers [B, steps] in [0, 1): 24 bits each, so that times the sum of probabilities they stay below it.
-    Every row has a generator of its own, on the CPU: what a row draws depends on neither batch size nor device."""
-    seed = int(torch.randint(2**31, ())) if seed is None else seed
-    generators = [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63) for row in range(batch)]
-    return torch.stack([torch.rand(steps, generator=generator) for generator in generators]).double()
-
-
-def _check(model: Decoder, tokens_BT: Tensor, sampling: Sampling) -> None:
+def _check(model: Decoder, prompts: Prompts, sampling: Sampling) -> None:
     """What the model and the prompt decide; the rest is Sampling's own."""
     config = model.config
-    if tokens_BT.dim() != 2:
-        raise ValueError(f"prompt tokens have shape {tuple(tokens_BT.shape)}; generation reads [batch, time]")
-    if tokens_BT.numel() == 0:
-        raise ValueError("the prompt is empty: a decoder continues at least one token (an end-of-text token will do)")
-    low, high = int(tokens_BT.min()), int(tokens_BT.max())
-    if low < 0 or high >= config.vocab_size:
-        raise ValueError(
-            f"the prompt has token {low if low < 0 else high}, but the model's vocabulary is 0 … "
-            f"{config.vocab_size - 1}: it was made by another tokenizer"
-        )
+    check_tokens(config, prompts.tokens_BT)
     if not 0 <= sampling.pad_token < config.vocab_size:
         raise ValueError(f"pad_token={sampling.pad_token}: a token of the model, 0 … {config.vocab_size - 1}")
-    needed = tokens_BT.shape[1] + sampling.max_new_tokens - 1
-    if config.positions == "learned" and needed > config.max_positions:
-        raise ValueError(
-            f"a prompt of {tokens_BT.shape[1]} tokens and {sampling.max_new_tokens} new ones need {needed} positions, "
-            f"but the model has learned {config.max_positions}; shorten the prompt or max_new_tokens"
-        )
+    check_room(config, prompts.longest, sampling.max_new_tokens)
+    if sampling.seeds is not None:
+        sequence_seeds(sampling, len(prompts.lengths))

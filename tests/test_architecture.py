@@ -108,8 +108,9 @@ SIGNATURES = {
     "longspan.model.checkpoint.load_model": "directory * device dtype fused_qkv",
     "longspan.model.checkpoint.save_model": "model directory tokenizer * lineage state also overwrite",
     "longspan.model.decoder.Decoder.forward": "self tokens_BT context * positions_BT cache",
-    "longspan.model.generation.generate": "model tokens_BT * max_new_tokens temperature top_k top_p seed stop_tokens "
-    "pad_token on_token prefill_chunk",
+    "longspan.model.generation.generate": "model tokens_BT * max_new_tokens temperature top_k top_p min_p "
+    "repetition_penalty seed seeds stop_tokens pad_token prompt_mask_BT cache storage on_token prefill_chunk",
+    "longspan.model.generation.complete": "model prompts sampling * tokenizer stop_strings cache storage on_text",
 }
 
 

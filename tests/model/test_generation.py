@@ -1,4 +1,4 @@
-"""Sampling: against a loop without a cache, against distributions computed by hand, and its refusals."""
+"""Generation: against a loop without a cache, ragged batches against each prompt alone, completions, refusals."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from longspan.data.tokenizer import byte_level
 from longspan.model.cache import ContiguousCache
 from longspan.model.decoder import Decoder
-from longspan.model.generation import distribution, draw, generate, stream
+from longspan.model.generation import complete, generate, stream
+from longspan.model.sampling import Sampling, log_probabilities
 from longspan.model.zoo import build
 
 PROMPT = torch.randint(0, 256, (3, 9), generator=torch.Generator().manual_seed(0))
-LOGITS = torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4]]).log()
 
 
 @pytest.fixture(scope="module", params=["gpt-tiny", "llama-tiny"])
 def model(request: pytest.FixtureRequest) -> Decoder:
-    return build(request.param, {"init_std": 0.2}, seed=0).eval()
+    return decoder(request.param, {"init_std": 0.2})
+
+
+def decoder(name: str, overrides: dict[str, object] | None = None) -> Decoder:
+    model = build(name, overrides, seed=0)
+    assert isinstance(model, Decoder)
+    return model.eval()
 
 
 @torch.no_grad()
@@ -59,41 +66,6 @@ def test_a_seed_is_a_sample_whatever_the_batch(model: Decoder) -> None:
     assert torch.equal(torch.get_rng_state(), state)  # a seeded sample leaves torch's generator alone
 
 
-def test_distribution_by_hand() -> None:
-    def of(**settings: float) -> list[list[float]]:
-        return [[round(p, 6) for p in row] for row in distribution(LOGITS, **settings).tolist()]  # type: ignore[arg-type]
-
-    assert of() == [[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4]]
-    assert of(temperature=0.5)[1] == [round(p * p / 0.3, 6) for p in (0.1, 0.2, 0.3, 0.4)]
-    assert of(top_k=2) == [[round(2 / 3, 6), round(1 / 3, 6), 0, 0], [0, 0, round(3 / 7, 6), round(4 / 7, 6)]]
-    assert of(top_k=3)[0] in ([round(p / 7, 6) for p in (4, 2, 1, 0)], [round(p / 7, 6) for p in (4, 2, 0, 1)])
-    assert of(top_k=9) == of()
-    assert of(top_p=0.3) == [[1, 0, 0, 0], [0, 0, 0, 1]]
-    # The smallest set that reaches p: 0.5 alone reaches 0.5; for 0.51 the next one is needed.
-    assert of(top_p=0.49)[0] == of(top_p=0.4999)[0] == [1, 0, 0, 0]
-    assert of(top_p=0.51)[0] == [round(2 / 3, 6), round(1 / 3, 6), 0, 0]
-    assert of(top_p=0.71)[1] == [0, round(2 / 9, 6), round(3 / 9, 6), round(4 / 9, 6)]
-    assert of(top_p=0.69)[1] == [0, 0, round(3 / 7, 6), round(4 / 7, 6)]
-    assert distribution(torch.zeros(1, 4), top_p=0.5).tolist() == [[0.5, 0.5, 0, 0]]  # two quarters reach a half
-    assert of(top_p=1.0) == of()
-    # top-p counts what top-k left: of {0.5, 0.25} the first is two thirds.
-    assert of(top_k=2, top_p=0.6)[0] == [1, 0, 0, 0]
-    assert of(top_k=2, top_p=0.7)[0] == [round(2 / 3, 6), round(1 / 3, 6), 0, 0]
-
-
-def test_draw_inverts_the_cumulative_distribution() -> None:
-    probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.25, 0.0]], dtype=torch.float64)
-    below_one = 1 - 2**-24
-    for uniform, token in [(0.0, 1), (0.49, 1), (0.5, 3), (0.7499, 3), (0.75, 4), (below_one, 4)]:
-        assert draw(probabilities, torch.tensor([uniform], dtype=torch.float64)).item() == token
-
-
-def test_samples_follow_the_distribution() -> None:
-    uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    counts = draw(distribution(LOGITS[1:]).expand(1000, -1), uniform).bincount(minlength=4)
-    assert counts.tolist() == [100, 200, 300, 400]
-
-
 def test_stop_tokens_finish_rows_one_by_one(model: Decoder) -> None:
     free = generate(model, PROMPT, max_new_tokens=12, temperature=0)
     stop = int(free[1, 9 + 4])
@@ -121,7 +93,7 @@ def test_shape_and_callback(model: Decoder) -> None:
 
 
 def test_training_mode_is_suspended_and_restored() -> None:
-    model = build("gpt-tiny", {"dropout": 0.5, "init_std": 0.2}, seed=0).train()
+    model = decoder("gpt-tiny", {"dropout": 0.5, "init_std": 0.2}).train()
     calm = generate(model.eval(), PROMPT, max_new_tokens=8, temperature=0)
     assert torch.equal(generate(model.train(), PROMPT, max_new_tokens=8, temperature=0), calm)
     assert model.training
@@ -150,14 +122,14 @@ def test_training_mode_is_suspended_and_restored() -> None:
     ],
 )
 def test_refusals(tokens: Tensor, settings: dict[str, float], said: str) -> None:
-    model = build("gpt-tiny", seed=0)
+    model = decoder("gpt-tiny")
     with pytest.raises(ValueError, match=said):
-        stream(model, tokens, **{"max_new_tokens": 4, **settings})  # type: ignore[arg-type]  # before the first step
+        stream(model, tokens, **{"max_new_tokens": 4, **settings})  # before the first step
 
 
 def test_learned_positions_end_and_rotary_ones_do_not() -> None:
     prompt = torch.zeros(1, 120, dtype=torch.int64)
-    gpt, llama = build("gpt-tiny", seed=0), build("llama-tiny", seed=0)
+    gpt, llama = decoder("gpt-tiny"), decoder("llama-tiny")
     assert generate(gpt, prompt, max_new_tokens=9, temperature=0).shape == (1, 129)  # the last one is never read
     with pytest.raises(
         ValueError, match=r"120 tokens and 10 new ones need 129 positions, but the model has learned 128"
@@ -167,7 +139,7 @@ def test_learned_positions_end_and_rotary_ones_do_not() -> None:
 
 
 def test_a_full_cache_says_so() -> None:
-    model = build("llama-tiny", seed=0)
+    model = decoder("llama-tiny")
     cache = ContiguousCache(model.config, 1, 8)
     model(torch.zeros(1, 8, dtype=torch.int64), cache=cache)
     with pytest.raises(ValueError, match="cache for 1 sequences of 8 tokens: 1 sequences of 9 tokens do not fit"):
@@ -175,7 +147,7 @@ def test_a_full_cache_says_so() -> None:
 
 
 def test_a_cache_can_forget_its_end() -> None:
-    model = build("llama-tiny", {"init_std": 0.2}, seed=0).eval()
+    model = decoder("llama-tiny", {"init_std": 0.2})
     tokens = PROMPT[:1]
     cache = ContiguousCache(model.config, 1, 9)
     with torch.no_grad():
@@ -191,10 +163,187 @@ def test_a_cache_can_forget_its_end() -> None:
 
 
 def test_a_narrow_cache_serves_a_wide_model() -> None:
-    model = build("llama-tiny", {"init_std": 0.2}, seed=0).eval()
+    model = decoder("llama-tiny", {"init_std": 0.2})
     cache = ContiguousCache(model.config, 3, 9, dtype=torch.bfloat16)
     with torch.no_grad():
         found = torch.cat([model(PROMPT[:, :5], cache=cache), model(PROMPT[:, 5:], cache=cache)], dim=1)
         expected = model(PROMPT)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, atol=0.1 * float(expected.std()), rtol=0)
+
+
+# -- prompts of different lengths --------------------------------------------------------------------------------------
+
+# One windowed layer (a ring), one that sees everything, sinks; past the window in every prompt but one.
+LOCAL_AND_FULL = {
+    "patterns": {"local": {"causal": True, "window": {"left": 5}, "sink_tokens": 1}, "full": {"causal": True}},
+    "layers": ["local", "full"],
+}
+LENGTHS = (3, 14, 9, 20)
+
+
+def ragged(side: str) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Padded rows, their mask, and the prompts alone. Padding is a token that no vocabulary has."""
+    generator = torch.Generator().manual_seed(4)
+    alone = [torch.randint(0, 256, (1, length), generator=generator) for length in LENGTHS]
+    width = max(LENGTHS) + 2
+    rows = torch.full((len(LENGTHS), width), -100)
+    mask = torch.zeros(len(LENGTHS), width, dtype=torch.bool)
+    for row, prompt in enumerate(alone):
+        before = {"left": width - prompt.shape[1], "right": 0, "both": row % 3}[side]
+        rows[row, before : before + prompt.shape[1]] = prompt
+        mask[row, before : before + prompt.shape[1]] = True
+    return rows, mask, alone
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("positions", ["rope", "learned", "none"])
+def test_a_padded_batch_is_each_prompt_alone(side: str, positions: str) -> None:
+    overrides = {"attention": LOCAL_AND_FULL, "n_layers": 2, "positions": positions, "init_std": 0.3}
+    model = decoder("llama-tiny", overrides)
+    rows, mask, alone = ragged(side)
+    for settings in (
+        {"temperature": 0},
+        {"temperature": 0, "prefill_chunk": 4},  # rows end in different pieces, and some have none in the last
+        {"temperature": 0, "cache": "contiguous"},
+        {"temperature": 0, "repetition_penalty": 1.4},
+        {"temperature": 1.2, "top_k": 40, "min_p": 0.01, "seeds": [5, 6, 7, 8]},
+    ):
+        together = generate(model, rows, prompt_mask_BT=mask, max_new_tokens=12, **settings)  # type: ignore[arg-type]
+        assert torch.equal(together[:, : rows.shape[1]], rows)
+        for row, prompt in enumerate(alone):
+            own = {**settings, "seeds": settings["seeds"][row : row + 1]} if "seeds" in settings else settings  # type: ignore[index]
+            expected = generate(model, prompt, max_new_tokens=12, **own)  # type: ignore[arg-type]
+            assert torch.equal(together[row, rows.shape[1] :], expected[0, prompt.shape[1] :]), (settings, row)
+
+
+def test_rows_that_stop_leave_the_others_going() -> None:
+    model = decoder("llama-tiny", {"init_std": 0.3})
+    rows, mask, _ = ragged("left")
+    free = generate(model, rows, prompt_mask_BT=mask, max_new_tokens=10, temperature=0)[:, rows.shape[1] :]
+    stop = int(free[2, 3])
+    stopped = generate(
+        model, rows, prompt_mask_BT=mask, max_new_tokens=10, temperature=0, stop_tokens=[stop], pad_token=7
+    )[:, rows.shape[1] :]
+    for row in range(4):
+        tokens = free[row].tolist()
+        end = tokens.index(stop) + 1 if stop in tokens else 10
+        assert stopped[row].tolist() == tokens[:end] + [7] * (10 - end)
+
+
+def test_prompts_longer_than_the_window_go_past_the_ring() -> None:
+    model = decoder("llama-tiny", {"attention": LOCAL_AND_FULL, "n_layers": 2, "init_std": 0.3})
+    prompt = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(1))
+    expected = without_cache(model, prompt, 30)
+    for settings in ({}, {"prefill_chunk": 3}, {"cache": "contiguous"}, {"prefill_chunk": 17, "cache": "contiguous"}):
+        found = generate(model, prompt, max_new_tokens=30, temperature=0, **settings)  # type: ignore[arg-type]
+        assert torch.equal(found, expected), settings
+
+
+def test_a_penalty_is_of_prompt_and_output() -> None:
+    model = decoder("llama-tiny", {"init_std": 0.3})
+    found = generate(model, PROMPT[:1], max_new_tokens=40, temperature=0, repetition_penalty=1e9)[0].tolist()
+    assert len(set(found[9:])) == 40
+    assert not set(found[9:]) & set(found[:9])
+
+
+def test_eight_bits_change_little() -> None:
+    model = decoder("llama-tiny", {"init_std": 0.1})
+    greedy = Sampling(max_new_tokens=2, temperature=0)
+    exact = [each.logprobs[1] for each in complete(model, PROMPT.tolist(), greedy)]
+    for storage in ("int8", "float8_e4m3fn"):
+        rough = complete(model, PROMPT.tolist(), greedy, storage=storage)
+        assert [each.logprobs[1] for each in rough] != exact
+        assert [each.logprobs[1] for each in rough] == pytest.approx(exact, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        ([[True, True]], r"prompt_mask_BT is torch.bool of shape \(1, 2\); it is bool of the tokens' shape \(1, 3\)"),
+        ([[1, 1, 1]], "prompt_mask_BT is torch.int64"),
+        ([[False, False, False]], "row 0: the prompt is empty"),
+        ([[True, False, True]], "prompt_mask_BT: row 0 has padding between its tokens"),
+    ],
+)
+def test_masks_that_are_refused(mask: list[list[bool]], said: str) -> None:
+    model = decoder("gpt-tiny")
+    with pytest.raises(ValueError, match=said):
+        generate(model, PROMPT[:1, :3], max_new_tokens=2, prompt_mask_BT=torch.tensor(mask))
+
+
+# -- completions -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_completions_are_the_tokens_with_their_log_probabilities(model: Decoder) -> None:
+    sampling = Sampling(max_new_tokens=9, temperature=1.5, top_k=30, repetition_penalty=1.3, seed=2)
+    prompts = [PROMPT[0].tolist(), PROMPT[1, :4].tolist()]
+    rows, mask = PROMPT[:2].clone(), torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 4:] = False
+    expected = generate(
+        model, rows, prompt_mask_BT=mask, max_new_tokens=9, temperature=1.5, top_k=30, repetition_penalty=1.3, seed=2
+    )
+    for row, completion in enumerate(complete(model, prompts, sampling)):
+        assert list(completion.tokens) == expected[row, 9:].tolist()
+        assert (completion.finish_reason, completion.text) == ("length", None)
+        whole = torch.tensor([[*prompts[row], *completion.tokens]])
+        logits = model(whole)[0, len(prompts[row]) - 1 : -1]
+        own = log_probabilities(logits, torch.tensor(completion.tokens))  # of the model, not of what was drawn from
+        torch.testing.assert_close(torch.tensor(completion.logprobs), own, atol=1e-4, rtol=0)
+
+
+def test_texts_are_cut_and_streamed(model: Decoder) -> None:
+    tokenizer = ByteText()
+    greedy = Sampling(max_new_tokens=20, temperature=0)
+    free = complete(model, ["ab", "xyz"], greedy, tokenizer=tokenizer)
+    assert free[0].text is not None
+    assert free[0].text == "".join(map(chr, free[0].tokens))
+    stop = free[0].text[6:8]
+    heard: dict[int, str] = {0: "", 1: ""}
+
+    def hear(row: int, text: str) -> None:
+        heard[row] += text
+
+    cut = complete(model, ["ab", "xyz"], greedy, tokenizer=tokenizer, stop_strings=[stop], on_text=hear)
+    for row in range(2):
+        whole = free[row].text
+        assert whole is not None
+        assert cut[row].text == heard[row] == whole.partition(stop)[0]
+        assert cut[row].finish_reason == ("stop_string" if stop in whole else "length")
+    assert cut[0].tokens == free[0].tokens[: len(cut[0].tokens)]
+    assert len(cut[0].tokens) == free[0].text.index(stop) + 2
+
+
+class ByteText:
+    """256 tokens, a character each."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("latin-1"))
+
+    def stream(self) -> ByteText:
+        return self
+
+    def push(self, token: int) -> str:
+        return chr(token)
+
+    def finish(self) -> str:
+        return ""
+
+
+def test_what_complete_refuses(model: Decoder) -> None:
+    sampling = Sampling(max_new_tokens=2, temperature=0)
+    with pytest.raises(ValueError, match="no prompts"):
+        complete(model, [], sampling)
+    with pytest.raises(ValueError, match="prompt 1: the prompt is empty"):
+        complete(model, [[1], []], sampling)
+    with pytest.raises(ValueError, match="prompts are texts: pass the tokenizer="):
+        complete(model, ["a"], sampling)
+    with pytest.raises(ValueError, match=r"stop_strings=\['x'\]: text is found by a tokenizer"):
+        complete(model, [[1]], sampling, stop_strings=["x"])
+    with pytest.raises(ValueError, match="the tokenizer has 257 tokens, the model 256: they do not belong together"):
+        complete(model, ["a"], sampling, tokenizer=byte_level())
+    with pytest.raises(ValueError, match="3 seeds for 1 sequences"):
+        complete(model, [[1]], Sampling(max_new_tokens=2, seeds=(1, 2, 3)))

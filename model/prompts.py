@@ -1,0 +1,122 @@
+"""Prompts of one batch: from rows padded on either side, or sequences of any length, to what the cache reads.
+
+Legend: B prompts, T tokens of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .completion import TextTokenizer
+from .config import DecoderConfig
+
+EMPTY = "the prompt is empty: a decoder continues at least one token (an end-of-text token will do)"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """tokens_BT stand from column 0 on, `lengths` of them in each row; behind them any token."""
+
+    tokens_BT: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def ragged(self) -> bool:
+        return min(self.lengths) < self.longest
+
+    def real(self) -> Tensor:
+        """[B, T] bool: no padding."""
+        device = self.tokens_BT.device
+        return torch.arange(self.longest, device=device)[None] < torch.tensor(self.lengths, device=device)[:, None]
+
+
+def from_rows(tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Prompts:
+    """Rows of tokens, real where the mask is True; padding before and after them is cut away.
+
+    Raises ValueError for no tokens, and for masks of another shape or with gaps between a row's tokens.
+    """
+    if tokens_BT.dim() != 2:
+        raise ValueError(f"prompt tokens have shape {tuple(tokens_BT.shape)}; generation reads [batch, time]")
+    if tokens_BT.numel() == 0:
+        raise ValueError(EMPTY)
+    B, T = tokens_BT.shape
+    if mask_BT is None:
+        return Prompts(tokens_BT, (T,) * B)
+    if mask_BT.shape != tokens_BT.shape or mask_BT.dtype != torch.bool:
+        raise ValueError(
+            f"prompt_mask_BT is {mask_BT.dtype} of shape {tuple(mask_BT.shape)}; it is bool of the tokens' shape "
+            f"{tuple(tokens_BT.shape)}, True where a token is no padding"
+        )
+    mask_BT = mask_BT.to(tokens_BT.device)
+    lengths_B, first_B = mask_BT.sum(dim=1), mask_BT.int().argmax(dim=1)
+    column_BT = first_B[:, None] + torch.arange(T, device=tokens_BT.device)
+    lengths = tuple(int(length) for length in lengths_B.tolist())
+    if 0 in lengths:
+        raise ValueError(f"row {lengths.index(0)}: {EMPTY}")
+    within_BT = column_BT < (first_B + lengths_B)[:, None]
+    whole_B = (mask_BT.gather(1, column_BT.clamp(max=T - 1)) | ~within_BT).all(dim=1)
+    if not whole_B.all():
+        row = int(whole_B.int().argmin())
+        raise ValueError(
+            f"prompt_mask_BT: row {row} has padding between its tokens; it may stand before and after them"
+        )
+    real_BT = torch.where(within_BT, tokens_BT.gather(1, column_BT.clamp(max=T - 1)), 0)
+    return Prompts(real_BT[:, : max(lengths)], lengths)
+
+
+def from_sequences(
+    prompts: Sequence[str] | Sequence[Sequence[int]], tokenizer: TextTokenizer | None, device: torch.device
+) -> Prompts:
+    """Texts, or lists of token ids. Raises ValueError for none, empty ones, and texts without a tokenizer."""
+    rows: list[list[int]] = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise ValueError("prompts are texts: pass the tokenizer= that reads them, or token ids")
+            rows.append(tokenizer.encode(prompt))
+        else:
+            rows.append([int(token) for token in prompt])
+    if not rows:
+        raise ValueError("no prompts")
+    lengths = tuple(map(len, rows))
+    if 0 in lengths:
+        raise ValueError(EMPTY if len(rows) == 1 else f"prompt {lengths.index(0)}: {EMPTY}")
+    padded = [row + [0] * (max(lengths) - len(row)) for row in rows]
+    return Prompts(torch.tensor(padded, device=device), lengths)
+
+
+def check_tokens(config: DecoderConfig, tokens: Tensor) -> None:
+    """Raises ValueError for token ids that the model does not have."""
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= config.vocab_size:
+        raise ValueError(
+            f"the prompt has token {low if low < 0 else high}, but the model's vocabulary is 0 … "
+            f"{config.vocab_size - 1}: it was made by another tokenizer"
+        )
+
+
+def check_room(config: DecoderConfig, prompt: int, max_new_tokens: int) -> None:
+    """Raises ValueError where learned positions end before the text does; its last token is never read back."""
+    needed = prompt + max_new_tokens - 1
+    if config.positions == "learned" and needed > config.max_positions:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and {max_new_tokens} new ones need {needed} positions, "
+            f"but the model has learned {config.max_positions}; shorten the prompt or max_new_tokens"
+        )
+
+
+def check_tokenizer(config: DecoderConfig, tokenizer: TextTokenizer) -> None:
+    """Raises ValueError for a tokenizer that has tokens which the model does not."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: they do not belong "
+            "together; use the tokenizer that the model was trained with"
+        )
