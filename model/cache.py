@@ -29,8 +29,9 @@ from .cache_layers import (
     ring_positions,
     ring_writes,
 )
-from .cache_plan import CacheBytes, CacheKind, LayerKind, Storage, cache_bytes, check_kind, layer_kinds
+from .cache_plan import CacheBytes, CacheKind, LayerKind, Storage, cache_bytes, check_kind, layer_kinds, pages_for
 from .config import DecoderConfig
+from .paging import PagedCache, PagePool
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -60,6 +61,7 @@ class ContiguousCache:
         rings: bool = False,
         globals_possible: bool = True,
     ) -> None:
+        self.batch = batch
         self.capacity = length
         self.fixed_shapes = False
         self._lanes = tuple(
@@ -85,20 +87,10 @@ class ContiguousCache:
         return tuple(self._starts)
 
     @property
-    def batch(self) -> int:
-        return len(self._starts)
-
-    @property
     def nbytes(self) -> CacheBytes:
         """Counted from the tensors that exist."""
-        stores = [lane.store for lane in self._lanes]
-        scales = [x.nbytes for store in stores for x in (store.k_scales, store.v_scales) if x is not None]
-        marks = [x.nbytes for lane in self._lanes for x in lane.marks.tensors()]
-        return CacheBytes(
-            keys_values=sum(store.keys.nbytes + store.values.nbytes for store in stores),
-            scales=sum(scales),
-            bookkeeping=self._lengths_B.nbytes + sum(marks),
-        )
+        lengths = CacheBytes(0, bookkeeping=self._lengths_B.nbytes)
+        return sum((lane.store.nbytes(*lane.marks.tensors()) for lane in self._lanes), start=lengths)
 
     def begin(self, n_tokens: int, context: AttentionContext) -> _Step:
         given = self._reader.read(n_tokens, context, self.batch, fixed_shapes=self.fixed_shapes)
@@ -232,7 +224,7 @@ def create_cache(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     globals_possible: bool = False,
-) -> ContiguousCache:
+) -> ContiguousCache | PagedCache:
     """A cache for `batch` rows of up to `length` tokens of this model; `cache_bytes` says beforehand what it weighs.
 
     kind              auto: windowed layers keep only what they can see, the others everything; contiguous: all layers
@@ -258,6 +250,11 @@ def create_cache(
         config, batch, length, dtype, kind=kind, storage=storage, page_size=page_size, globals_possible=globals_possible
     )
     check_memory(needed.total, device, f"a cache for {batch} sequences of {length} tokens")
+    if kind == "paged":
+        pool = PagePool(
+            config, batch * pages_for(length, page_size), page_size, dtype=dtype, device=device, storage=storage
+        )
+        return pool.cache([pool.open() for _ in range(batch)], length=length)
     return ContiguousCache(
         config,
         batch,

@@ -17,7 +17,7 @@ from longspan.kernels.attention import AttentionContext
 from longspan.kernels.attention.caching import AS_STORED, CachedKeys
 from longspan.kernels.attention.quantize import dequantize, quantize
 
-from .cache_plan import Storage
+from .cache_plan import CacheBytes, Storage
 from .config import DecoderConfig
 
 Index = tuple[slice | Tensor | int, slice | Tensor | int]  # of the first two dimensions
@@ -216,7 +216,18 @@ class Store:
         self.v_scales = torch.ones(shape, device=device) if self.eight_bit else None
 
     def tensors(self) -> list[Tensor]:
-        return [x for x in (self.keys, self.values, self.k_scales, self.v_scales) if x is not None]
+        return [self.keys, self.values, *self._scales()]
+
+    def _scales(self) -> list[Tensor]:
+        return [x for x in (self.k_scales, self.v_scales) if x is not None]
+
+    def nbytes(self, *others: Tensor) -> CacheBytes:
+        """Of this and of tensors that keep the books."""
+        return CacheBytes(
+            keys_values=self.keys.nbytes + self.values.nbytes,
+            scales=sum(x.nbytes for x in self._scales()),
+            bookkeeping=sum(x.nbytes for x in others),
+        )
 
     def append(
         self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor, exchange: Exchange, context: AttentionContext
@@ -287,7 +298,7 @@ def ring_positions(lengths_B: Tensor, slots: int, sinks: int) -> Tensor:
     return torch.where(held, position, -1)
 
 
-def ring_writes(new: NewTokens, slots: int, sinks: int = 0) -> tuple[Index, Index]:
+def ring_writes(new: NewTokens, slots: int, sinks: int = 0) -> tuple[Index, tuple[Tensor, Tensor]]:
     """(source, target) of the tokens that `slots` slots keep: the real ones and, of more than fit, the last. Without
     sinks and overflow, slot = position."""
     device = new.positions_BT.device

@@ -109,6 +109,11 @@ class CacheBytes:
     def total(self) -> int:
         return self.keys_values + self.scales + self.bookkeeping
 
+    def __add__(self, other: CacheBytes) -> CacheBytes:
+        return CacheBytes(
+            self.keys_values + other.keys_values, self.scales + other.scales, self.bookkeeping + other.bookkeeping
+        )
+
 
 def cache_bytes(
     config: DecoderConfig,
@@ -131,20 +136,37 @@ def cache_bytes(
     where `slots` is the length, a ring's slots, or the length rounded up to whole pages.
     """
     check_kind(kind, storage)
+    lengths = CacheBytes(0, bookkeeping=batch * INDEX_BYTES)
+    if kind == "paged":
+        pages = batch * pages_for(length, page_size)
+        table = CacheBytes(0, bookkeeping=pages * INDEX_BYTES)
+        return pool_bytes(config, pages, page_size, dtype, storage=storage) + table + lengths
     kinds = layer_kinds(config, length, rings=kind == "auto", globals_possible=globals_possible)
-    table = 0
-    element = 1 if storage else bytes_of(dtype)
-    keys_values = scales = marks = 0
-    for layers in kinds:
-        places = batch * layers.slots
-        if kind == "paged":
-            pages = batch * pages_for(length, page_size)
-            places, table = pages * page_size, pages * INDEX_BYTES
-        heads = 2 * len(layers.layers) * places * config.kv_heads
-        keys_values += heads * config.dim_per_head * element
-        scales += heads * SCALE_BYTES if storage else 0
-        marks += places * (INDEX_BYTES * layers.documents + layers.global_tokens)
-    return CacheBytes(keys_values, scales, batch * INDEX_BYTES + table + marks)
+    return sum((_kind_bytes(config, of, batch * of.slots, dtype, storage) for of in kinds), start=lengths)
+
+
+def pool_bytes(
+    config: DecoderConfig,
+    n_pages: int,
+    page_size: int,
+    dtype: torch.dtype | str = "float32",
+    *,
+    storage: Storage | None = None,
+) -> CacheBytes:
+    """Bytes of a `PagePool`; each cache over it adds 8 for every row and page-table entry."""
+    (kind,) = layer_kinds(config, n_pages * page_size)
+    return _kind_bytes(config, kind, n_pages * page_size, dtype, storage)
+
+
+def _kind_bytes(
+    config: DecoderConfig, kind: LayerKind, places: int, dtype: torch.dtype | str, storage: Storage | None
+) -> CacheBytes:
+    heads = 2 * len(kind.layers) * places * config.kv_heads
+    return CacheBytes(
+        keys_values=heads * config.dim_per_head * (1 if storage else bytes_of(dtype)),
+        scales=heads * SCALE_BYTES if storage else 0,
+        bookkeeping=places * (INDEX_BYTES * kind.documents + kind.global_tokens),
+    )
 
 
 def pages_for(length: int, page_size: int) -> int:
