@@ -12,13 +12,15 @@ from __future__ import annotations
 import datetime
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from longspan.kernels.cross_entropy import linear_cross_entropy
 from longspan.model import accounting, zoo
+from longspan.model.config import DecoderConfig
+from longspan.model.decoder import from_config
 
 from .environment import append, describe, quantiles
 from .timing import DeviceClock
@@ -46,8 +48,12 @@ class Contender:
         return loss.detach()
 
 
+def _config(length: int) -> DecoderConfig:
+    return replace(zoo.DECODERS["gpt2-small"], max_positions=length)
+
+
 def ours(length: int) -> tuple[torch.nn.Module, Contender]:
-    model = zoo.build("gpt2-small", {"max_positions": length}, seed=0).cuda()
+    model = from_config(_config(length), seed=0).cuda()
     for block in model.blocks:
         block.compile()
 
@@ -130,7 +136,7 @@ def measure(contenders: list[Contender], vocab_size: int, length: int, batch: in
 def main(length: int, batch: int) -> None:
     torch.set_float32_matmul_precision("high")
     model, contender = ours(length)
-    config = zoo.configure("gpt2-small", {"max_positions": length})
+    config = _config(length)
     contenders = [contender, hugging_face(model, length)]
     measure(contenders, config.vocab_size, length, batch)
 

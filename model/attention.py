@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from longspan.kernels.attention import AttentionCall, AttentionContext, AttentionParams, AttentionSpec, Phase
 from longspan.kernels.attention.caching import CachedKeys, CacheStep
-from longspan.kernels.attention.registry import attend, prepare
+from longspan.kernels.attention.registry import attend, prepare, resolve
 
 from .config import HeadGroup
 from .positions import FixedTable, rotate, slope_table
@@ -103,6 +103,16 @@ class Attention(nn.Module):
         step: CacheStep | None,
     ) -> Tensor:
         """Attention goes by `context` without a cache; with one, by the context that the cache answers with."""
+        return self.o_proj(self.heads(x_BTD, rotation, context, step).flatten(2))
+
+    def heads(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        context: AttentionContext,
+        step: CacheStep | None = None,
+    ) -> Tensor:
+        """What the heads read, before the output projection: [B, T, H, K]."""
         q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD)
         if rotation is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, rotation), rotate(k_BTGK, rotation)
@@ -128,9 +138,7 @@ class Attention(nn.Module):
             )
             outputs.append(output.out)
         out_BTHK = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-        if step is not None:
-            out_BTHK = out_BTHK.to(x_BTD.dtype)
-        return self.o_proj(out_BTHK.flatten(2))
+        return out_BTHK if step is None else out_BTHK.to(x_BTD.dtype)
 
     def prepare(
         self,
@@ -160,6 +168,32 @@ class Attention(nn.Module):
                 kv_lengths=context.kv_lengths is not None,
             )
             prepare(context, group.variants[situation], call, device=device, backend=self.backends[Phase.TRAIN])
+
+    def check(
+        self,
+        *,
+        asked_by: str,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        phase: Phase,
+        needs_grad: bool,
+        n_queries: int | None,
+        n_keys: int | None,
+    ) -> None:
+        """Raises UnsupportedAttention unless a backend of `phase` can do all that the spec may ever ask."""
+        for group in self.groups:
+            call = AttentionCall(
+                phase=phase,
+                device=torch.device(device).type,
+                dtype=dtype,
+                head_dim=self.head_dim,
+                n_heads=group.q[1],
+                n_kv_heads=group.kv[1],
+                n_queries=n_queries,
+                n_keys=n_keys,
+                needs_grad=needs_grad,
+            )
+            resolve(self.backends[phase], group.variants[True, True, needs_grad], call, asked_by=asked_by)
 
     def _situation(self, context: AttentionContext) -> tuple[bool, bool, bool]:
         documents = context.q_documents is not None or context.kv_documents is not None

@@ -18,13 +18,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .build import Model, build_from
 from .checkpoint_files import (
     CONFIG,
     LINEAGE,
@@ -41,6 +42,7 @@ from .checkpoint_files import (
 )
 from .config import to_dict
 from .decoder import Decoder, from_config
+from .encoder import Encoder
 
 __all__ = [
     "CONFIG",
@@ -52,6 +54,7 @@ __all__ = [
     "SavesItself",
     "check_weights",
     "load_config",
+    "load_decoder",
     "load_decoder_config",
     "load_model",
     "load_weights",
@@ -74,7 +77,7 @@ class SavesItself(Protocol):
 
 
 def save_model(
-    model: Decoder,
+    model: Model,
     directory: Path | str,
     tokenizer: SavesItself | None = None,
     *,
@@ -194,15 +197,33 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     fused_qkv: bool = False,
-) -> Decoder:
+) -> Model:
     """The model of a checkpoint directory, in evaluation mode; `dtype=None` keeps the stored one.
 
     Raises CheckpointError, in one line, for anything that is missing, damaged, foreign or of another shape.
     """
-    directory = Path(directory)
-    config = load_decoder_config(directory)
+    model = build_from(load_config(directory), fused_qkv=fused_qkv, device="meta")
+    return _filled(model, Path(directory), device=device, dtype=dtype)
+
+
+def load_decoder(
+    directory: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    fused_qkv: bool = False,
+) -> Decoder:
+    """As `load_model`, where only a decoder will do; CheckpointError for another architecture as well."""
+    model = from_config(load_decoder_config(directory), fused_qkv=fused_qkv, device="meta")
+    return _filled(model, Path(directory), device=device, dtype=dtype)
+
+
+M = TypeVar("M", bound=Decoder | Encoder)
+
+
+def _filled(model: M, directory: Path, *, device: torch.device | str, dtype: torch.dtype | None) -> M:
+    """The bare `model` with a checkpoint's weights."""
     verify(directory)
-    model = from_config(config, fused_qkv=fused_qkv, device="meta")
     weights = load_weights(directory)
     check_weights(model, weights, asked_by=str(directory / WEIGHTS))
     model.load_state_dict(weights, assign=True)
@@ -222,7 +243,7 @@ def load_weights(directory: Path | str) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def check_weights(model: Decoder, weights: Mapping[str, Tensor], *, asked_by: str) -> None:
+def check_weights(model: Model, weights: Mapping[str, Tensor], *, asked_by: str) -> None:
     """Raises CheckpointError unless `weights` are exactly the model's tensors; names the first that differ."""
     expected = model.state_dict()
     if missing := [name for name in expected if name not in weights]:

@@ -17,18 +17,15 @@ Legend: B batch, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
-from longspan.kernels.attention import AttentionCall, AttentionContext, Phase
+from longspan.kernels.attention import AttentionContext, Phase
 from longspan.kernels.attention.caching import CacheStep, KeyValueCache
-from longspan.kernels.attention.registry import resolve
 
-from .attention import Attention, BackendChoice, effective
+from .attention import Attention, BackendChoice
 from .config import DecoderConfig
+from .initial import draw_weights
 from .layers import feed_forward, norm
 from .positions import Rotary
 
@@ -81,9 +78,8 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = final_norm
         self.head = head
-        # One attention of each distinct layer pattern, in a tuple so that none is registered twice.
-        kinds = {config.attention.of_layer(layer)[0]: block.attention for layer, block in enumerate(blocks)}
-        self._kinds = tuple(kinds.values())
+        # One attention of each distinct layer pattern (in a dict, so that none is registered twice).
+        self._kinds = {config.attention.of_layer(layer)[0]: block.attention for layer, block in enumerate(blocks)}
 
     def forward(
         self,
@@ -167,7 +163,7 @@ class Decoder(nn.Module):
         """Masks are derived here, once for each kind of layer; compiled blocks then only read them."""
         device = tokens_BT.device
         autocast = torch.is_autocast_enabled(device.type)
-        for attention in self._kinds:
+        for attention in self._kinds.values():
             attention.prepare(
                 context,
                 n_tokens=tokens_BT.shape[1],
@@ -199,23 +195,16 @@ class Decoder(nn.Module):
         n_keys: int | None = None,
     ) -> None:
         """Raises UnsupportedAttention, naming the layer pattern, if a layer's attention cannot run as asked."""
-        choice = self._attentions()[0].backends[Phase(phase)]
-        config = self.config
-        for name, groups in config.pattern_groups().items():
-            for group in groups:
-                call = AttentionCall(
-                    phase=Phase(phase),
-                    device=torch.device(device).type,
-                    dtype=dtype,
-                    head_dim=config.dim_per_head,
-                    n_heads=group.heads,
-                    n_kv_heads=group.heads * config.kv_heads // config.n_heads,
-                    n_queries=n_queries,
-                    n_keys=n_keys,
-                    needs_grad=needs_grad,
-                )
-                spec = effective(group.spec, documents=True, global_tokens=True, training=needs_grad)
-                resolve(choice, spec, call, asked_by=f"layer pattern '{name}'")
+        for name, attention in self._kinds.items():
+            attention.check(
+                asked_by=f"layer pattern '{name}'",
+                device=device,
+                dtype=dtype,
+                phase=Phase(phase),
+                needs_grad=needs_grad,
+                n_queries=n_queries,
+                n_keys=n_keys,
+            )
 
 
 # -- building ---------------------------------------------------------------------------------------------------------
@@ -286,18 +275,6 @@ def initialize(model: Decoder, seed: int) -> None:
     norm weights                               1
     biases, sink_logits                        0
     """
-    config = model.config
-    residual_std = config.init_std / (2 * config.n_layers) ** 0.5
-    state: Mapping[str, Tensor] = model.state_dict()  # logical tensors: fused projections appear as three views
-    for name, tensor in state.items():
-        owner, _, kind = name.rpartition(".")
-        if kind in ("bias", "sink_logits"):
-            tensor.zero_()
-        elif owner.endswith("norm"):
-            tensor.fill_(1.0)
-        else:
-            std = residual_std if owner.endswith(("o_proj", "down_proj")) else config.init_std
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            # Drawn in fp32 on the CPU whatever the model is, so that the same seed means the same model.
-            tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu") * std)
+    std = model.config.init_std
+    residual_std = std / (2 * model.config.n_layers) ** 0.5
+    draw_weights(model, seed, lambda owner: residual_std if owner.endswith(("o_proj", "down_proj")) else std)

@@ -13,7 +13,7 @@ from longspan.kernels.attention.spec import AttentionSpec, Window
 from .config import AttentionPlan, DecoderConfig, EncoderConfig, ModelConfig, ModelConfigError, from_dict
 
 if TYPE_CHECKING:
-    from .decoder import Decoder
+    from .build import Model
 
 
 def _gpt2(n_layers: int, d_model: int, n_heads: int) -> DecoderConfig:
@@ -142,11 +142,8 @@ def configure(name: str, overrides: Mapping[str, object] | None = None) -> Model
     return from_dict({**current, **(overrides or {})})
 
 
-def build(name: str, overrides: Mapping[str, object] | None = None, *, seed: int | None = None) -> Decoder:
+def build(name: str, overrides: Mapping[str, object] | None = None, *, seed: int | None = None) -> Model:
     """A freshly initialised model of a named size; `seed=None` draws one from torch's generator."""
-    from .decoder import from_config
+    from .build import build_from
 
-    config = configure(name, overrides)
-    if not isinstance(config, DecoderConfig):
-        raise ModelConfigError([f"{name} is an {config.architecture}; only decoders can be built"])
-    return from_config(config, seed=seed)
+    return build_from(configure(name, overrides), seed=seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from longspan.data.tokenizer import StreamDecoder, Tokenizer
-from longspan.model.checkpoint import load_model, resolve_checkpoint
+from longspan.model.checkpoint import load_decoder, resolve_checkpoint
 from longspan.model.config import DecoderConfig
 from longspan.model.generation import stream
 from longspan.training.config_plain import plain
@@ -27,7 +27,7 @@ def run(config: GenerateConfig) -> int:
     device = choose_device(config.accelerator, key="accelerator")
     checkpoint = resolve_checkpoint(config.checkpoint)
     dtype = torch.bfloat16 if inference_precision(config.precision, device) == "bf16" else torch.float32
-    model = load_model(checkpoint, device=device, dtype=dtype)
+    model = load_decoder(checkpoint, device=device, dtype=dtype)
     tokenizer = Tokenizer.load(checkpoint)
     tokens = tokenizer.encode(prompt) or [tokenizer.eos_id]  # an empty prompt: the start of a document
     steps = stream(

@@ -178,7 +178,7 @@ def _finish(session: Session, loop: RunLoop, prepared: Prepared) -> RunResult:
     """Evaluation and sample of the best checkpoint, summary and report."""
     config, directory = session.config, session.directory
     chosen = model_checkpoint.resolve_checkpoint(directory)
-    model = model_checkpoint.load_model(chosen, device=session.device)
+    model = model_checkpoint.load_decoder(chosen, device=session.device)
     set_backends(model, config)
     evaluation: Evaluation | None = None
     if config.evaluation.enabled and len(prepared.store.documents("validation")):
