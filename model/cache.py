@@ -46,7 +46,7 @@ class ContiguousCache:
     the same keys as with all of them. Rows may have different lengths.
 
     fixed_shapes   calls of one token use views of full capacity and lengths that live on the device, so that they can
-                   be captured in a CUDA graph: `reserve` before, `advance_host` after each replay
+                   be captured in a CUDA graph: `reserve` before and `advance_host` after each such step
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class ContiguousCache:
             raise self._too_small(self.batch, self.length + n_tokens)
 
     def advance_host(self, n_tokens: int) -> None:
-        """Moves the host's counters by tokens that the device has counted itself (`fixed_shapes`)."""
+        """Counts tokens on the host: after every step with fixed shapes, run or replayed, for none does it itself."""
         self._starts = [start + n_tokens for start in self._starts]
 
     # -- what a step needs --------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def create_cache(
     Raises ValueError, before anything is allocated, for a cache that does not fit into free memory and for more tokens
     than the model has learned positions.
     """
-    check_kind(kind, storage)
+    check_kind(kind, storage, page_size)
     config, weight = model.config, model.head_weight
     dtype, device = dtype or weight.dtype, torch.device(device or weight.device)
     if batch < 1 or length < 1:

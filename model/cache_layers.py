@@ -320,7 +320,7 @@ def ring_writes(new: NewTokens, slots: int, sinks: int = 0) -> tuple[Index, tupl
 
 def check_memory(n_bytes: int, device: torch.device, what: str) -> None:
     """Raises ValueError when a device has less than `n_bytes` free; devices that do not tell are believed."""
-    free = _free_memory(device)
+    free = free_memory(device)
     if free is not None and n_bytes > free:
         raise ValueError(
             f"{what} takes {n_bytes / 2**30:.2f} GiB, but {device} has {free / 2**30:.2f} GiB free; ask for fewer or "
@@ -328,7 +328,8 @@ def check_memory(n_bytes: int, device: torch.device, what: str) -> None:
         )
 
 
-def _free_memory(device: torch.device) -> int | None:
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a device has left; None where it does not tell."""
     if device.type == "cuda":
         # What torch keeps for itself is free for us, too.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -135,7 +135,7 @@ def cache_bytes(
 
     where `slots` is the length, a ring's slots, or the length rounded up to whole pages.
     """
-    check_kind(kind, storage)
+    check_kind(kind, storage, page_size)
     lengths = CacheBytes(0, bookkeeping=batch * INDEX_BYTES)
     if kind == "paged":
         pages = batch * pages_for(length, page_size)
@@ -173,8 +173,10 @@ def pages_for(length: int, page_size: int) -> int:
     return -(-length // page_size)
 
 
-def check_kind(kind: str, storage: str | None) -> None:
-    """Raises ValueError for a kind or storage that does not exist."""
+def check_kind(kind: str, storage: str | None, page_size: int) -> None:
+    """Raises ValueError for a kind, storage or page size that does not exist."""
+    if page_size < 1:
+        raise ValueError(f"page_size={page_size}: a page holds at least one token")
     if kind not in get_args(CacheKind):
         raise ValueError(f"cache={kind!r}: it is one of {', '.join(get_args(CacheKind))}")
     if storage is not None and storage not in get_args(Storage):

@@ -25,7 +25,7 @@ from longspan.kernels.attention import AttentionContext
 from longspan.kernels.attention.caching import AS_STORED, CachedKeys
 
 from .cache_layers import EVERYTHING, ContextReader, Exchange, Marks, NewTokens, Read, Store, check_memory, ring_writes
-from .cache_plan import CacheBytes, Storage, layer_kinds, pages_for, pool_bytes
+from .cache_plan import CacheBytes, Storage, check_kind, layer_kinds, pages_for, pool_bytes
 from .config import DecoderConfig
 
 
@@ -107,8 +107,7 @@ class PagePool:
         device: torch.device | str = "cpu",
         storage: Storage | None = None,
     ) -> None:
-        if page_size < 1:
-            raise ValueError(f"page_size={page_size}: a page holds at least one token")
+        check_kind("paged", storage, page_size)
         self.allocator = PageAllocator(n_pages)
         self.page_size = page_size
         self.device = torch.device(device)
@@ -287,7 +286,7 @@ class PagedCache:
         self._given = next(iter(held), None)
 
     def advance_host(self, n_tokens: int) -> None:
-        """Counts tokens on the host that the device has counted itself (`fixed_shapes`)."""
+        """Counts tokens on the host: after every step with fixed shapes, run or replayed, for none does it itself."""
         for row, sequence in enumerate(self.sequences):
             sequence.length += n_tokens
             sequence.given = self._given
