@@ -11,6 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .cache_plan import CacheKind, Storage, pages_for
+from .decoder import Decoder
+from .paging import PagedCache, PagePool
+from .prompts import Prompts, prefill
+from .sampling import Sampling
+
 # (hypothesis that each new one continues, its next token) -> logits after those tokens, [N, V].
 Advance = Callable[[Sequence[int], Sequence[int]], Tensor]
 
@@ -60,6 +66,8 @@ def beam_search(
     eq. 14 divides by ((5 + length) / 6) ** alpha instead). A prompt's search ends when `num_beams` are finished and
     nothing that runs could still beat the worst of them at any length, so no later step would change the result.
     """
+    if max_new_tokens == 0:
+        return [[Hypothesis((), (), 0.0, False)] for _ in logits_BV]
     prompts = [_Prompt() for _ in range(logits_BV.shape[0])]
     for length in range(1, max_new_tokens + 1):
         parents: list[int] = []
@@ -117,3 +125,65 @@ def _candidates(
         found.append([(*divmod(int(place), vocab_size), logprob) for place, logprob in pairs])
         start = end
     return found
+
+
+# -- on a decoder ------------------------------------------------------------------------------------------------------
+
+
+def search(
+    model: Decoder, prompts: Prompts, sampling: Sampling, *, cache: CacheKind = "auto", storage: Storage | None = None
+) -> list[list[Hypothesis]]:
+    """`beam_search` of each prompt. Hypotheses are forks of their prompt's pages: to follow another one is to share its
+    pages, and keys and values are copied only where two of them write to one page.
+
+    Raises ValueError for cache="contiguous", whose rows cannot share, and for a cache that does not fit into memory.
+    """
+    if cache == "contiguous":
+        raise ValueError(
+            f"num_beams={sampling.num_beams} with cache='contiguous': hypotheses share pages; cache is auto or paged"
+        )
+    weight = model.head_weight
+    length = prompts.longest + max(sampling.max_new_tokens - 1, 0)
+    pool = PagePool(
+        model.config,
+        sum(_pages(prompt, length, sampling.num_beams) for prompt in prompts.lengths),
+        _PAGE_SIZE,
+        dtype=weight.dtype,
+        device=weight.device,
+        storage=storage,
+    )
+    sequences = [pool.open() for _ in prompts.lengths]
+    held: PagedCache = pool.cache(sequences, length=length)
+    lengths = prompts.lengths if prompts.ragged else None
+    logits_BV = prefill(model, prompts.tokens_BT, held, chunk=sampling.prefill_chunk, lengths=lengths)
+
+    def advance(parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        nonlocal held
+        before = held.sequences
+        forks = [before[parent].fork() for parent in parents]
+        if len(forks) == len(before):
+            for row, fork in enumerate(forks):
+                held.replace(row, fork)
+        else:
+            held = pool.cache(forks, length=length)
+        for sequence in before:
+            sequence.free()
+        return prefill(model, torch.tensor(tokens, device=weight.device)[:, None], held)
+
+    return beam_search(
+        logits_BV,
+        advance,
+        num_beams=sampling.num_beams,
+        max_new_tokens=sampling.max_new_tokens,
+        stop_tokens=sampling.stop_tokens,
+        length_penalty=sampling.length_penalty,
+    )
+
+
+_PAGE_SIZE = 16
+
+
+def _pages(prompt: int, length: int, num_beams: int) -> int:
+    """Full pages of the prompt are everybody's; in the worst case nothing behind them is shared."""
+    shared = prompt // _PAGE_SIZE
+    return shared + num_beams * (pages_for(length, _PAGE_SIZE) - shared)

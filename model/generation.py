@@ -14,14 +14,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from longspan.kernels.attention import AttentionContext
-from longspan.kernels.attention.caching import KeyValueCache
-
+from .beam import search
 from .cache import create_cache
 from .cache_plan import CacheKind, Storage
 from .completion import Completion, Output, TextTokenizer
 from .decoder import Decoder
-from .prompts import Prompts, check_room, check_tokenizer, check_tokens, from_rows, from_sequences
+from .prompts import Prompts, check_room, check_tokenizer, check_tokens, from_rows, from_sequences, prefill
 from .sampling import Sampling, choose, log_probabilities, seen_tokens, sequence_seeds
 
 
@@ -40,6 +38,8 @@ def generate(
     stop_tokens: Collection[int] | None = None,
     pad_token: int = 0,
     prompt_mask_BT: Tensor | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
     cache: CacheKind = "auto",
     storage: Storage | None = None,
     on_token: Callable[[Tensor], None] | None = None,
@@ -48,7 +48,8 @@ def generate(
     """Prompt and continuation, [B, T + max_new_tokens] int64. Arguments as in `stream`; rows that stop early (or all
     at once) are padded with `pad_token`.
 
-    on_token   called with each step's tokens [B]
+    on_token                    called with each step's tokens [B]
+    num_beams, length_penalty   above 1: the best of a beam search (`beam.search`), which draws nothing: temperature=0
     """
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -62,9 +63,17 @@ def generate(
         stop_tokens=frozenset(stop_tokens or ()),
         pad_token=pad_token,
         prefill_chunk=prefill_chunk,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
     )
     prompts = from_rows(tokens_BT, prompt_mask_BT)
     _check(model, prompts, sampling)
+    if num_beams > 1:
+        if on_token is not None:
+            raise ValueError(f"num_beams={num_beams} with on_token: a beam search knows its tokens only at the end")
+        best = [hypotheses[0].tokens for hypotheses in search(model, prompts, sampling, cache=cache, storage=storage)]
+        rows = [[*tokens, *[pad_token] * (max_new_tokens - len(tokens))] for tokens in best]
+        return torch.cat([tokens_BT, torch.tensor(rows, dtype=torch.int64, device=tokens_BT.device)], dim=1)
     steps = [tokens_BT]
     for token_B, _ in _steps(model, prompts, sampling, cache, storage):
         if on_token is not None:
@@ -104,7 +113,7 @@ def stream(
                         each row; what a row draws is a function of its seed and the step, on every device, in every
                         batch. None: drawn from torch's generator
     stop_tokens         a row that emits one of these is finished and yields `pad_token` from then on
-    cache, storage      where keys and values are kept: `create_cache`
+    cache, storage      where and how keys and values are kept: `create_cache`
 
     The model runs in evaluation mode and without gradients, and is left as it was.
     Raises ValueError, before any work is done, for an empty prompt, token ids outside the vocabulary, impossible
@@ -143,7 +152,7 @@ def complete(
 
     tokenizer      reads texts and writes `Completion.text`
     stop_strings   a prompt whose continuation contains one of these is finished; its text is cut before it
-    on_text        called with (number of the prompt, further text) as soon as the text is certain
+    on_text        called with (number of the prompt, further text) as soon as the text is certain; with beams, once
 
     Raises ValueError as `stream` does, and for a tokenizer that has more tokens than the model.
     """
@@ -165,6 +174,17 @@ def complete(
         text = outputs[row].push(token, logprob)
         if text and on_text is not None:
             on_text(row, text)
+
+    if sampling.num_beams > 1:
+        if stop_strings:
+            raise ValueError(
+                f"num_beams={sampling.num_beams} with stop_strings: beams compare tokens and know no text; "
+                "use stop_tokens, or num_beams=1"
+            )
+        for row, hypotheses in enumerate(search(model, rows, sampling, cache=cache, storage=storage)):
+            for token, logprob in zip(hypotheses[0].tokens, hypotheses[0].logprobs):
+                push(row, token, logprob)
+        return [output.completion() for output in outputs]
 
     for token_B, logits_BV in _steps(model, rows, sampling, cache, storage):
         logprob_B = log_probabilities(logits_BV, token_B)
@@ -205,47 +225,6 @@ def _steps(
         if step + 1 == n_steps or (stops is not None and bool(finished_B.all())):
             return
         logits_BV = prefill(model, token_B[:, None], memory)
-
-
-@torch.no_grad()
-def prefill(
-    model: Decoder,
-    tokens_BT: Tensor,
-    cache: KeyValueCache,
-    *,
-    chunk: int | None = None,
-    lengths: Sequence[int] | None = None,
-) -> Tensor:
-    """Reads tokens into the cache, all at once or `chunk` at a time; logits [B, V] after the last one of each row.
-
-    lengths   how many of the T are real in each row, at least one; None: all
-    """
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        last_BD: Tensor | None = None
-        start = 0
-        for piece_BT in tokens_BT.split(chunk or tokens_BT.shape[1], dim=1):
-            width = piece_BT.shape[1]
-            if lengths is None:
-                last_BD = model.hidden(piece_BT, cache=cache)[:, -1]
-            else:
-                counts = [min(max(length - start, 0), width) for length in lengths]
-                hidden_BTD = model.hidden(piece_BT, AttentionContext(kv_lengths=torch.tensor(counts)), cache=cache)
-                # A row that has no token in this piece keeps what it had.
-                ends_B = torch.tensor(counts, device=piece_BT.device)
-                own_BD = hidden_BTD.gather(
-                    1, (ends_B - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden_BTD.shape[2])
-                )[:, 0]
-                last_BD = own_BD if last_BD is None else torch.where(ends_B[:, None] > 0, own_BD, last_BD)
-            start += width
-        if last_BD is None:
-            raise ValueError("no tokens to read")
-        return torch.nn.functional.linear(last_BD, model.head_weight)
-    finally:
-        if was_training:
-            model.train()
 
 
 def _check(model: Decoder, prompts: Prompts, sampling: Sampling) -> None:

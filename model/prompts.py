@@ -1,4 +1,4 @@
-"""Prompts of one batch: from rows padded on either side, or sequences of any length, to what the cache reads.
+"""Prompts of one batch: from rows padded on either side, or sequences of any length, into the cache.
 
 Legend: B prompts, T tokens of the longest.
 """
@@ -11,8 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longspan.kernels.attention import AttentionContext
+from longspan.kernels.attention.caching import KeyValueCache
+
 from .completion import TextTokenizer
 from .config import DecoderConfig
+from .decoder import Decoder
 
 EMPTY = "the prompt is empty: a decoder continues at least one token (an end-of-text token will do)"
 
@@ -120,3 +124,43 @@ def check_tokenizer(config: DecoderConfig, tokenizer: TextTokenizer) -> None:
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: they do not belong "
             "together; use the tokenizer that the model was trained with"
         )
+
+
+@torch.no_grad()
+def prefill(
+    model: Decoder,
+    tokens_BT: Tensor,
+    cache: KeyValueCache,
+    *,
+    chunk: int | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Tensor:
+    """Reads tokens into the cache, all at once or `chunk` at a time; logits [B, V] after the last one of each row.
+
+    lengths   how many of the T are real in each row, at least one; None: all
+    """
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        last_BD: Tensor | None = None
+        start = 0
+        for piece_BT in tokens_BT.split(chunk or tokens_BT.shape[1], dim=1):
+            width = piece_BT.shape[1]
+            if lengths is None:
+                last_BD = model.hidden(piece_BT, cache=cache)[:, -1]
+            else:
+                counts = [min(max(length - start, 0), width) for length in lengths]
+                hidden_BTD = model.hidden(piece_BT, AttentionContext(kv_lengths=torch.tensor(counts)), cache=cache)
+                # A row that has no token in this piece keeps what it had.
+                ends_B = torch.tensor(counts, device=piece_BT.device)
+                rows_B = torch.arange(len(counts), device=piece_BT.device)
+                own_BD = hidden_BTD[rows_B, (ends_B - 1).clamp(min=0)]
+                last_BD = own_BD if last_BD is None else torch.where(ends_B[:, None] > 0, own_BD, last_BD)
+            start += width
+        if last_BD is None:
+            raise ValueError("no tokens to read")
+        return torch.nn.functional.linear(last_BD, model.head_weight)
+    finally:
+        if was_training:
+            model.train()

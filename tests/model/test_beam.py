@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longspan.model.beam import Hypothesis, beam_search
+from longspan.data.tokenizer import byte_level
+from longspan.model.beam import Hypothesis, beam_search, search
+from longspan.model.decoder import Decoder
+from longspan.model.generation import complete, generate
+from longspan.model.paging import PagePool
+from longspan.model.prompts import from_sequences
+from longspan.model.sampling import Sampling
+from longspan.model.zoo import build
 
 STOP = 2
 
@@ -152,5 +160,91 @@ def test_a_search_that_cannot_improve_stops() -> None:
     assert hypotheses[0] == Hypothesis((2,), hypotheses[0].logprobs, hypotheses[0].score, True)
 
 
-def test_no_new_tokens_are_no_hypotheses() -> None:
-    assert beam_search(torch.zeros(2, 3), lambda *_: torch.zeros(0, 3), num_beams=2, max_new_tokens=0) == [[], []]
+def test_no_new_tokens_are_an_empty_hypothesis() -> None:
+    found = beam_search(torch.zeros(2, 3), lambda *_: torch.zeros(0, 3), num_beams=2, max_new_tokens=0)
+    assert found == [[Hypothesis((), (), 0.0, False)]] * 2
+
+
+# -- on a decoder ------------------------------------------------------------------------------------------------------
+
+
+def model_of(**overrides: object) -> Decoder:
+    model = build("gpt-tiny", {"init_std": 0.3, "vocab_size": 40, **overrides}, seed=1)
+    assert isinstance(model, Decoder)
+    return model.eval()
+
+
+@torch.no_grad()
+def without_pages(model: Decoder, prompt: list[int], **settings: object) -> list[Hypothesis]:
+    """The same search, every hypothesis read from its beginning at every step."""
+    rows = [prompt]
+
+    def logits() -> Tensor:
+        return model(torch.tensor(rows))[:, -1]
+
+    def advance(parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        rows[:] = [[*rows[parent], token] for parent, token in zip(parents, tokens)]
+        return logits()
+
+    return beam_search(logits(), advance, **settings)[0]  # type: ignore[arg-type]
+
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], list(range(20))]  # shorter and longer than a page
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_forked_pages_hold_what_their_hypotheses_read(length_penalty: float) -> None:
+    model = model_of()
+    settings = {"num_beams": 4, "max_new_tokens": 24, "stop_tokens": {5, 11}, "length_penalty": length_penalty}
+    sampling = Sampling(temperature=0, **{**settings, "stop_tokens": frozenset({5, 11})})
+    prompts = from_sequences(PROMPTS, None, torch.device("cpu"))
+    for chunked in (sampling, replace(sampling, prefill_chunk=5)):
+        found = search(model, prompts, chunked)
+        for prompt, hypotheses in zip(PROMPTS, found, strict=True):
+            expected = without_pages(model, prompt, **settings)
+            assert [each.tokens for each in hypotheses] == [each.tokens for each in expected]
+            for one, other in zip(hypotheses, expected, strict=True):
+                assert one.score == pytest.approx(other.score, abs=1e-4)
+
+
+def test_generate_and_complete_give_the_best() -> None:
+    model = model_of()
+    best = without_pages(model, PROMPTS[0], num_beams=3, max_new_tokens=10, stop_tokens={5})[0]
+    sampling = Sampling(max_new_tokens=10, temperature=0, num_beams=3, stop_tokens=frozenset({5}))
+    (completion,) = complete(model, [PROMPTS[0]], sampling)
+    assert completion.tokens == best.tokens
+    assert completion.logprobs == pytest.approx(best.logprobs, abs=1e-4)
+    assert completion.finish_reason == ("stop_token" if best.stopped else "length")
+    out = generate(
+        model, torch.tensor(PROMPTS[:1]), max_new_tokens=10, temperature=0, num_beams=3, stop_tokens={5}, pad_token=39
+    )
+    assert out[0].tolist() == [*PROMPTS[0], *best.tokens, *[39] * (10 - len(best.tokens))]
+    assert generate(model, torch.tensor(PROMPTS[:1]), max_new_tokens=0, temperature=0, num_beams=3).shape == (1, 8)
+
+
+def test_what_beams_refuse() -> None:
+    model, prompt = model_of(), torch.tensor(PROMPTS[:1])
+    with pytest.raises(ValueError, match="num_beams=2 with on_token: a beam search knows its tokens only at the end"):
+        generate(model, prompt, max_new_tokens=2, temperature=0, num_beams=2, on_token=print)
+    with pytest.raises(ValueError, match="num_beams=2 with cache='contiguous': hypotheses share pages"):
+        generate(model, prompt, max_new_tokens=2, temperature=0, num_beams=2, cache="contiguous")
+    sampling = Sampling(max_new_tokens=2, temperature=0, num_beams=2)
+    with pytest.raises(ValueError, match="num_beams=2 with stop_strings"):
+        complete(model_of(vocab_size=257), ["a"], sampling, tokenizer=byte_level(), stop_strings=["x"])
+
+
+def test_no_key_is_copied_to_follow_another_hypothesis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a prompt of whole pages nothing is copied; later one page at most for each hypothesis and step."""
+    copied: list[int] = []
+    real = PagePool.copy_pages
+
+    def spy(pool: PagePool, sources: Sequence[int], targets: Sequence[int]) -> None:
+        copied.append(len(sources))
+        real(pool, sources, targets)
+
+    monkeypatch.setattr(PagePool, "copy_pages", spy)
+    prompts = from_sequences([list(range(32))], None, torch.device("cpu"))
+    search(model_of(), prompts, Sampling(max_new_tokens=2, temperature=0, num_beams=4))
+    assert sum(copied) == 0
+    search(model_of(), prompts, Sampling(max_new_tokens=20, temperature=0, num_beams=4))
+    assert 0 < max(copied) < 4

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import Decoder, from_config
+from longspan.model.generation import generate
 
 transformers = pytest.importorskip("transformers")
 
@@ -185,3 +188,44 @@ def test_qwen3_has_our_qk_norm() -> None:
     tokens_BT = torch.randint(0, 97, (2, 33), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens_BT), theirs(tokens_BT).logits, atol=TOLERANCE, rtol=0)
+
+
+STOPS = [1, 5, 8, 11, 13, 17, 23, 31]
+
+
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.0])
+@torch.no_grad()
+def test_beam_search(length_penalty: float) -> None:
+    """With early_stopping="never", which stops, like ours, when nothing better can come."""
+    theirs: Any = randomised(
+        transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=40,
+                n_positions=64,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+    )
+    config = DecoderConfig(
+        vocab_size=40, max_positions=64, d_model=32, n_layers=2, n_heads=4, d_ff=128, mlp="gelu_tanh"
+    )
+    ours = filled(config, gpt2_weights(theirs.state_dict(), 2))
+    prompts = torch.randint(0, 40, (3, 7), generator=torch.Generator().manual_seed(2))
+    stopped = set()
+    for beams in (2, 5):
+        expected = theirs.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=20, num_beams=beams, do_sample=False,
+            length_penalty=length_penalty, early_stopping="never", eos_token_id=STOPS, pad_token_id=39,
+        )  # fmt: skip
+        found = generate(
+            ours, prompts, max_new_tokens=20, temperature=0, num_beams=beams, stop_tokens=STOPS, pad_token=39,
+            length_penalty=length_penalty,
+        )  # fmt: skip
+        assert torch.equal(found[:, : expected.shape[1]], expected)
+        assert (found[:, expected.shape[1] :] == 39).all()
+        stopped |= set(torch.isin(expected[:, 7:], torch.tensor(STOPS)).any(dim=1).tolist())
+    assert True in stopped or length_penalty > 1  # a high one prefers the longest
