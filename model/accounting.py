@@ -6,7 +6,8 @@ Conventions
   * Attention counts the (query, key) pairs that the spec allows, each 4 * head_dim per head (scores and values).
     `causal_halved=False` counts what older reports count: every query is charged for the whole row (all keys, or
     the whole window), as in the MFU of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
-  * Global tokens are a property of a batch, not of a config; they are not counted.
+  * Global tokens are a property of a batch, not of a config: they count where their number is given, as if they were
+    the first tokens of each document.
   * Training is forward + 2 x forward; recomputation (activation checkpointing) is overhead, not work: MFU, not HFU.
 
 Legend: D model width, F MLP width, H query heads, G key/value heads, K head dim, V vocabulary, T tokens.
@@ -16,14 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from longspan.kernels.attention.spec import AttentionSpec
 
-from .config import DecoderConfig
+from .attention_pairs import attention_pairs, pairs_by_length
+from .config import DecoderConfig, EncoderConfig
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,13 @@ _PRECISION = {"fp32": "float32", "bf16-mixed": "bfloat16", "bf16-true": "bfloat1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterCount:
-    """Parameters by part; `blocks` is `attention + mlp + norms` of all layers, `head` is 0 when tied."""
+    """Parameters by part.
+
+    embedding   of tokens and of token types
+    attention   of all layers, the projections of global tokens among it; likewise mlp, norms
+    final_norm  a decoder's before its head; an encoder's over the embeddings, and its last where it is pre-norm
+    head        0 for a tied head of a decoder; an encoder's pooler and head, without a tied matrix
+    """
 
     embedding: int
     positions: int
@@ -62,12 +68,12 @@ class ParameterCount:
         return self.total - self.embedding - self.positions
 
 
-def parameters(config: DecoderConfig) -> ParameterCount:
+def parameters(config: DecoderConfig | EncoderConfig) -> ParameterCount:
     D, F, V = config.d_model, config.d_ff, config.vocab_size
     q_width, kv_width = config.n_heads * config.dim_per_head, config.kv_heads * config.dim_per_head
     bias = int(config.bias)
-    attention = D * (q_width + 2 * kv_width) + q_width * D + bias * (q_width + 2 * kv_width + D)
-    attention += 2 * config.dim_per_head if config.qk_norm else 0
+    projections = (D + bias) * (q_width + 2 * kv_width)
+    attention = projections + (q_width + bias) * D
     sinks = sum(
         group.heads
         for layer in range(config.n_layers)
@@ -76,6 +82,18 @@ def parameters(config: DecoderConfig) -> ParameterCount:
     )
     mlp = 3 * D * F + bias * (2 * F + D) if config.mlp == "swiglu" else 2 * D * F + bias * (F + D)
     norm = D * (2 if config.norm == "layernorm" and config.bias else 1)
+    if isinstance(config, EncoderConfig):
+        of_globals = projections * sum(config.has_global_projections(layer) for layer in range(config.n_layers))
+        return ParameterCount(
+            embedding=(V + config.n_types) * D,
+            positions=(config.max_positions + config.position_offset) * D if config.positions == "learned" else 0,
+            attention=config.n_layers * attention + sinks + of_globals,
+            mlp=config.n_layers * mlp,
+            norms=config.n_layers * 2 * norm,
+            final_norm=norm * (2 if config.norm_order == "pre" else 1),
+            head=_encoder_head_parameters(config, norm),
+        )
+    attention += 2 * config.dim_per_head if config.qk_norm else 0
     return ParameterCount(
         embedding=V * D,
         positions=config.max_positions * D if config.positions == "learned" else 0,
@@ -87,43 +105,92 @@ def parameters(config: DecoderConfig) -> ParameterCount:
     )
 
 
+def _encoder_head_parameters(config: EncoderConfig, norm: int) -> int:
+    D, V, bias = config.d_model, config.vocab_size, int(config.bias)
+    pooler = (D + bias) * D if config.pooler else 0
+    head = {
+        "none": 0,
+        "mlm": (D + bias) * D + norm + V * bias + (0 if config.tied_head else V * D),
+        "classification": (D + 1) * len(config.labels),
+        "qa": (D + 1) * 2,
+    }
+    return pooler + head[config.head]
+
+
 # -- floating-point operations ----------------------------------------------------------------------------------------
 
 
 def forward_flops(
-    config: DecoderConfig, *, length: int, documents: Sequence[int] | None = None, causal_halved: bool = True
+    config: DecoderConfig | EncoderConfig,
+    *,
+    length: int,
+    documents: Sequence[int] | None = None,
+    n_global: int = 0,
+    causal_halved: bool = True,
 ) -> int:
     """FLOPs of one forward pass over one sequence of `length` tokens, head included.
 
-    `documents` are the lengths of the documents packed into it; only layers whose spec separates documents care.
-    Raises ValueError when they do not add up to `length`.
+    documents  the lengths of the documents packed into it; only layers whose spec separates documents care
+    n_global   the first so many tokens of each document are global; only layers whose spec has global tokens care.
+               Projections of their own cost over all tokens, and a second attention for the global rows alone
+
+    Raises ValueError when documents do not add up to `length`.
     """
     if documents is not None and sum(documents) != length:
         raise ValueError(f"documents of {list(documents)} tokens add up to {sum(documents)}, not to length={length}")
     flops = _matrix_flops(config, length)
     for layer in range(config.n_layers):
         for group in config.head_groups(layer):
-            pairs = attention_pairs(group.spec, length, documents=documents, causal_halved=causal_halved)
+            pairs = attention_pairs(
+                group.spec, length, documents=documents, n_global=n_global, causal_halved=causal_halved
+            )
             flops += 4 * config.dim_per_head * group.heads * pairs
+        if n_global and isinstance(config, EncoderConfig) and config.has_global_projections(layer):
+            flops += _global_flops(config, config.head_groups(layer)[0].spec, length, documents, n_global)
     return flops
 
 
-def _matrix_flops(config: DecoderConfig, length: int) -> int:
+def _global_flops(
+    config: EncoderConfig, spec: AttentionSpec, length: int, documents: Sequence[int] | None, n_global: int
+) -> int:
+    """What one layer's global tokens cost beside the usual attention: k and v of all tokens, q of theirs, and theirs
+    over every key of their documents."""
+    kv_width, q_width = config.kv_heads * config.dim_per_head, config.n_heads * config.dim_per_head
+    counts = (length,) if documents is None or not spec.documents else documents
+    rows = sum(min(n_global, count) for count in counts)
+    pairs = sum(min(n_global, count) * count for count in counts)
+    return 2 * config.d_model * (2 * length * kv_width + rows * q_width) + 4 * q_width * pairs
+
+
+def _matrix_flops(config: DecoderConfig | EncoderConfig, length: int) -> int:
     """All products with weights, of one forward pass over `length` tokens."""
     D, F = config.d_model, config.d_ff
     q_width, kv_width = config.n_heads * config.dim_per_head, config.kv_heads * config.dim_per_head
     matrices = D * (q_width + 2 * kv_width) + q_width * D + (3 if config.mlp == "swiglu" else 2) * D * F
-    return 2 * length * (config.n_layers * matrices + D * config.vocab_size)
+    blocks = 2 * length * config.n_layers * matrices
+    if isinstance(config, DecoderConfig):
+        return blocks + 2 * length * D * config.vocab_size
+    pooled = D * (D + len(config.labels)) if config.head == "classification" else 0  # one token of the sequence
+    per_token = {"none": 0, "mlm": D * (D + config.vocab_size), "classification": 0, "qa": 2 * D}
+    return blocks + 2 * (length * per_token[config.head] + pooled)
 
 
 def training_flops_per_token(
-    config: DecoderConfig, *, length: int, documents: Sequence[int] | None = None, causal_halved: bool = True
+    config: DecoderConfig | EncoderConfig,
+    *,
+    length: int,
+    documents: Sequence[int] | None = None,
+    n_global: int = 0,
+    causal_halved: bool = True,
 ) -> float:
     """FLOPs of forward and backward per token of a sequence: three forward passes, two of them for the gradients."""
-    return 3 * forward_flops(config, length=length, documents=documents, causal_halved=causal_halved) / length
+    flops = forward_flops(config, length=length, documents=documents, n_global=n_global, causal_halved=causal_halved)
+    return 3 * flops / length
 
 
-def packed_training_flops_per_token(config: DecoderConfig, *, length: int, documents: Mapping[int, float]) -> float:
+def packed_training_flops_per_token(
+    config: DecoderConfig | EncoderConfig, *, length: int, documents: Mapping[int, float]
+) -> float:
     """As `training_flops_per_token`, the mean over packed sequences: `documents` says how many documents of each length
     a sequence holds on average.
 
@@ -138,81 +205,18 @@ def packed_training_flops_per_token(config: DecoderConfig, *, length: int, docum
     for layer in range(config.n_layers):
         for group in config.head_groups(layer):
             if group.spec.documents:
-                up_to = _pairs_up_to(_bare(group.spec), max(documents))
-                pairs = sum(number * up_to[count] for count, number in documents.items())
+                pairs_of = pairs_by_length(group.spec, documents)
+                pairs = sum(number * pairs_of[count] for count, number in documents.items())
             else:
                 pairs = attention_pairs(group.spec, length)
             flops += 4 * config.dim_per_head * group.heads * pairs
     return 3 * flops / length
 
 
-def countable_when_packed(config: DecoderConfig) -> bool:
+def countable_when_packed(config: DecoderConfig | EncoderConfig) -> bool:
     """Whether the lengths of documents decide how many pairs each layer computes over them."""
     specs = [spec for specs in config.attention.specs().values() for spec in specs]
     return not any(spec.documents and spec.block_sparse is not None for spec in specs)
-
-
-def attention_pairs(
-    spec: AttentionSpec, length: int, *, documents: Sequence[int] | None = None, causal_halved: bool = True
-) -> int:
-    """How many (query, key) pairs one head of a causal spec computes over one sequence; see the conventions above."""
-    lengths = (length,) if documents is None or not spec.documents else tuple(documents)
-    bare = _bare(spec)
-    total = start = 0
-    for count in lengths:
-        if not causal_halved:
-            total += count * _row_width(bare, count)
-        elif bare.block_sparse is None:
-            total += _causal_pairs(bare, 0, count)  # only block patterns depend on where a document starts
-        else:
-            total += _causal_pairs(bare, start, count)
-        start += count
-    return total
-
-
-def _bare(spec: AttentionSpec) -> AttentionSpec:
-    """Without what changes no pair, so that equal counts are made once."""
-    return replace(spec, alibi=False, softcap=None, scale=None, dropout=0.0, learned_sink=False)
-
-
-def _row_width(spec: AttentionSpec, length: int) -> int:
-    if spec.window.left is None:
-        return -(-length // spec.window.dilation)
-    return min(length, spec.window.left + 1 + spec.sink_tokens)
-
-
-@lru_cache(maxsize=64)
-def _pairs_up_to(spec: AttentionSpec, length: int) -> tuple[int, ...]:
-    """Allowed pairs of a document of 0, 1, … `length` tokens, without a block pattern."""
-    return (0, *accumulate(_visible_keys(spec, 0, query) for query in range(length)))
-
-
-@lru_cache(maxsize=1024)
-def _causal_pairs(spec: AttentionSpec, start: int, length: int) -> int:
-    """Allowed pairs of a document at positions start … start + length - 1, counted query by query."""
-    if spec.window.left is None and spec.window.dilation == 1 and spec.block_sparse is None:
-        return length * (length + 1) // 2
-    return sum(_visible_keys(spec, start, query) for query in range(start, start + length))
-
-
-def _visible_keys(spec: AttentionSpec, start: int, query: int) -> int:
-    """How many keys of its document, which begins at `start`, the query at position `query` sees."""
-    window, sinks = spec.window, spec.sink_tokens
-    total = min(sinks, query - start + 1)
-    first = start + sinks  # the window's keys, sinks aside: they are counted
-    if window.left is not None:
-        first = max(first, query - window.left * window.dilation)
-    if first > query:
-        return total
-    if spec.block_sparse is None:
-        return total + (query - first) // window.dilation + 1
-    layout = spec.block_sparse
-    for block, visible in enumerate(layout.pattern[query // layout.q_block]):
-        low = max(first, block * layout.kv_block)
-        high = min(query, (block + 1) * layout.kv_block - 1)
-        if visible and low <= high:  # keys query - m * dilation with low <= key <= high
-            total += (query - low) // window.dilation - -(-(query - high) // window.dilation) + 1
-    return total
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
@@ -247,7 +251,7 @@ class MemoryEstimate:
 
 
 def training_memory(
-    config: DecoderConfig,
+    config: DecoderConfig | EncoderConfig,
     *,
     micro_batch: int,
     length: int,
@@ -285,7 +289,7 @@ def training_memory(
     q_width, kv_width = H * config.dim_per_head, config.kv_heads * config.dim_per_head
     n_tokens, n_parameters = micro_batch * length, parameters(config).total
     layer = 2 * D * (r + c) + (2 * q_width + 2 * kv_width) * c + 4 * H
-    layer += (q_width + kv_width) * c if config.qk_norm else 0
+    layer += (q_width + kv_width) * c if isinstance(config, DecoderConfig) and config.qk_norm else 0
     layer += (4 if config.mlp == "swiglu" else 2) * F * c
     layer += 2 * D if config.dropout else 0
     stack = config.n_layers * r * D + layer if activation_checkpointing else config.n_layers * layer

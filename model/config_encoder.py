@@ -161,8 +161,8 @@ def _head_problems(config: EncoderConfig) -> list[str]:
             "only a learned table has rows to skip; set it to 0"
         )
     if config.head == "classification":
-        if len(config.labels) < 2:
-            found.append(f"labels={list(config.labels)}: head=classification names at least 2 classes")
+        if not config.labels:
+            found.append("labels=[]: head=classification names at least 1 class (one alone is a score)")
         if not config.pooler:
             found.append("pooler=False: head=classification reads the pooled first token; set pooler: true")
     elif config.labels:

@@ -25,7 +25,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.kernels.attention import AttentionContext, Phase
@@ -33,6 +32,7 @@ from longspan.kernels.attention import AttentionContext, Phase
 from .attention import Attention, BackendChoice
 from .config import EncoderConfig
 from .global_attention import GlobalAttention, GlobalRows, find_global_rows
+from .heads import Classifier, MaskedLMHead, SpanHead
 from .initial import draw_weights
 from .layers import feed_forward, norm
 from .positions import Rotary
@@ -91,48 +91,6 @@ class EncoderBlock(nn.Module):
         if self.global_attention is not None and rows is not None:
             out_BTHK = self.global_attention(x_BTD, out_BTHK, rotation, rows, self.attention.backends[Phase.TRAIN])
         return self.attention.o_proj(out_BTHK.flatten(2))
-
-
-class MaskedLMHead(nn.Module):
-    """Logits of tokens: dense, GELU, norm, then the embedding transposed (or a matrix of its own) and a bias."""
-
-    def __init__(
-        self, *, d_model: int, vocab_size: int, tied: bool, bias: bool, approximate: str, final_norm: nn.Module
-    ) -> None:
-        super().__init__()
-        self.dense = nn.Linear(d_model, d_model, bias=bias)
-        self.norm = final_norm
-        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, d_model))
-        self.bias = nn.Parameter(torch.empty(vocab_size)) if bias else None
-        self.approximate = approximate
-
-    def forward(self, hidden_xD: Tensor, embedding_VD: Tensor) -> Tensor:
-        """[…, V] of […, D]."""
-        features_xD = self.norm(F.gelu(self.dense(hidden_xD), approximate=self.approximate))
-        return F.linear(features_xD, embedding_VD if self.weight is None else self.weight, self.bias)
-
-
-class Classifier(nn.Module):
-    """Logits of classes from the pooled token."""
-
-    def __init__(self, *, d_model: int, n_labels: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.out_proj = nn.Linear(d_model, n_labels)
-
-    def forward(self, pooled_BD: Tensor) -> Tensor:
-        return self.out_proj(self.dropout(pooled_BD))
-
-
-class SpanHead(nn.Module):
-    """Two logits a token: that an answer starts there, and that it ends there."""
-
-    def __init__(self, *, d_model: int) -> None:
-        super().__init__()
-        self.out_proj = nn.Linear(d_model, 2)
-
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return self.out_proj(hidden_BTD)
 
 
 class Encoder(nn.Module):

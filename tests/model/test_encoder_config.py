@@ -49,7 +49,7 @@ def test_all_problems_come_at_once() -> None:
         ({"position_offset": 2, "positions": "rope"}, "position_offset=2 with positions=rope"),
         ({"position_offset": -1}, "position_offset=-1: it is 0 or more"),
         ({"labels": ("a", "b")}, "labels=['a', 'b'] with head=mlm: only head=classification has classes"),
-        ({"head": "classification", "pooler": True, "labels": ("a",)}, "names at least 2 classes"),
+        ({"head": "classification", "pooler": True, "labels": ()}, "names at least 1 class"),
         ({"head": "classification", "labels": ("a", "b")}, "pooler=False: head=classification reads the pooled"),
         ({"global_projections": True}, "global_projections=True, but no layer's attention has global_tokens"),
         (
