@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from . import decoder, encoder
-from .config import DecoderConfig, ModelConfig
+from . import decoder, encoder, seq2seq
+from .config import DecoderConfig, EncoderConfig, ModelConfig
 
-Model = decoder.Decoder | encoder.Encoder
+Model = decoder.Decoder | encoder.Encoder | seq2seq.Seq2Seq
 
 
 def build_from(
@@ -21,4 +21,6 @@ def build_from(
     `device="meta"`, the bare structure."""
     if isinstance(config, DecoderConfig):
         return decoder.from_config(config, seed=seed, fused_qkv=fused_qkv, device=device)
-    return encoder.from_config(config, seed=seed, fused_qkv=fused_qkv, device=device)
+    if isinstance(config, EncoderConfig):
+        return encoder.from_config(config, seed=seed, fused_qkv=fused_qkv, device=device)
+    return seq2seq.from_config(config, seed=seed, fused_qkv=fused_qkv, device=device)

@@ -42,7 +42,6 @@ from .checkpoint_files import (
 )
 from .config import to_dict
 from .decoder import Decoder, from_config
-from .encoder import Encoder
 
 __all__ = [
     "CONFIG",
@@ -218,7 +217,7 @@ def load_decoder(
     return _filled(model, Path(directory), device=device, dtype=dtype)
 
 
-M = TypeVar("M", bound=Decoder | Encoder)
+M = TypeVar("M", bound=Model)
 
 
 def _filled(model: M, directory: Path, *, device: torch.device | str, dtype: torch.dtype | None) -> M:

@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from .config import ARCHITECTURES, DecoderConfig, ModelConfig, ModelConfigError, from_dict, near
+from .config import ARCHITECTURES, DecoderConfig, EncoderConfig, ModelConfig, ModelConfigError, from_dict, near
 
 CONFIG, WEIGHTS, TOKENIZER, LINEAGE, MANIFEST = (
     "config.json",
@@ -81,9 +81,8 @@ def load_decoder_config(directory: Path | str) -> DecoderConfig:
     """
     config = load_config(directory)
     if not isinstance(config, DecoderConfig):
-        raise CheckpointError(
-            f"{directory} holds an {config.architecture}; this needs a decoder, which predicts tokens"
-        )
+        what = "an encoder" if isinstance(config, EncoderConfig) else "an encoder–decoder"
+        raise CheckpointError(f"{directory} holds {what}; this needs a decoder, which predicts tokens")
     return config
 
 

@@ -16,6 +16,7 @@ from longspan.kernels.attention.spec import AttentionSpec, BlockLayout, Window
 from .config_attention import MLP, AttentionPlan, HeadGroup, ModelConfigError, Norm, Positions
 from .config_decoder import DecoderConfig
 from .config_encoder import EncoderConfig, EncoderHead, NormOrder
+from .config_seq2seq import Seq2SeqConfig, StackConfig
 
 __all__ = [
     "ARCHITECTURES",
@@ -30,16 +31,20 @@ __all__ = [
     "Norm",
     "NormOrder",
     "Positions",
+    "Seq2SeqConfig",
+    "StackConfig",
     "from_dict",
     "near",
     "plan_from_dict",
     "to_dict",
 ]
 
-ModelConfig = DecoderConfig | EncoderConfig
+ModelConfig = DecoderConfig | EncoderConfig | Seq2SeqConfig
 
 # What `architecture` says in a config.
-ARCHITECTURES: Mapping[str, type[ModelConfig]] = MappingProxyType({"decoder": DecoderConfig, "encoder": EncoderConfig})
+ARCHITECTURES: Mapping[str, type[ModelConfig]] = MappingProxyType(
+    {"decoder": DecoderConfig, "encoder": EncoderConfig, "seq2seq": Seq2SeqConfig}
+)
 
 
 def to_dict(config: ModelConfig) -> dict[str, Any]:
@@ -74,7 +79,7 @@ def plan_from_dict(raw: Mapping[str, Any]) -> AttentionPlan:
     return plan
 
 
-_DATA = (*ARCHITECTURES.values(), AttentionPlan, HeadGroup, AttentionSpec, Window, BlockLayout)
+_DATA = (*ARCHITECTURES.values(), StackConfig, AttentionPlan, HeadGroup, AttentionSpec, Window, BlockLayout)
 
 
 def _plain(value: object) -> object:

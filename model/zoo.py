@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 from longspan.kernels.attention.spec import AttentionSpec, Window
 
-from .config import AttentionPlan, DecoderConfig, EncoderConfig, ModelConfig, ModelConfigError, from_dict
+from .config import (
+    AttentionPlan,
+    DecoderConfig,
+    EncoderConfig,
+    ModelConfig,
+    ModelConfigError,
+    Seq2SeqConfig,
+    StackConfig,
+    from_dict,
+)
 
 if TYPE_CHECKING:
     from .build import Model
@@ -64,6 +73,32 @@ def _roberta(base: EncoderConfig) -> EncoderConfig:
 def _longformer(each_side: int, *, dropout: float = 0.1) -> AttentionSpec:
     """Beltagy et al. 2020 (arXiv 2004.05150), §3: a window on either side, and global tokens."""
     return AttentionSpec(causal=False, window=Window.symmetric(each_side), global_tokens=True, dropout=dropout)
+
+
+def _plan(spec: AttentionSpec) -> AttentionPlan:
+    return AttentionPlan(patterns={"layer": spec}, layers=("layer",))
+
+
+def _bart(n_layers: int, d_model: int, n_heads: int, *, dropout: float = 0.1) -> Seq2SeqConfig:
+    """Lewis et al. 2019 (arXiv 1910.13461), §2.1, with the tables of fairseq, which begin at row 2."""
+    stack = StackConfig(n_layers=n_layers, n_heads=n_heads, d_ff=4 * d_model)
+    return Seq2SeqConfig(
+        d_model=d_model,
+        encoder=replace(stack, attention=_plan(AttentionSpec(causal=False, dropout=dropout))),
+        decoder=replace(stack, attention=_plan(AttentionSpec(causal=True, dropout=dropout))),
+        cross_attention=AttentionSpec(causal=False, dropout=dropout),
+        dropout=dropout,
+    )
+
+
+def _led(base: Seq2SeqConfig, spec: AttentionSpec, *, max_positions: int) -> Seq2SeqConfig:
+    """Beltagy et al. 2020 (arXiv 2004.05150), §7: BART with Longformer's encoder; its tables begin at row 0."""
+    return replace(
+        base,
+        encoder=replace(base.encoder, max_positions=max_positions, attention=_plan(spec)),
+        position_offset=0,
+        global_projections=True,
+    )
 
 
 _TINY = DecoderConfig(vocab_size=256, n_layers=2, d_model=64, n_heads=4, d_ff=256, max_positions=128)
@@ -124,11 +159,28 @@ ENCODERS: Mapping[str, EncoderConfig] = MappingProxyType(
     }
 )
 
-CONFIGS: Mapping[str, ModelConfig] = MappingProxyType({**DECODERS, **ENCODERS})
+_TINY_STACK = StackConfig(n_layers=2, n_heads=4, d_ff=256, max_positions=128)
+_TINY_BART = Seq2SeqConfig(vocab_size=256, d_model=64, encoder=_TINY_STACK, decoder=_TINY_STACK)
+
+SEQ2SEQS: Mapping[str, Seq2SeqConfig] = MappingProxyType(
+    {
+        # Parameters as published; head and source share one embedding with the target.
+        "bart-base": _bart(6, 768, 12),
+        "bart-large": _bart(12, 1024, 16),
+        "led-base": _led(_bart(6, 768, 12), _longformer(512), max_positions=16384),
+        "led-large": _led(_bart(12, 1024, 16), _longformer(512), max_positions=16384),
+        # For tests.
+        "bart-tiny": _TINY_BART,
+        "led-tiny": _led(_TINY_BART, _longformer(8, dropout=0.0), max_positions=256),
+    }
+)
+
+CONFIGS: Mapping[str, ModelConfig] = MappingProxyType({**DECODERS, **ENCODERS, **SEQ2SEQS})
 
 
 def configure(name: str, overrides: Mapping[str, object] | None = None) -> ModelConfig:
-    """The named config with some fields replaced (`attention` as an AttentionPlan or as plain dicts).
+    """The named config with some fields replaced (`attention` as an AttentionPlan or as plain dicts; of `encoder` and
+    `decoder` some fields will do).
 
     Raises ValueError for an unknown name, ModelConfigError for unknown fields and impossible values, each with the
     nearest known one.
@@ -138,8 +190,16 @@ def configure(name: str, overrides: Mapping[str, object] | None = None) -> Model
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise ModelConfigError([f"no model is named '{name}'; {hint}known: {', '.join(CONFIGS)}"])
     base = CONFIGS[name]
-    current = {item.name: getattr(base, item.name) for item in fields(base)}
-    return from_dict({**current, **(overrides or {})})
+    changed = dict(overrides or {})
+    for name, value in changed.items():
+        stack = getattr(base, name, None)
+        if isinstance(stack, StackConfig) and isinstance(value, Mapping):
+            changed[name] = {**_fields(stack), **value}
+    return from_dict({**_fields(base), **changed})
+
+
+def _fields(config: ModelConfig | StackConfig) -> dict[str, object]:
+    return {item.name: getattr(config, item.name) for item in fields(config)}
 
 
 def build(name: str, overrides: Mapping[str, object] | None = None, *, seed: int | None = None) -> Model:
