@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from longspan.benchmarks import decode, generation
 from longspan.benchmarks.attention import Plan
 from longspan.benchmarks.attention import run as run_suite
 from longspan.benchmarks.environment import output_directory
@@ -18,6 +19,8 @@ from .output import as_yaml
 
 def run(config: BenchConfig) -> int:
     device = _device(config)
+    if config.suite in ("decode", "generation"):
+        return _by_name(config, device)
     if config.backend not in available():
         raise UserError(f"backend={config.backend}: registered are {', '.join(available())}")
     shapes = config.shapes or ("tiny" if device.type == "cpu" else "quick")
@@ -61,6 +64,33 @@ def run(config: BenchConfig) -> int:
         print(f"backend={config.backend} measured nothing here: the reasons stand above under 'Not measured'")
         return 1
     return 0
+
+
+def _by_name(config: BenchConfig, device: torch.device) -> int:
+    """The suites of decoding, which have contenders and rows of their own."""
+    shapes = config.shapes or ("tiny" if device.type == "cpu" else "quick")
+    every = decode.cases(shapes) if config.suite == "decode" else generation.cases(shapes)
+    named = [case.name for case in every]
+    if config.only is not None and not any(config.only in name for name in named):
+        raise UserError(
+            f"only={config.only}: in the name of no case of suite={config.suite} shapes={shapes}: {'; '.join(named)}"
+        )
+    if config.dry_run:
+        print(as_yaml(plain(config)), end="")
+        print("\n".join(f"# {name}" for name in named if config.only is None or config.only in name))
+        return 0
+    command = f"longspan bench suite={config.suite} shapes={shapes} repetitions={config.repetitions}"
+    if config.only is not None:
+        command += f" only='{config.only}'"
+    output = output_directory(config.output, smoke=device.type == "cpu")
+    if config.suite == "decode":
+        sound = decode.run(shapes, device, output, command=command, only=config.only, repetitions=config.repetitions)
+    else:
+        sound = generation.run(shapes, device, output, command=command, only=config.only)
+    print(f"rows appended to {output / config.suite}.csv")
+    if not sound:
+        print("something of ours was void or failed")
+    return 0 if sound else 1
 
 
 def _device(config: BenchConfig) -> torch.device:

@@ -1,0 +1,73 @@
+"""`DecodeStep` on a CPU, where nothing is recorded; tests/model/test_gpu_step.py has the CUDA graphs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from longspan.kernels.attention import AttentionSpec, Window
+from longspan.model.cache import create_cache
+from longspan.model.cache_plan import CacheKind
+from longspan.model.config import AttentionPlan, DecoderConfig
+from longspan.model.decoder import from_config
+from longspan.model.generation import prefill
+from longspan.model.step import DecodeStep
+
+TINY = DecoderConfig(
+    vocab_size=128,
+    n_layers=2,
+    d_model=32,
+    n_heads=4,
+    n_kv_heads=2,
+    d_ff=64,
+    max_positions=64,
+    positions="rope",
+    norm="rmsnorm",
+    mlp="swiglu",
+)
+WINDOWED = replace(
+    TINY,
+    attention=AttentionPlan(
+        patterns={"local": AttentionSpec(causal=True, window=Window.causal_keys(8))}, layers=("local",)
+    ),
+)
+
+
+@pytest.mark.parametrize("kind", ["auto", "contiguous", "paged"])
+@pytest.mark.parametrize("config", [TINY, WINDOWED], ids=["full", "window"])
+def test_steps_are_the_model_itself(kind: CacheKind, config: DecoderConfig) -> None:
+    """Logits of every step equal those of the whole text read at once, far beyond the window."""
+    model = from_config(config, seed=0).eval()
+    tokens_BT = torch.randint(100, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole_BTV = model(tokens_BT)
+    cache = create_cache(model, 2, 40, kind=kind)
+    logits_BV = prefill(model, tokens_BT[:, :10], cache)
+    torch.testing.assert_close(logits_BV, whole_BTV[:, 9], rtol=1e-4, atol=1e-4)
+    step = DecodeStep(model, cache)
+    for place in range(10, 40):
+        logits_BV = step(tokens_BT[:, place])
+        torch.testing.assert_close(logits_BV, whole_BTV[:, place], rtol=1e-4, atol=1e-4)
+    assert cache.length == 40
+    with pytest.raises(ValueError, match="do not fit"):
+        step(tokens_BT[:, 0])
+
+
+def test_a_compiled_step_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Growing lengths must not ask for another compilation: they live in tensors. Traced, not translated to C++."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    model = from_config(TINY, seed=0).eval()
+    cache = create_cache(model, 1, 32)
+    prefill(model, torch.tensor([[1, 2, 3]]), cache)
+    plain = create_cache(model, 1, 32)
+    prefill(model, torch.tensor([[1, 2, 3]]), plain)
+    torch.compiler.reset()
+    step, eager = DecodeStep(model, cache, compiled=True), DecodeStep(model, plain)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for token in (5, 6, 7, 8):
+        torch.testing.assert_close(step(torch.tensor([token])), eager(torch.tensor([token])), rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
