@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 
 class Pass(StrEnum):
@@ -132,3 +133,37 @@ _FP32: dict[Pass, dict[int, Tiles]] = {
     Pass.DQ: {64: Tiles(32, 32, 8, 2), 128: Tiles(32, 16, 8, 2), 256: Tiles(16, 16, 8, 2)},
     Pass.DKDV: {64: Tiles(32, 32, 8, 2), 128: Tiles(32, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
 }
+
+
+# -- decoding ----------------------------------------------------------------------------------------------------------
+
+MOST_SPLITS = 128
+PROGRAMS_PER_PROCESSOR = 2
+LEAST_TILES = 4  # of a split: below, starting it and joining its sums costs more than the parallelism gives
+
+
+@lru_cache(maxsize=4096)
+def choose_decode(rows: int, head_dim: int, q_bytes: int, kv_bytes: int) -> Tiles:
+    """Tiles of the decode kernel for a group's `rows` (queries × heads that share their keys). Not measured yet.
+
+    16 rows are the least that tensor cores multiply. More than 32 would not fit in registers beside the sums, so they
+    go to further programs, which find the same keys in the L2 cache. A tile of keys in half precision is 16 KiB, as is
+    one of values: with two of each on their way, a program hides the latency of memory behind 64 KiB.
+    """
+    width = 1 << max(5, (head_dim - 1).bit_length())
+    if q_bytes == 4:  # without tensor cores registers are what limits
+        return Tiles(16, {32: 64, 64: 32, 128: 32, 256: 16}[width], 8, 2)
+    columns = {32: 128, 64: 128, 128: 64, 256: 32}[width]
+    return Tiles(32 if rows > 16 else 16, columns, 4, 3 if kv_bytes > 1 else 4)
+
+
+@lru_cache(maxsize=4096)
+def n_splits(programs: int, tiles: int, processors: int) -> int:
+    """Into how many splits the `tiles` of keys of each of `programs` (batch × key/value heads × tiles of rows) are cut.
+
+    A function of sizes that a CUDA graph holds fixed, never of lengths on the device. Enough splits to give every
+    processor two programs, so that one loads while the other waits; no more, because every split costs a start and its
+    sums in fp32, and none shorter than LEAST_TILES, where the start would outweigh the work.
+    """
+    wanted = -(-PROGRAMS_PER_PROCESSOR * processors // max(programs, 1))
+    return max(1, min(wanted, tiles // LEAST_TILES, MOST_SPLITS))
