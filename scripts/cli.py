@@ -50,6 +50,18 @@ VERBS: dict[str, Verb] = {
         "validate_prepare",
         ("longspan prepare data=stdlib", "longspan prepare experiment=quickstart"),
     ),
+    "import": Verb(
+        "a checkpoint from a Hugging Face directory",
+        "ImportConfig",
+        "validate_import",
+        ("longspan import source=DIR output=checkpoints/mine", "longspan import source=DIR output=OUT dry_run=true"),
+    ),
+    "export": Verb(
+        "a Hugging Face directory from a checkpoint, for transformers and vLLM",
+        "ExportConfig",
+        "validate_export",
+        ("longspan export checkpoint=runs/mine output=DIR", "longspan export checkpoint=DIR output=OUT dtype=bf16"),
+    ),
     "evaluate": Verb(
         "perplexity of a checkpoint, with its protocol, as JSON, Markdown and a curve",
         "EvaluateConfig",

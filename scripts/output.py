@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
 from rich.progress import Progress
+
+from longspan.training.errors import UserError
 
 
 class _Dumper(yaml.SafeDumper):
@@ -25,6 +28,12 @@ _Dumper.add_representer(
 def as_yaml(config: Mapping[str, Any]) -> str:
     """A config as the YAML that would compose to it."""
     return yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+
+
+def refuse_occupied(output: Path, *, overwrite: bool) -> None:
+    """Raises UserError, before any work is done, where `output` would be overwritten without leave."""
+    if output.exists() and not (output.is_dir() and (overwrite or not any(output.iterdir()))):
+        raise UserError(f"output={output}: exists and is not an empty directory; choose another, or set overwrite=true")
 
 
 def progress_bars() -> Progress:

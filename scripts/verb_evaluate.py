@@ -7,6 +7,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from longspan.data.sources import from_path
 from longspan.data.store import Documents
 from longspan.data.tokenizer import Tokenizer
@@ -20,7 +22,7 @@ from longspan.training.held_out import trained_with, training_store
 from longspan.training.precision import choose_device, inference_precision
 from longspan.training.schema import EvaluateConfig, EvaluationDataConfig
 
-from .output import as_yaml, progress_bars
+from .output import as_yaml, progress_bars, refuse_occupied
 
 
 def run(config: EvaluateConfig) -> int:
@@ -28,11 +30,11 @@ def run(config: EvaluateConfig) -> int:
         print(as_yaml(plain(config)), end="")
         return 0
     output = Path(config.output) if config.output is not None else _default_output(config)
-    if output.exists() and not (output.is_dir() and (config.overwrite or not any(output.iterdir()))):
-        raise UserError(f"output={output}: exists and is not an empty directory; choose another, or set overwrite=true")
+    refuse_occupied(output, overwrite=config.overwrite)
     device = choose_device(config.accelerator, key="accelerator")
     checkpoint = resolve_checkpoint(config.checkpoint)
-    model = load_model(checkpoint, device=device)
+    # Asked for fp32, weights that are stored narrower are widened; else they are computed with as they are.
+    model = load_model(checkpoint, device=device, dtype=torch.float32 if config.precision == "fp32" else None)
     tokenizer = Tokenizer.load(checkpoint)
     stored, train = _documents(config.data, checkpoint, tokenizer)
     trained = trained_with(checkpoint)

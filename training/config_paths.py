@@ -20,7 +20,16 @@ from longspan.model.checkpoint_files import (
 from longspan.model.config import DecoderConfig
 
 from .config_errors import ConfigError, Problem, assignment, lines
-from .schema import DataConfig, EstimateConfig, EvaluateConfig, GenerateConfig, PrepareConfig, RunConfig
+from .schema import (
+    DataConfig,
+    EstimateConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    ImportConfig,
+    PrepareConfig,
+    RunConfig,
+)
 
 HUB = "hub:"
 
@@ -66,6 +75,10 @@ def _problems(config: object) -> Iterator[Problem]:
         yield from _no_checkpoint(config.checkpoint)
         if config.file is not None and config.file != "-":
             yield from _missing("file", config.file, globs=False)
+    elif isinstance(config, ImportConfig):
+        yield from _missing("source", config.source, globs=False)
+    elif isinstance(config, ExportConfig):
+        yield from _no_checkpoint(config.checkpoint)
 
 
 def _missing(key: str, value: str, *, globs: bool = True) -> Iterator[Problem]:

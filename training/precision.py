@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -13,6 +15,11 @@ from .errors import UserError
 
 Precision = Literal["fp32", "bf16-mixed", "bf16-true"]
 AskedPrecision = Literal["auto", Precision]
+
+# What weights are written as; None: as they are.
+STORED: Mapping[str, torch.dtype | None] = MappingProxyType(
+    {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+)
 
 
 @dataclass(frozen=True, slots=True)

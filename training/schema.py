@@ -29,7 +29,9 @@ from .schema_requests import (
     EvaluateConfig,
     ExplainConfig,
     ExplainRequest,
+    ExportConfig,
     GenerateConfig,
+    ImportConfig,
     PrepareConfig,
     RunConfig,
     RunRequest,
@@ -72,7 +74,9 @@ __all__ = [
     "EvaluationDataConfig",
     "ExplainConfig",
     "ExplainRequest",
+    "ExportConfig",
     "GenerateConfig",
+    "ImportConfig",
     "LoggerConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -92,7 +96,9 @@ __all__ = [
     "validate_estimate",
     "validate_evaluate",
     "validate_explain",
+    "validate_export",
     "validate_generate",
+    "validate_import",
     "validate_prepare",
 ]
 
@@ -146,6 +152,18 @@ def validate_generate(raw: Raw, *, where: Where | None = None) -> GenerateConfig
     """`longspan generate`; as `validate`."""
     config, problems = _parse(GenerateConfig, raw)
     return _sound(config, [*problems, *(check_generate(config) if config is not None else ())], where)
+
+
+def validate_import(raw: Raw, *, where: Where | None = None) -> ImportConfig:
+    """`longspan import`; as `validate`."""
+    config, problems = _parse(ImportConfig, raw)
+    return _sound(config, problems, where)
+
+
+def validate_export(raw: Raw, *, where: Where | None = None) -> ExportConfig:
+    """`longspan export`; as `validate`."""
+    config, problems = _parse(ExportConfig, raw)
+    return _sound(config, problems, where)
 
 
 def validate_bench(raw: Raw, *, where: Where | None = None) -> BenchConfig:

@@ -153,6 +153,35 @@ class GenerateConfig(SamplingConfig):
     dry_run: bool = Field(default=False, description="print the resolved config; do nothing")
 
 
+StoredType = Literal["stored", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImportConfig:
+    """`longspan import`"""
+
+    source: str = Field(description="a Hugging Face directory: config.json, weights, tokenizer")
+    output: str = Field(description="the checkpoint directory to make")
+    dtype: StoredType = Field(default="stored", description="type of the weights; stored: as they are in the source")
+    overwrite: bool = Field(default=False, description="replace what is in a non-empty output directory")
+    dry_run: bool = Field(default=False, description="print the model that the source's config means; do nothing")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExportConfig:
+    """`longspan export`"""
+
+    checkpoint: str = Field(description="a checkpoint directory, or a run (its best, else its last)")
+    output: str = Field(description="the Hugging Face directory to make")
+    model_type: str | None = Field(
+        default=None, description="gpt2, llama, … as Hugging Face spells it; null: the first that can say the model"
+    )
+    dtype: StoredType = Field(default="stored", description="type of the weights; stored: as they are")
+    shard_bytes: int = Field(default=5_000_000_000, ge=1, description="largest file of weights; beyond, they are split")
+    overwrite: bool = Field(default=False, description="replace what is in a non-empty output directory")
+    dry_run: bool = Field(default=False, description="print the config.json that would be written; do nothing")
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class _ExplainKeys:
     context: int | None = Field(default=None, ge=1, description="keys that a query may see; null: model.max_positions")
@@ -182,9 +211,9 @@ class ExplainConfig(_ExplainKeys):
 class BenchConfig:
     """`longspan bench`"""
 
-    suite: Literal["attention", "window", "documents", "sparse", "dilation", "decode", "generation"] = Field(
+    suite: Literal["attention", "window", "documents", "sparse", "dilation"] = Field(
         description="what is measured: dense attention, windows with and without global tokens, packed documents, "
-        "block-sparse layouts, dilated windows, single tokens over a cache, whole decoding steps of models"
+        "block-sparse layouts, dilated windows"
     )
     shapes: Literal["tiny", "quick", "full"] | None = Field(
         default=None,

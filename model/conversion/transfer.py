@@ -1,0 +1,168 @@
+"""Hugging Face directory <-> checkpoint directory, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longspan.model.build import build_from
+from longspan.model.checkpoint import (
+    CONFIG,
+    load_weights,
+    resolve_checkpoint,
+    save_model,
+    verify,
+    write_directory,
+)
+from longspan.model.checkpoint_files import LINEAGE, load_config
+from longspan.model.config import to_dict
+
+from .hf import (
+    DTYPE_NAMES,
+    GENERATION,
+    SHARD_BYTES,
+    ConversionError,
+    carry,
+    digests,
+    read_config,
+    read_json,
+    read_weights,
+    weight_files,
+    write_json,
+    write_weights,
+)
+from .registry import config_from, config_to, family_of
+from .translate import export_tensors, import_tensors
+
+logger = logging.getLogger("longspan.model")
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """What a directory would become: for a look before anything is written.
+
+    model_type  as Hugging Face spells it
+    config      of the result, as plain data: ours of an import, config.json of an export
+    """
+
+    model_type: str
+    config: Mapping[str, Any]
+
+
+def import_model(
+    source: Path | str, output: Path | str, *, dtype: torch.dtype | None = None, overwrite: bool = False
+) -> Path:
+    """Makes a checkpoint directory from a Hugging Face directory and returns it.
+
+    dtype      what weights are stored as; None: as they are
+    overwrite  replace what is in a non-empty `output`
+
+    The tokenizer's files and generation_config.json are copied. lineage.json names the source, its model type and the
+    sha256 of its weights. No code of the directory is run.
+    Raises ConversionError, a line for each problem; CheckpointError when `output` is not empty.
+    """
+    source = Path(source)
+    raw = read_config(source)
+    config = config_from(raw)
+    if "auto_map" in raw:
+        logger.warning("%s brings code of its own (auto_map); it is not run", source)
+    files = weight_files(source)
+    model = build_from(config, device="meta")
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    weights = import_tensors(family_of(raw), config, read_weights(files), shapes)
+    if dtype is not None:
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    lineage = {
+        "imported": {
+            "source": source.resolve().name,
+            "model_type": raw["model_type"],
+            "transformers_version": raw.get("transformers_version"),
+            "weights_sha256": digests(files),
+        }
+    }
+
+    def also(staging: Path) -> None:
+        carry(source, staging)
+        if not (staging / GENERATION).is_file():
+            tokens = {name: raw[name] for name in _TOKENS if raw.get(name) is not None}
+            write_json(staging / GENERATION, tokens)
+
+    return save_model(model, output, lineage=lineage, state=weights, also=also, overwrite=overwrite)
+
+
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def export_model(
+    checkpoint: Path | str,
+    output: Path | str,
+    *,
+    model_type: str | None = None,
+    dtype: torch.dtype | None = None,
+    eos_token_id: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> Path:
+    """Makes a Hugging Face directory from a checkpoint directory or a run, and returns it.
+
+    model_type    which family says it; None: the first that can
+    dtype         what weights are stored as; None: as they are
+    eos_token_id  for generation_config.json where the checkpoint brings none
+
+    config.json spells what transformers 4 and 5 and vLLM look for; lineage.json goes along.
+    Raises ConversionError for a model that no family can say, with the fields that are in the way; CheckpointError for
+    a damaged checkpoint and for an `output` that is not empty.
+    """
+    checkpoint = resolve_checkpoint(checkpoint)
+    config = load_config(checkpoint)
+    family, fields = config_to(config, model_type)
+    verify(checkpoint)
+    weights = load_weights(checkpoint)
+    if dtype is not None:
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    tensors = export_tensors(family, config, weights)
+    stored = DTYPE_NAMES.get(next(iter(weights.values())).dtype)
+    if stored is None:
+        raise ConversionError(
+            f"{checkpoint} holds {next(iter(weights.values())).dtype}; export it as fp32, bf16 or fp16"
+        )
+
+    def fill(staging: Path) -> None:
+        carry(checkpoint, staging)
+        settings = _generation(staging, eos_token_id)
+        write_json(staging / GENERATION, settings)
+        tokens = {name: settings.get(name) for name in _TOKENS}
+        content = {**fields, **tokens, "model_type": family.model_type, "dtype": stored, "torch_dtype": stored}
+        write_json(staging / CONFIG, content)
+        write_weights(staging, tensors, shard_bytes=shard_bytes)
+        write_json(staging / LINEAGE, json.loads((checkpoint / LINEAGE).read_text(encoding="utf-8")))
+
+    return write_directory(Path(output), fill, overwrite=overwrite)
+
+
+def _generation(directory: Path, eos_token_id: int | None) -> dict[str, Any]:
+    """generation_config.json: the checkpoint's own, else what is known."""
+    path = directory / GENERATION
+    settings = read_json(path) if path.is_file() else {}
+    if eos_token_id is not None:
+        settings = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id, **settings}
+    return settings
+
+
+def plan_import(source: Path | str) -> Translation:
+    """The config that `import_model` would store; weights are not read. Raises like it."""
+    raw = read_config(Path(source))
+    return Translation(raw["model_type"], to_dict(config_from(raw)))
+
+
+def plan_export(checkpoint: Path | str, *, model_type: str | None = None) -> Translation:
+    """The config.json that `export_model` would write; weights are not read. Raises like it."""
+    config = load_config(resolve_checkpoint(checkpoint))
+    family, fields = config_to(config, model_type)
+    return Translation(family.model_type, fields)

@@ -1,0 +1,81 @@
+"""`longspan import` and `longspan export` from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from longspan.data.tokenizer import byte_level
+from longspan.model.checkpoint import load_model, save_model
+from longspan.model.zoo import build
+from longspan.scripts.cli import main
+
+Refused = Callable[..., list[str]]
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A Hugging Face directory, made by the other verb."""
+    tokenizer = byte_level()
+    save_model(build("gpt-tiny", {"vocab_size": tokenizer.vocab_size}, seed=0), tmp_path / "ours", tokenizer)
+    assert main(["export", "checkpoint=ours", "output=foreign", "model_type=gpt2"]) == 0
+    return tmp_path / "foreign"
+
+
+def test_out_and_in_again(foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert json.loads((foreign / "generation_config.json").read_text()) == {"bos_token_id": 256, "eos_token_id": 256}
+    assert main(["import", "source=foreign", "output=again", "dtype=bf16"]) == 0
+    assert capsys.readouterr().out == "gpt2 imported to again/\n"
+    before, after = load_model(tmp_path / "ours"), load_model(tmp_path / "again")
+    assert before.config == after.config
+    assert all(torch.equal(t.bfloat16(), after.state_dict()[name]) for name, t in before.state_dict().items())
+    assert main(["generate", "checkpoint=again", "prompt=def", "max_new_tokens=3", "accelerator=cpu"]) == 0
+    assert capsys.readouterr().out.startswith("def")
+
+
+def test_dry_runs_show_the_translation_and_write_nothing(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["import", "source=foreign", "output=again", "dry_run=true"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["model_type"], shown["model"]["d_model"], shown["model"]["mlp"]) == ("gpt2", 64, "gelu_tanh")
+    assert main(["export", "checkpoint=ours", "output=again", "dry_run=true"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["model_type"], shown["config.json"]["n_embd"]) == ("gpt2", 64)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_checkpoint_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(build("gpt-tiny", seed=0), tmp_path / "ours")
+    assert main(["export", "checkpoint=ours", "output=foreign"]) == 0
+    assert "has no tokenizer.json, so foreign/ has none" in capsys.readouterr().out
+    assert main(["import", "source=foreign", "output=again"]) == 0
+    assert "put one into again/ before text is read or written" in capsys.readouterr().out
+
+
+def test_mistakes_cost_a_line(foreign: Path, tmp_path: Path, refused: Refused) -> None:
+    assert refused("import", "source=foreing", "output=again") == [
+        "source=foreing: does not exist; did you mean foreign? (set on the command line)"
+    ]
+    assert refused("import", "source=foreign", "output=ours") == [
+        "output=ours: exists and is not an empty directory; choose another, or set overwrite=true"
+    ]
+    assert refused("export", "checkpoint=foreign", "output=again") == [
+        "foreign/config.json describes a Hugging Face model of type 'gpt2'; this version reads: decoder, encoder"
+    ]
+    assert refused("export", "checkpoint=ours", "output=again", "dtype=int8") == [
+        "dtype=int8: expected one of stored, fp32, bf16, fp16 (set on the command line)"
+    ]
+    raw = json.loads((foreign / "config.json").read_text())
+    (foreign / "config.json").write_text(json.dumps({**raw, "gate": 1, "pruned_heads": {"0": [1]}}))
+    assert refused("import", "source=foreign", "output=again") == [
+        "config.json: gate=1 is no field that this version knows, and may matter",
+        "config.json: pruned_heads={'0': [1]} cannot be translated (layers whose heads were cut out have other "
+        "shapes); it has to be null or {}",
+    ]
