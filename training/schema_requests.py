@@ -211,9 +211,9 @@ class ExplainConfig(_ExplainKeys):
 class BenchConfig:
     """`longspan bench`"""
 
-    suite: Literal["attention", "window", "documents", "sparse", "dilation"] = Field(
+    suite: Literal["attention", "window", "documents", "sparse", "dilation", "decode", "generation"] = Field(
         description="what is measured: dense attention, windows with and without global tokens, packed documents, "
-        "block-sparse layouts, dilated windows"
+        "block-sparse layouts, dilated windows, single tokens over a cache, whole decoding steps of models"
     )
     shapes: Literal["tiny", "quick", "full"] | None = Field(
         default=None,
