@@ -1,0 +1,358 @@
+"""Continuous batching over pages: requests of any lengths come and go, and share the prefixes they have in common.
+
+    session = Session(model, tokenizer=tokenizer, max_batch=16)
+    with session.prefill(document) as prefix:               # read once …
+        for question in questions:                          # … shared by all that fork it
+            session.submit(Request(prompt=question, prefix=prefix, sampling=Sampling(max_new_tokens=50)))
+        completions = session.run()                         # number of the request -> Completion
+
+Legend: B sequences of one call, T tokens of each, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .cache_layers import free_memory
+from .cache_plan import Storage, pages_for, pool_bytes
+from .completion import Completion, Output, TextTokenizer
+from .decoder import Decoder
+from .paging import OutOfPages, PagedCache, PagePool
+from .prompts import EMPTY, check_room, check_tokenizer, check_tokens, prefill
+from .sampling import Sampling, choose, log_probabilities, seen_tokens, sequence_seeds
+from .session_parts import Event, Prefix, Request, RunningRequest
+
+__all__ = ["Event", "Prefix", "Request", "Session"]
+
+
+class Session:
+    """Continues many requests at once, each as it would be alone.
+
+    Requests are admitted first come, first served, each when the pages of its whole prompt are free. Prompts are read
+    in pieces, between which the others go on. When pages run out, the youngest sequence gives its own back, and is
+    recomputed later from the tokens it had: its text is the same. What a request draws is a function of its seed.
+
+    pages, page_size   size of the pool: so many pages of so many tokens. `memory` (bytes) says it otherwise; with
+                       neither, room for `max_batch` sequences of the model's positions, in at most half of what is free
+    max_batch          sequences that run at once
+    storage            int8 or float8_e4m3fn: `create_cache`
+    prefill_chunk      tokens of prompts that one step reads at most
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        pages: int | None = None,
+        memory: int | None = None,
+        max_batch: int = 16,
+        tokenizer: TextTokenizer | None = None,
+        page_size: int = 16,
+        storage: Storage | None = None,
+        prefill_chunk: int = 512,
+    ) -> None:
+        """Raises ValueError for sizes below 1, a pool that does not fit into memory, and a tokenizer that has more
+        tokens than the model."""
+        for name, size in (("max_batch", max_batch), ("page_size", page_size), ("prefill_chunk", prefill_chunk)):
+            if size < 1:
+                raise ValueError(f"{name}={size}: at least 1")
+        if tokenizer is not None:
+            check_tokenizer(model.config, tokenizer)
+        weight = model.head_weight
+        if pages is None:
+            page = pool_bytes(model.config, 1, page_size, weight.dtype, storage=storage).total
+            pages = _pages(model, page, page_size, max_batch, memory)
+        elif memory is not None:
+            raise ValueError(f"pages={pages} and memory={memory} are both given: one of them sizes the pool")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_batch = max_batch
+        self.prefill_chunk = prefill_chunk
+        self.pool = PagePool(model.config, pages, page_size, dtype=weight.dtype, device=weight.device, storage=storage)
+        self.preemptions = 0
+        self._submitted = 0
+        self._prefixes: list[Prefix] = []
+        self._waiting: deque[RunningRequest] = deque()
+        self._running: list[RunningRequest] = []  # oldest first
+        self._decoding: PagedCache | None = None  # of the latest step, for the next one over the same sequences
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or run."""
+        return len(self._waiting) + len(self._running)
+
+    def prefill(self, prompt: Sequence[int] | str) -> Prefix:
+        """Reads tokens that requests can begin with (`Request.prefix`), and keeps their pages until it is freed.
+
+        Raises ValueError for an empty prompt, for more tokens than the model has positions, and when the pages that
+        would be left are too few for a request that was accepted.
+        """
+        tokens = self._tokens(prompt)
+        if not tokens:
+            raise ValueError(EMPTY)
+        check_room(self.model.config, len(tokens), 1)
+        needed, held = pages_for(len(tokens), self.pool.page_size), self._held()
+        others = max((self._own_pages(each) for each in (*self._waiting, *self._running)), default=0)
+        if needed + held + others > self.pool.allocator.total:
+            raise ValueError(
+                f"a prefix of {len(tokens)} tokens needs {needed} pages of {self.pool.page_size} tokens; of "
+                f"{self.pool.allocator.total}, {held} are held by prefixes and {others} may be needed by a request; "
+                f"make the session with pages={needed + held + others} or more"
+            )
+        sequence = self.pool.open()
+        tokens_1T = torch.tensor([tokens], device=self.pool.device)
+        while True:
+            try:
+                logits_1V = prefill(
+                    self.model, tokens_1T[:, sequence.length :], self.pool.cache([sequence]), chunk=self.prefill_chunk
+                )
+                break
+            except OutOfPages:
+                if not self._running:
+                    sequence.free()
+                    raise
+                self._preempt()
+        prefix = Prefix(tuple(tokens), sequence, logits_1V)
+        self._prefixes.append(prefix)
+        return prefix
+
+    def submit(self, request: Request) -> int:
+        """Queues a request; its number. Raises ValueError for one that can never be served, with the numbers."""
+        sampling, prefix = request.sampling, request.prefix
+        if sampling.num_beams > 1:
+            raise ValueError(f"num_beams={sampling.num_beams}: a session has no beam search; use `complete`")
+        if prefix is not None and prefix.sequence.pool is not self.pool:
+            raise ValueError("the prefix belongs to another session")
+        tokens = self._tokens(request.prompt)
+        if not tokens and prefix is None:
+            raise ValueError(EMPTY)
+        output = Output(
+            max_new_tokens=sampling.max_new_tokens,
+            stop_tokens=sampling.stop_tokens,
+            stop_strings=request.stop_strings,
+            tokenizer=self.tokenizer,
+        )
+        sequence = RunningRequest(
+            number=self._submitted, request=request, prompt=tokens, output=output, seed=sequence_seeds(sampling, 1)[0]
+        )
+        check_room(self.model.config, sequence.begins + len(tokens), sampling.max_new_tokens)
+        own, held, total = self._own_pages(sequence), self._held(), self.pool.allocator.total
+        if own + held > total:
+            before = f" after a prefix of {sequence.begins}" if prefix is not None else ""
+            raise ValueError(
+                f"a prompt of {len(tokens)} tokens{before} and {sampling.max_new_tokens} new ones need {own} pages of "
+                f"{self.pool.page_size} tokens, but the session has {total}, {held} of them held by prefixes; ask for "
+                f"fewer tokens, or make it with pages={own + held}"
+            )
+        if prefix is not None:
+            prefix.acquire()
+        self._submitted += 1
+        self._waiting.append(sequence)
+        return sequence.number
+
+    def run(self, on_event: Callable[[Event], None] | None = None) -> dict[int, Completion]:
+        """Steps until nothing is left to do; what finished meanwhile, by number of the request."""
+        done: dict[int, Completion] = {}
+        while self.unfinished:
+            for event in self.step():
+                if on_event is not None:
+                    on_event(event)
+                if event.completion is not None:
+                    done[event.request] = event.completion
+        return dict(sorted(done.items()))
+
+    def step(self) -> list[Event]:
+        """Admits, reads a piece of the prompts that are not read yet, and continues every other sequence by a token.
+        The tokens that came of it."""
+        events = self._admit()
+        ready = [
+            (each, each.request.prefix.logits_1V) for each in self._running if not each.unread and each.request.prefix
+        ]
+        ready += self._advance([each for each in self._running if len(each.unread) == 1])
+        ready += self._advance(self._next_to_read())
+        return events + self._choose(ready)
+
+    # -- scheduling ---------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> list[Event]:
+        """Sequences from the head of the queue, while there is room for all that each has to read."""
+        events: list[Event] = []
+        page_size = self.pool.page_size
+        promised = sum(map(self._missing_pages, self._running))
+        while self._waiting and len(self._running) < self.max_batch:
+            head = self._waiting[0]
+            if head.output.finish_reason is not None:  # no tokens were asked for
+                events.append(self._event(head, None, 0.0, ""))
+                continue
+            unread = [*head.prompt, *head.output.tokens]
+            # One more for the first new token: a sequence that could not even have that would be in vain.
+            needed = pages_for(min(head.begins + len(unread) + 1, head.longest), page_size) - head.begins // page_size
+            free = self.pool.allocator.free
+            if promised + needed > free:
+                if not self._running:  # submit made sure of room: somebody else has the pages
+                    raise OutOfPages(needed, free, self.pool.allocator.total)
+                break
+            promised += needed
+            self._waiting.popleft()
+            prefix = head.request.prefix
+            head.cached = self.pool.open() if prefix is None else prefix.sequence.fork()
+            head.unread = unread
+            self._running.append(head)
+            self._running.sort(key=lambda each: each.number)
+        return events
+
+    def _next_to_read(self) -> list[RunningRequest]:
+        """Sequences with prompts to read, oldest first: as many as fit, with padding, into `prefill_chunk` tokens."""
+        batch: list[RunningRequest] = []
+        width = 0
+        for each in self._running:
+            if len(each.unread) > 1:
+                width = max(width, min(len(each.unread), self.prefill_chunk))
+                if batch and width * (len(batch) + 1) > self.prefill_chunk:
+                    break
+                batch.append(each)
+        return batch
+
+    def _advance(self, batch: list[RunningRequest]) -> list[tuple[RunningRequest, Tensor]]:
+        """One call of the model over a piece of what each sequence has not read; (sequence, logits [1, V]) of those
+        that have read everything. Preempts the youngest until there are pages for the rest."""
+        while batch:
+            pieces = [each.unread[: self.prefill_chunk] for each in batch]
+            counts = [len(piece) for piece in pieces]
+            width = max(counts)
+            padded = [piece + [0] * (width - len(piece)) for piece in pieces]
+            tokens_BT = torch.tensor(padded, device=self.pool.device)
+            lengths = None if min(counts) == width else counts
+            try:
+                logits_BV = prefill(self.model, tokens_BT, self._cache(batch), lengths=lengths)
+            except OutOfPages:
+                youngest = self._preempt()
+                batch = [each for each in batch if each is not youngest]
+                continue
+            for each, count in zip(batch, counts):
+                del each.unread[:count]
+            return [(each, logits_BV[row : row + 1]) for row, each in enumerate(batch) if not each.unread]
+        return []
+
+    def _cache(self, batch: list[RunningRequest]) -> PagedCache:
+        """Over the batch's pages; while sequences decode, the one of the step before as long as they are the same."""
+        sequences = tuple(each.cached for each in batch if each.cached is not None)
+        length = max(each.longest for each in batch)
+        if any(len(each.unread) > 1 for each in batch):
+            return self.pool.cache(sequences, length=length)
+        if self._decoding is None or self._decoding.sequences != sequences:
+            self._decoding = self.pool.cache(sequences, length=length)
+        return self._decoding
+
+    def _preempt(self) -> RunningRequest:
+        """Takes the pages of the youngest running sequence; it waits again, before all that never ran."""
+        youngest = self._running.pop()
+        if youngest.cached is not None:
+            youngest.cached.free()
+        youngest.cached, youngest.unread = None, []
+        self._waiting.appendleft(youngest)
+        self._decoding = None
+        self.preemptions += 1
+        return youngest
+
+    def _choose(self, ready: list[tuple[RunningRequest, Tensor]]) -> list[Event]:
+        """The next token of each sequence; those that are chosen alike together."""
+        alike: dict[Sampling, list[tuple[RunningRequest, Tensor]]] = {}
+        for each, logits_1V in ready:
+            alike.setdefault(_manner(each.request.sampling), []).append((each, logits_1V))
+        events: list[Event] = []
+        for manner, group in alike.items():
+            device = self.pool.device
+            logits_BV = torch.cat([logits_1V for _, logits_1V in group])
+            seeds_B = torch.tensor([each.seed for each, _ in group], device=device)
+            steps_B = torch.tensor([len(each.output.tokens) for each, _ in group], device=device)
+            seen_BV = torch.cat([self._seen(each) for each, _ in group]) if manner.repetition_penalty != 1.0 else None
+            token_B = choose(logits_BV, manner, seeds_B=seeds_B, step=steps_B, seen_BV=seen_BV)
+            logprob_B = log_probabilities(logits_BV, token_B)
+            for (each, _), token, logprob in zip(group, token_B.tolist(), logprob_B.tolist()):
+                text = each.output.push(token, logprob)
+                each.unread = [token]
+                if each.seen_1V is not None:
+                    each.seen_1V[0, token] = True
+                events.append(self._event(each, token, logprob, text))
+        return sorted(events, key=lambda event: event.request)
+
+    def _event(self, sequence: RunningRequest, token: int | None, logprob: float, text: str) -> Event:
+        """Tells the request's callback; a sequence that is finished gives its pages back."""
+        if text and sequence.request.on_text is not None:
+            sequence.request.on_text(text)
+        completion = None
+        if sequence.output.finish_reason is not None:
+            completion = sequence.output.completion()
+            if sequence.cached is not None:
+                sequence.cached.free()
+                self._running.remove(sequence)
+            else:
+                self._waiting.remove(sequence)
+            if sequence.request.prefix is not None:
+                sequence.request.prefix.release()
+        return Event(request=sequence.number, token=token, logprob=logprob, text=text, completion=completion)
+
+    # -- counting -----------------------------------------------------------------------------------------------------
+
+    def _tokens(self, prompt: Sequence[int] | str) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("the prompt is text: make the session with the tokenizer= that reads it")
+            prompt = self.tokenizer.encode(prompt)
+        tokens = [int(token) for token in prompt]
+        if tokens:
+            check_tokens(self.model.config, torch.tensor(tokens))
+        return tokens
+
+    def _seen(self, sequence: RunningRequest) -> Tensor:
+        if sequence.seen_1V is None:
+            prefix = sequence.request.prefix
+            tokens = [*(prefix.tokens if prefix is not None else ()), *sequence.prompt, *sequence.output.tokens]
+            tokens_1T = torch.tensor([tokens], device=self.pool.device)
+            sequence.seen_1V = seen_tokens(tokens_1T, self.model.config.vocab_size)
+        return sequence.seen_1V
+
+    def _missing_pages(self, sequence: RunningRequest) -> int:
+        """Pages that a running sequence will take to hold what it has not read."""
+        cached, page_size = sequence.cached, self.pool.page_size
+        if cached is None:
+            return 0
+        copied = cached.length == sequence.begins and cached.length % page_size != 0
+        return pages_for(cached.length + len(sequence.unread), page_size) - len(cached.pages) + copied
+
+    def _own_pages(self, sequence: RunningRequest) -> int:
+        """Pages that a sequence takes at most beside those it shares; one that it shares in part is copied."""
+        page_size = self.pool.page_size
+        return pages_for(sequence.longest, page_size) - sequence.begins // page_size
+
+    def _held(self) -> int:
+        """Pages of prefixes."""
+        self._prefixes = [prefix for prefix in self._prefixes if prefix.sequence.open]
+        return sum(len(prefix.sequence.pages) for prefix in self._prefixes)
+
+
+def _manner(sampling: Sampling) -> Sampling:
+    """What sequences that are chosen together have in common."""
+    alike = replace(
+        sampling, max_new_tokens=0, seed=None, seeds=None, stop_tokens=frozenset(), pad_token=0, prefill_chunk=None
+    )
+    return replace(alike, top_k=None, top_p=None, min_p=None) if alike.greedy else alike
+
+
+def _pages(model: Decoder, page: int, page_size: int, max_batch: int, memory: int | None) -> int:
+    """How many pages of `page` bytes."""
+    if memory is not None:
+        if memory < page:
+            raise ValueError(f"memory={memory}: a page of {page_size} tokens takes {page} bytes in this model")
+        return memory // page
+    wanted = max_batch * pages_for(model.config.max_positions, page_size)
+    free = free_memory(model.head_weight.device)
+    return wanted if free is None else max(1, min(wanted, free // 2 // page))

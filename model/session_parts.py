@@ -1,0 +1,105 @@
+"""What a session deals in: requests, the prefixes they share, and what comes of them token by token.
+
+Legend: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from torch import Tensor
+
+from .completion import Completion, Output
+from .paging import CachedSequence
+from .sampling import Sampling
+
+
+class Prefix:
+    """Tokens that a session has read and holds for requests to begin with. `free` (or leaving a `with` block) gives its
+    pages back once no request needs them."""
+
+    def __init__(self, tokens: tuple[int, ...], sequence: CachedSequence, logits_1V: Tensor) -> None:
+        self.tokens = tokens
+        self.sequence = sequence
+        self.logits_1V = logits_1V  # after the last token, for requests that add none
+        self._users = 0
+        self._wanted = True
+
+    def free(self) -> None:
+        self._wanted = False
+        self._settle()
+
+    def acquire(self) -> None:
+        """One more request begins with it. Raises ValueError when it was freed."""
+        if not self._wanted:
+            raise ValueError("this prefix was freed; prefill it again")
+        self._users += 1
+
+    def release(self) -> None:
+        self._users -= 1
+        self._settle()
+
+    def _settle(self) -> None:
+        if not self._wanted and not self._users:
+            self.sequence.free()
+
+    def __enter__(self) -> Prefix:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.free()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A prompt and how it is continued, as if it were alone.
+
+    prompt         token ids, or text for a session that has a tokenizer; with a prefix, what follows it
+    stop_strings   the text is cut before the first of these; for a session that has a tokenizer
+    on_text        called with further text as soon as it is certain
+    """
+
+    prompt: Sequence[int] | str
+    sampling: Sampling
+    stop_strings: Sequence[str] = ()
+    prefix: Prefix | None = None
+    on_text: Callable[[str], None] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """A token of a request. `text` is what became certain with it; `completion` comes with the last one."""
+
+    request: int
+    token: int | None  # None: a request for no tokens
+    logprob: float
+    text: str
+    completion: Completion | None
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class RunningRequest:
+    """A request on its way. `cached` is None while it waits; `unread` are the tokens that are not in the cache yet."""
+
+    number: int
+    request: Request
+    prompt: list[int]
+    output: Output
+    seed: int
+    unread: list[int] = field(default_factory=list)
+    cached: CachedSequence | None = None
+    seen_1V: Tensor | None = None
+
+    @property
+    def begins(self) -> int:
+        """Tokens of the prefix."""
+        return 0 if self.request.prefix is None else len(self.request.prefix.tokens)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the cache holds at most: the last one is never read back."""
+        return self.begins + len(self.prompt) + max(self.request.sampling.max_new_tokens - 1, 0)
