@@ -21,6 +21,7 @@ from .reference import gather_pages, key_distance
 from .spec import AttentionSpec
 
 MOST_QUERIES = 16
+FLOAT8 = (8, 9)  # the compute capability that converts it
 INTERPRETED_DTYPES = (torch.float32, torch.float16)  # bfloat16 it multiplies wrongly
 
 
@@ -63,6 +64,9 @@ class Decode:
             reasons += (Reason("import", "triton is not installed"),)
         elif found is not None and found < OLDEST:
             reasons += (Reason(f"device=cuda of capability {found[0]}.{found[1]}", "8.0 or newer"),)
+        elif found is not None and found < FLOAT8 and call.kv_dtype == torch.float8_e4m3fn:
+            need = f"quantized_kv=float8_e4m3fn on capability {found[0]}.{found[1]}"
+            reasons += (Reason(need, "8.9 or newer; int8 on any"),)
         return reasons
 
     def __call__(
