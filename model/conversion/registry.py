@@ -7,11 +7,14 @@ from typing import Any
 
 from longspan.model.config import ModelConfig, ModelConfigError, from_dict
 
+from .bert import BERT
 from .gpt2 import GPT2
 from .hf import ConversionError
+from .longformer import LONGFORMER
+from .roberta import ROBERTA
 from .translate import CONFIG, Family, read_fields
 
-FAMILIES: Mapping[str, Family[Any]] = {family.model_type: family for family in (GPT2,)}
+FAMILIES: Mapping[str, Family[Any]] = {family.model_type: family for family in (GPT2, BERT, ROBERTA, LONGFORMER)}
 
 
 def family_of(raw: Mapping[str, Any]) -> Family[Any]:

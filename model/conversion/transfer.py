@@ -69,13 +69,15 @@ def import_model(
     """
     source = Path(source)
     raw = read_config(source)
-    config = config_from(raw)
+    family, config = family_of(raw), config_from(raw)
     if "auto_map" in raw:
         logger.warning("%s brings code of its own (auto_map); it is not run", source)
     files = weight_files(source)
+    found = read_weights(files)
+    config = family.settle(config, found)
     model = build_from(config, device="meta")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    weights = import_tensors(family_of(raw), config, read_weights(files), shapes)
+    weights = import_tensors(family, config, found, shapes)
     if dtype is not None:
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     lineage = {
@@ -138,7 +140,7 @@ def export_model(
         settings = _generation(staging, eos_token_id)
         write_json(staging / GENERATION, settings)
         tokens = {name: settings.get(name) for name in _TOKENS}
-        content = {**fields, **tokens, "model_type": family.model_type, "dtype": stored, "torch_dtype": stored}
+        content = {**tokens, **fields, "model_type": family.model_type, "dtype": stored, "torch_dtype": stored}
         write_json(staging / CONFIG, content)
         write_weights(staging, tensors, shard_bytes=shard_bytes)
         write_json(staging / LINEAGE, json.loads((checkpoint / LINEAGE).read_text(encoding="utf-8")))

@@ -10,9 +10,10 @@ one cannot pass. The same rules, backwards, export.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 from .hf import ConversionError, first_ten
 
 C = TypeVar("C")
+
+logger = logging.getLogger("longspan.model")
 
 CONFIG = "config.json"
 
@@ -194,6 +197,10 @@ class Family(Generic[C]):
                 the bare model; the rules have it
     buffers     names, as regular expressions, of tensors that old files hold and that are no parameters
     copies      tied tensors that a file may hold a second time: name -> what it has to be equal to
+    settle      what only the names of the tensors in a file tell about a config (whether there is a pooler)
+    spellings   names of tensors that old files spell differently: regular expression -> replacement
+    unread      names, as regular expressions, of tensors that we have no place for and nobody misses -> why; an import
+                says so
     """
 
     model_type: str
@@ -205,6 +212,9 @@ class Family(Generic[C]):
     prefix: str = ""
     buffers: tuple[str, ...] = ()
     copies: Callable[[C], Mapping[str, str]] = lambda _config: {}
+    settle: Callable[[C, Collection[str]], C] = lambda config, _names: config
+    spellings: tuple[tuple[str, str], ...] = ()
+    unread: Mapping[str, str] = field(default_factory=dict)
 
 
 def import_tensors(
@@ -217,7 +227,11 @@ def import_tensors(
     """
     rules, copies = family.tensors(config), family.copies(config)
     known = {*(rule.theirs for rule in rules), *copies}
-    found = _with_prefix(family, found, known)
+    found = _with_prefix(family, {_spelled(family, name): tensor for name, tensor in found.items()}, known)
+    for pattern, why in family.unread.items():
+        if left := [name for name in found if name not in known and re.fullmatch(pattern, name)]:
+            logger.warning("not imported: %s (%s)", first_ten(left), why)
+            found = {name: tensor for name, tensor in found.items() if name not in left}
     problems = [
         f"{copy} differs from {original}, but {CONFIG} says that they are tied"
         for copy, original in copies.items()
@@ -261,6 +275,12 @@ def _with_prefix(family: Family[C], found: Mapping[str, Tensor], known: set[str]
     if not family.prefix or any(name.startswith(family.prefix) for name in found):
         return dict(found)
     return {name if name in known else family.prefix + name: tensor for name, tensor in found.items()}
+
+
+def _spelled(family: Family[C], name: str) -> str:
+    for pattern, replacement in family.spellings:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _is_buffer(family: Family[C], name: str) -> bool:

@@ -1,0 +1,100 @@
+"""Longformer (Beltagy et al. 2020) as transformers spells it: RoBERTa with windows, and projections for global tokens.
+
+`attention_window` counts both sides together there and is even; here a window counts each side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from longspan.kernels.attention.spec import AttentionSpec, Window
+from longspan.model.config import EncoderConfig
+
+from . import encoders
+from .decoders import refuse
+from .hf import ConversionError
+from .roberta import PAD_TOKEN, UNREAD_POOLER, offset_problems
+from .translate import CONFIG, Family, irrelevant, only, translated
+
+_LM_HEAD, _POOLED_HEAD = encoders.ROBERTA_LIKE
+_NAMES = encoders.Names(classes="Longformer", prefix="longformer.", lm_head=_LM_HEAD, pooled_head=_POOLED_HEAD)
+
+_FIELDS = (
+    *encoders.FIELDS,
+    PAD_TOKEN,
+    translated("vocab_size", int, 30522, "`vocab_size`"),
+    translated("attention_window", (int, list), 512, "`window` of each layer's pattern: half of it on either side"),
+    *irrelevant("half of transformers' guess which tokens are global; here a context says it", "sep_token_id"),
+    only("attention_mode", "longformer", None, meaning="names which of allenai's kernels computes it"),
+    only("ignore_attention_mask", False, None, meaning="attention to padding"),
+)
+
+
+def _to_ours(values: Mapping[str, Any]) -> dict[str, Any]:
+    ours = encoders.to_ours(values, _NAMES, padding_offset=True)
+    n_layers, window = values["num_hidden_layers"], values["attention_window"]
+    windows = [window] * n_layers if isinstance(window, int) else window
+    if len(windows) != n_layers or not all(isinstance(w, int) and w > 0 and w % 2 == 0 for w in windows):
+        raise ConversionError(
+            f"{CONFIG}: attention_window={window}: it is an even number, or one for each of {n_layers} layers"
+        )
+    dropout = values["attention_probs_dropout_prob"]
+    patterns = {
+        f"window_{each}": AttentionSpec(
+            causal=False, window=Window.symmetric(each // 2), global_tokens=True, dropout=dropout
+        )
+        for each in dict.fromkeys(windows)
+    }
+    layers = [f"window_{each}" for each in windows]
+    ours["attention"] = {"patterns": patterns, "layers": layers if len(patterns) > 1 else layers[:1]}
+    return {**ours, "global_projections": True}
+
+
+def _to_theirs(config: EncoderConfig) -> dict[str, Any]:
+    fields, problems = encoders.to_theirs(config, _NAMES)
+    problems += offset_problems(config)
+    if not config.global_projections:
+        problems.append("global_projections=False")
+    if config.head_dropout not in (None, config.dropout):
+        problems.append(f"head_dropout={config.head_dropout} beside dropout={config.dropout}")
+    windows: list[int] = []
+    for layer in range(config.n_layers):
+        name, groups = config.attention.of_layer(layer)[0], config.head_groups(layer)
+        spec = groups[0].spec
+        if any(group.spec != spec for group in groups):
+            problems.append(f"head groups in attention.patterns.{name}")
+        side = spec.window.left
+        plain = AttentionSpec(
+            causal=False,
+            window=Window.symmetric(side or 1),
+            global_tokens=True,
+            documents=spec.documents,  # unsaid on purpose: a sequence that is one document is the same with it
+            dropout=config.head_groups(0)[0].spec.dropout,
+            scale=spec.scale if spec.scale == config.dim_per_head**-0.5 else None,
+        )
+        if spec != plain:
+            problems.append(f"attention.patterns.{name}, which is more than a symmetric window and global tokens")
+        windows.append(2 * (side or 1))
+    refuse("longformer", list(dict.fromkeys(problems)))
+    return {
+        **fields,
+        "attention_window": windows,
+        "attention_probs_dropout_prob": config.head_groups(0)[0].spec.dropout,
+        "pad_token_id": config.position_offset - 1,
+    }
+
+
+LONGFORMER = Family(
+    model_type="longformer",
+    config=EncoderConfig,
+    fields=_FIELDS,
+    to_ours=_to_ours,
+    to_theirs=_to_theirs,
+    tensors=lambda config: encoders.tensors(config, _NAMES),
+    settle=lambda config, found: encoders.settle(config, found, _NAMES),
+    prefix="longformer.",
+    buffers=encoders.BUFFERS,
+    unread={r"longformer\.pooler\.dense\.(weight|bias)": UNREAD_POOLER},
+    copies=lambda config: encoders.copies(config, _NAMES),
+)
