@@ -138,32 +138,43 @@ _FP32: dict[Pass, dict[int, Tiles]] = {
 # -- decoding ----------------------------------------------------------------------------------------------------------
 
 MOST_SPLITS = 128
-PROGRAMS_PER_PROCESSOR = 2
 LEAST_TILES = 4  # of a split: below, starting it and joining its sums costs more than the parallelism gives
 
 
 @lru_cache(maxsize=4096)
 def choose_decode(rows: int, head_dim: int, q_bytes: int, kv_bytes: int) -> Tiles:
-    """Tiles of the decode kernel for a group's `rows` (queries × heads that share their keys). Not measured yet.
+    """Tiles of the decode kernel for a group's `rows` (queries × heads that share their keys).
 
     16 rows are the least that tensor cores multiply. More than 32 would not fit in registers beside the sums, so they
-    go to further programs, which find the same keys in the L2 cache. A tile of keys in half precision is 16 KiB, as is
-    one of values: with two of each on their way, a program hides the latency of memory behind 64 KiB.
+    go to further programs, which find the same keys in the L2 cache. A tile of keys is 16 KiB, as is one of values:
+    with two of each on their way, a program hides the latency of memory behind 64 KiB.
+
+    One H100, GB/s of K and V at head dim 128, one program a processor (8-bit: three); a copy reaches 3,000:
+    8 × 32,768 over 4 heads  64 keys and 3 stages 2,882; 4 stages 2,550; 128 keys 2,553; with 8 warps 2,456
+    64 × 4,096 over 4 heads  64 keys and 3 stages 2,995; 4 stages 2,947; 128 keys 2,972; 32 keys and 5 stages 2,948
+    8 × 65,536 in int8       128 keys and 3 stages 2,304; 64 keys 2,149; 128 keys and 8 warps 1,777
+    Head dim 64, 64 × 4,096 over 12 heads: 128 keys and 3 stages 3,046; 4 stages 3,017; 64 keys 3,017.
     """
     width = 1 << max(5, (head_dim - 1).bit_length())
     if q_bytes == 4:  # without tensor cores registers are what limits
         return Tiles(16, {32: 64, 64: 32, 128: 32, 256: 16}[width], 8, 2)
     columns = {32: 128, 64: 128, 128: 64, 256: 32}[width]
-    return Tiles(32 if rows > 16 else 16, columns, 4, 3 if kv_bytes > 1 else 4)
+    if kv_bytes == 1:
+        columns = min(128, 2 * columns)
+    return Tiles(32 if rows > 16 else 16, columns, 4, 3)
 
 
 @lru_cache(maxsize=4096)
-def n_splits(programs: int, tiles: int, processors: int) -> int:
+def n_splits(programs: int, tiles: int, processors: int, *, kv_bytes: int = 2) -> int:
     """Into how many splits the `tiles` of keys of each of `programs` (batch × key/value heads × tiles of rows) are cut.
 
     A function of sizes that a CUDA graph holds fixed, never of lengths on the device. Enough splits to give every
-    processor two programs, so that one loads while the other waits; no more, because every split costs a start and its
-    sums in fp32, and none shorter than LEAST_TILES, where the start would outweigh the work.
+    processor a program; of 8-bit keys, whose conversion keeps it busy while nothing is loaded, three. No more, because
+    every split costs a start and its sums in fp32, and none shorter than LEAST_TILES.
+
+    One H100, GB/s with one, two, three, four programs a processor: 1 × 131,072 over 4 heads 2,773 2,684 2,564 2,420;
+    8 × 32,768 2,882 2,727 2,660 2,803; in pages of 16 2,787 2,674 2,503 2,687; 8 × 65,536 in int8 1,906 2,068 2,304
+    2,309.
     """
-    wanted = -(-PROGRAMS_PER_PROCESSOR * processors // max(programs, 1))
+    wanted = -(-(3 if kv_bytes == 1 else 1) * processors // max(programs, 1))
     return max(1, min(wanted, tiles // LEAST_TILES, MOST_SPLITS))

@@ -118,7 +118,7 @@ def _run(
     if INTERPRETED:
         splits = min(3, max(1, -(-reach // N)))
     else:
-        splits = n_splits(B * G * row_tiles, -(-reach // N), _processors(q.device))
+        splits = n_splits(B * G * row_tiles, -(-reach // N), _processors(q.device), kv_bytes=k.element_size())
     part = None
     if splits > 1:
         part = q.new_empty(B * T * H * splits * (E + 1), dtype=torch.float32)
