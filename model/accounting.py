@@ -72,8 +72,9 @@ def parameters(config: DecoderConfig | EncoderConfig) -> ParameterCount:
     D, F, V = config.d_model, config.d_ff, config.vocab_size
     q_width, kv_width = config.n_heads * config.dim_per_head, config.kv_heads * config.dim_per_head
     bias = int(config.bias)
-    projections = (D + bias) * (q_width + 2 * kv_width)
-    attention = projections + (q_width + bias) * D
+    decodes = isinstance(config, DecoderConfig)
+    projections = (D + (config.has_qkv_bias if decodes else bias)) * (q_width + 2 * kv_width)
+    attention = projections + (q_width + (config.has_out_bias if decodes else bias)) * D
     sinks = sum(
         group.heads
         for layer in range(config.n_layers)

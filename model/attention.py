@@ -70,6 +70,7 @@ class Attention(nn.Module):
         bias: bool,
         qk_norm_eps: float | None,
         fused_qkv: bool,
+        out_bias: bool | None = None,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -84,7 +85,7 @@ class Attention(nn.Module):
             self.q_proj = nn.Linear(d_model, self.widths[0], bias=bias)
             self.k_proj = nn.Linear(d_model, self.widths[1], bias=bias)
             self.v_proj = nn.Linear(d_model, self.widths[2], bias=bias)
-        self.o_proj = nn.Linear(self.widths[0], d_model, bias=bias)
+        self.o_proj = nn.Linear(self.widths[0], d_model, bias=bias if out_bias is None else out_bias)
         self.q_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps) if qk_norm_eps is not None else None
         self.k_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps) if qk_norm_eps is not None else None
 

@@ -142,6 +142,7 @@ class _Step:
     def __init__(self, cache: ContiguousCache, new: NewTokens, calls: list[tuple[Exchange, AttentionContext]]) -> None:
         self._cache, self._new, self._calls = cache, new, calls
         self.positions_BT = new.positions_BT
+        self.capacity = cache.capacity
         self.reach = cache.capacity if new.fixed else new.reach
 
     def append(self, layer: int, k_BTGD: Tensor, v_BTGE: Tensor) -> CachedKeys:

@@ -16,6 +16,7 @@ from longspan.kernels.attention.spec import AttentionSpec, BlockLayout, Window
 from .config_attention import MLP, AttentionPlan, HeadGroup, ModelConfigError, Norm, Positions
 from .config_decoder import DecoderConfig
 from .config_encoder import EncoderConfig, EncoderHead, NormOrder
+from .config_rope import RopeScaling
 from .config_seq2seq import Seq2SeqConfig, StackConfig
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Norm",
     "NormOrder",
     "Positions",
+    "RopeScaling",
     "Seq2SeqConfig",
     "StackConfig",
     "from_dict",
@@ -79,7 +81,16 @@ def plan_from_dict(raw: Mapping[str, Any]) -> AttentionPlan:
     return plan
 
 
-_DATA = (*ARCHITECTURES.values(), StackConfig, AttentionPlan, HeadGroup, AttentionSpec, Window, BlockLayout)
+_DATA = (
+    *ARCHITECTURES.values(),
+    StackConfig,
+    AttentionPlan,
+    HeadGroup,
+    AttentionSpec,
+    RopeScaling,
+    Window,
+    BlockLayout,
+)
 
 
 def _plain(value: object) -> object:

@@ -12,7 +12,6 @@ from .config_attention import (
     HeadGroup,
     ModelConfigError,
     Norm,
-    Positions,
     choice_problems,
     count_problems,
     head_problems,
@@ -21,6 +20,9 @@ from .config_attention import (
     probability_problems,
     specs_of,
 )
+from .config_rope import RopeScaling
+
+Positions = Literal["learned", "sinusoidal", "rope", "alibi", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +37,18 @@ class DecoderConfig:
     head_dim         None: d_model // n_heads
     d_ff             hidden width of the MLP
     max_positions    longest context the model is built for; with learned positions, the table's rows
-    positions        learned | rope | alibi | none. `alibi` sets alibi=True on every spec of the attention plan, so that
-                     the stored config says what happens; single layers may ask for it under any other choice
+    positions        learned | sinusoidal | rope | alibi | none. `sinusoidal` is added to the embedding times the root
+                     of d_model (Vaswani et al. 2017, arXiv 1706.03762, §3.4 and 3.5). `alibi` sets alibi=True on every
+                     spec of the attention plan, so that the stored config says what happens; single layers may ask for
+                     it under any other choice
     rope_theta       base of the rotary frequencies (Su et al. 2021, arXiv 2104.09864)
+    rope_scaling     how rotary positions are stretched beyond the length that the model was trained with; None: not
     norm             pre-normalisation in each block and before the head
     norm_eps         added to the variance (the mean square) under its root
     mlp              gelu (exact), gelu_tanh (GPT-2), swiglu (Llama)
     bias             biases in projections, MLP and LayerNorm (RMSNorm and the head never have one)
+    qkv_bias         biases in the q, k and v projections; None: as `bias` (Qwen2 has these alone)
+    out_bias         bias in the attention's output projection; None: as `bias`
     tied_head        the output head is the embedding
     qk_norm          RMSNorm on each head's q and k before rotation
     dropout          on embeddings and residual branches (attention's own dropout is in its spec)
@@ -64,10 +71,13 @@ class DecoderConfig:
     max_positions: int = 1024
     positions: Positions = "learned"
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     norm: Norm = "layernorm"
     norm_eps: float = 1e-5
     mlp: MLP = "gelu_tanh"
     bias: bool = True
+    qkv_bias: bool | None = None
+    out_bias: bool | None = None
     tied_head: bool = True
     qk_norm: bool = False
     dropout: float = 0.0
@@ -90,6 +100,16 @@ class DecoderConfig:
         """`head_dim`, resolved."""
         return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
 
+    @property
+    def has_qkv_bias(self) -> bool:
+        """`qkv_bias`, resolved."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
+    def has_out_bias(self) -> bool:
+        """`out_bias`, resolved."""
+        return self.bias if self.out_bias is None else self.out_bias
+
     def head_groups(self, layer: int) -> tuple[HeadGroup, ...]:
         """The layer's heads by spec, in order: one group where all heads share one."""
         return self.attention.head_groups(layer, self.n_heads)
@@ -106,6 +126,8 @@ def _problems(config: DecoderConfig) -> list[str]:
     found += choice_problems(config, {"positions": Positions, "norm": Norm, "mlp": MLP})
     found += positive_problems(config, ("rope_theta", "norm_eps", "init_std"))
     found += probability_problems(config, ("dropout",))
+    if config.rope_scaling is not None and config.positions != "rope":
+        found.append(f"rope_scaling: positions={config.positions} has no rotation to stretch; set positions: rope")
     if not countable:
         return found
     found += head_problems(config)

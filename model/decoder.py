@@ -2,13 +2,15 @@
 
 What it is, in the order of computation:
 
-  * token embedding; plus a learned position table when positions=learned (GPT-2), dropout on the sum
+  * token embedding; plus a learned position table when positions=learned (GPT-2), or sinusoids when
+    positions=sinusoidal, dropout on the sum
   * n_layers pre-norm blocks: x += attention(norm(x)); x += mlp(norm(x)); dropout on both branches
   * norms: LayerNorm or RMSNorm; a last norm before the head
   * attention: separate q, k, v projections (optionally computed as one), grouped key/value heads, optional RMSNorm on
     q and k, rotation when positions=rope, then one `attend` per head group with the spec of the layer's pattern
   * what a query may see is the spec's and the context's business alone: no mask is built here
-  * MLP: GELU (exact or tanh) or SwiGLU; biases everywhere or nowhere, never in RMSNorm and the head
+  * MLP: GELU (exact or tanh) or SwiGLU; biases everywhere or nowhere, or in attention apart from the rest; never in
+    RMSNorm and the head
   * head: the embedding transposed, or its own matrix; training multiplies by `head_weight` inside the loss instead
   * generation: the same modules with a cache; prefill, chunks of it and single tokens are one code path
 
@@ -27,7 +29,7 @@ from .attention import Attention, BackendChoice
 from .config import DecoderConfig
 from .initial import draw_weights
 from .layers import feed_forward, norm
-from .positions import Rotary
+from .positions import Rotary, Sinusoids
 
 
 class Block(nn.Module):
@@ -63,6 +65,7 @@ class Decoder(nn.Module):
         *,
         embedding: nn.Embedding,
         position_embedding: nn.Embedding | None,
+        sinusoids: Sinusoids | None,
         rotary: Rotary | None,
         blocks: list[Block],
         final_norm: nn.Module,
@@ -73,6 +76,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = embedding
         self.position_embedding = position_embedding
+        self.sinusoids = sinusoids
         self.rotary = rotary
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
@@ -90,8 +94,7 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Logits [B, T, V]. Arguments as in `hidden`."""
-        hidden_BTD = self.hidden(tokens_BT, context, positions_BT=positions_BT, cache=cache)
-        return nn.functional.linear(hidden_BTD, self.head_weight)
+        return self.logits(self.hidden(tokens_BT, context, positions_BT=positions_BT, cache=cache))
 
     def hidden(
         self,
@@ -122,8 +125,13 @@ class Decoder(nn.Module):
         x_BTD = self.embedding(tokens_BT)
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(positions_BT)
+        if self.sinusoids is not None:
+            x_BTD = x_BTD * x_BTD.shape[-1] ** 0.5 + self.sinusoids(positions_BT, reach).to(x_BTD.dtype)
         x_BTD = self.dropout(x_BTD)
-        rotation = self.rotary(positions_BT, reach) if self.rotary is not None else None
+        rotation = None
+        if self.rotary is not None:
+            # A sequence that grows keeps the scale of the length that its cache was made for.
+            rotation = self.rotary(positions_BT, reach, reach if step is None else step.capacity)
         if step is None:
             self._prepare(context, tokens_BT)
         for block in self.blocks:
@@ -131,6 +139,10 @@ class Decoder(nn.Module):
         if step is not None:
             step.finish()
         return self.norm(x_BTD)
+
+    def logits(self, hidden_xD: Tensor) -> Tensor:
+        """[…, V] of hidden states […, D]."""
+        return nn.functional.linear(hidden_xD, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
@@ -243,7 +255,8 @@ def _assemble(config: DecoderConfig, fused_qkv: bool) -> Decoder:
             n_heads=config.n_heads,
             n_kv_heads=config.kv_heads,
             head_dim=config.dim_per_head,
-            bias=config.bias,
+            bias=config.has_qkv_bias,
+            out_bias=config.has_out_bias,
             qk_norm_eps=config.norm_eps if config.qk_norm else None,
             fused_qkv=fused_qkv,
         )
@@ -252,12 +265,15 @@ def _assemble(config: DecoderConfig, fused_qkv: bool) -> Decoder:
             attention_norm=norm_layer(), attention=attention, mlp_norm=norm_layer(), mlp=mlp, dropout=config.dropout
         )
 
-    learned, rope = config.positions == "learned", config.positions == "rope"
+    learned, rope, fixed = (config.positions == kind for kind in ("learned", "rope", "sinusoidal"))
     return Decoder(
         config,
         embedding=nn.Embedding(config.vocab_size, config.d_model),
         position_embedding=nn.Embedding(config.max_positions, config.d_model) if learned else None,
-        rotary=Rotary(config.dim_per_head, config.max_positions, config.rope_theta) if rope else None,
+        sinusoids=Sinusoids(config.d_model, config.max_positions) if fixed else None,
+        rotary=Rotary(config.dim_per_head, config.max_positions, config.rope_theta, config.rope_scaling)
+        if rope
+        else None,
         blocks=[block(layer) for layer in range(config.n_layers)],
         final_norm=norm_layer(),
         head=None if config.tied_head else nn.Linear(config.d_model, config.vocab_size, bias=False),

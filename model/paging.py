@@ -108,6 +108,12 @@ class PagePool:
         storage: Storage | None = None,
     ) -> None:
         check_kind("paged", storage, page_size)
+        scaling = config.rope_scaling if isinstance(config, DecoderConfig) else None
+        if scaling is not None and scaling.kind == "dynamic":
+            raise ValueError(
+                "rope_scaling.kind=dynamic rotates keys by the length that one request declares, and pages outlive "
+                "requests: use cache=contiguous or auto, or a kind of scaling that knows no lengths (yarn, ntk)"
+            )
         self.allocator = PageAllocator(n_pages)
         self.page_size = page_size
         self.device = torch.device(device)
@@ -359,6 +365,7 @@ class _Step:
     def __init__(self, cache: PagedCache, new: NewTokens) -> None:
         self._cache, self._new = cache, new
         self.positions_BT = new.positions_BT
+        self.capacity = cache.capacity
         self.reach = cache.capacity if new.fixed else new.reach
         page_size, table_BP = cache.pool.page_size, cache._table_BP
         if new.uniform:

@@ -52,6 +52,11 @@ class CacheStep(Protocol):
         """A bound above all positions, known on the host."""
         ...
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row may come to hold: declared when the cache was made, and the same in all of its calls."""
+        ...
+
     def append(self, layer: int, k_BTGD: Tensor, v_BTGE: Tensor) -> CachedKeys:
         """Writes the new keys (as attention reads them: rotated, one per key/value head) and values of one layer."""
         ...

@@ -64,7 +64,11 @@ def windowed(window: int | None, *, dropout: float, scale: float | None = None) 
 
 def same(config: DecoderConfig, wanted: Mapping[str, object]) -> list[str]:
     """`key=value` for every field that is not what a family has."""
-    return [f"{name}={getattr(config, name)}" for name, value in wanted.items() if getattr(config, name) != value]
+    return [
+        f"{name.removeprefix('has_')}={getattr(config, name)}"
+        for name, value in wanted.items()
+        if getattr(config, name) != value
+    ]
 
 
 def refuse(model_type: str, problems: list[str]) -> None:

@@ -10,11 +10,14 @@ from longspan.model.config import ModelConfig, ModelConfigError, from_dict
 from .bert import BERT
 from .gpt2 import GPT2
 from .hf import ConversionError
+from .llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from .longformer import LONGFORMER
 from .roberta import ROBERTA
 from .translate import CONFIG, Family, read_fields
 
-FAMILIES: Mapping[str, Family[Any]] = {family.model_type: family for family in (GPT2, BERT, ROBERTA, LONGFORMER)}
+FAMILIES: Mapping[str, Family[Any]] = {
+    family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, BERT, ROBERTA, LONGFORMER)
+}
 
 
 def family_of(raw: Mapping[str, Any]) -> Family[Any]:

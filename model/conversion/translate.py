@@ -237,6 +237,8 @@ def import_tensors(
         for copy, original in copies.items()
         if copy in found and original in found and not torch.equal(found[copy], found[original])
     ]
+    # Tied tensors are stored once, under either name.
+    found |= {original: found[copy] for copy, original in copies.items() if copy in found and original not in found}
     if missing := [rule.theirs for rule in rules if rule.theirs not in found]:
         problems.append(f"the weights lack {_count(missing)} that {CONFIG} asks for: {first_ten(missing)}")
     if extra := [name for name in found if name not in known and not _is_buffer(family, name)]:
