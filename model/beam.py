@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .cache_plan import CacheKind, Storage, pages_for
-from .decoder import Decoder
+from .conditional import Conditional, Generative
 from .paging import PagedCache, PagePool
 from .prompts import Prompts, prefill
-from .sampling import Sampling
+from .sampling import Sampling, demanded
 
 # (hypothesis that each new one continues, its next token) -> logits after those tokens, [N, V].
 Advance = Callable[[Sequence[int], Sequence[int]], Tensor]
@@ -131,7 +131,12 @@ def _candidates(
 
 
 def search(
-    model: Decoder, prompts: Prompts, sampling: Sampling, *, cache: CacheKind = "auto", storage: Storage | None = None
+    model: Generative,
+    prompts: Prompts,
+    sampling: Sampling,
+    *,
+    cache: CacheKind = "auto",
+    storage: Storage | None = None,
 ) -> list[list[Hypothesis]]:
     """`beam_search` of each prompt. Hypotheses are forks of their prompt's pages: to follow another one is to share its
     pages, and keys and values are copied only where two of them write to one page.
@@ -156,9 +161,12 @@ def search(
     held: PagedCache = pool.cache(sequences, length=length)
     lengths = prompts.lengths if prompts.ragged else None
     logits_BV = prefill(model, prompts.tokens_BT, held, chunk=sampling.prefill_chunk, lengths=lengths)
+    prompt_of, step = list(range(len(prompts.lengths))), 0
 
     def advance(parents: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        nonlocal held
+        nonlocal held, prompt_of, step
+        prompt_of, step = [prompt_of[parent] for parent in parents], step + 1
+        reader = model.for_rows(prompt_of) if isinstance(model, Conditional) else model
         before = held.sequences
         forks = [before[parent].fork() for parent in parents]
         if len(forks) == len(before):
@@ -168,10 +176,11 @@ def search(
             held = pool.cache(forks, length=length)
         for sequence in before:
             sequence.free()
-        return prefill(model, torch.tensor(tokens, device=weight.device)[:, None], held)
+        logits_NV = prefill(reader, torch.tensor(tokens, device=weight.device)[:, None], held)
+        return demanded(logits_NV, sampling, step)
 
     return beam_search(
-        logits_BV,
+        demanded(logits_BV, sampling, 0),
         advance,
         num_beams=sampling.num_beams,
         max_new_tokens=sampling.max_new_tokens,

@@ -34,7 +34,7 @@ from .config import DecoderConfig
 from .paging import PagedCache, PagePool
 
 if TYPE_CHECKING:
-    from .decoder import Decoder
+    from .conditional import Generative
 
 __all__ = ["CacheBytes", "ContiguousCache", "cache_bytes", "create_cache"]
 
@@ -215,7 +215,7 @@ class _Lane:
 
 
 def create_cache(
-    model: Decoder,
+    model: Generative,
     batch: int,
     length: int,
     *,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from longspan.kernels.attention.spec import AttentionSpec
 
 from .accounting import bytes_of
-from .config import DecoderConfig
+from .config import DecoderConfig, Seq2SeqConfig
 
 if TYPE_CHECKING:
     import torch
@@ -167,6 +167,16 @@ def _kind_bytes(
         scales=heads * SCALE_BYTES if storage else 0,
         bookkeeping=places * (INDEX_BYTES * kind.documents + kind.global_tokens),
     )
+
+
+def cross_cache_bytes(
+    config: Seq2SeqConfig, batch: int, length: int, dtype: torch.dtype | str = "float32", *, padded: bool = False
+) -> CacheBytes:
+    """Bytes of what every decoder layer keeps of `batch` sources of `length` tokens, however many targets read them:
+    Σ layers  2 · B · length · G · K · bytes of an element, and 8 · B for the lengths of `padded` ones."""
+    half = config.decoder_half
+    heads = 2 * half.n_layers * batch * length * half.kv_heads
+    return CacheBytes(heads * half.dim_per_head * bytes_of(dtype), bookkeeping=batch * INDEX_BYTES * padded)
 
 
 def pages_for(length: int, page_size: int) -> int:

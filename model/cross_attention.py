@@ -19,6 +19,7 @@ from longspan.kernels.attention import AttentionCall, AttentionContext, Attentio
 from longspan.kernels.attention.registry import attend, prepare, resolve
 
 from .attention import BackendChoice, effective
+from .cache_plan import CacheBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,10 @@ class CrossCache:
         return self.layers[0][0].shape[1]
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> CacheBytes:
         """Counted from the tensors that exist."""
-        tensors = [x for layer in self.layers for x in layer] + list(self.context.tensors().values())
-        return sum(x.nbytes for x in tensors)
+        keys_values = sum(x.nbytes for layer in self.layers for x in layer)
+        return CacheBytes(keys_values, bookkeeping=sum(x.nbytes for x in self.context.tensors().values()))
 
     def keys_values(self, attention: CrossAttention) -> tuple[Tensor, Tensor]:
         return self.layers[attention.layer]

@@ -1,4 +1,5 @@
 """Text from a decoder: one prefill (whole or in chunks), then a token at a time through the same modules and a cache.
+Of an encoder–decoder the prompts are sources, read once, and the text is a target from its start token on.
 
     generate   tokens in, tokens out
     stream     the new tokens of each step
@@ -10,6 +11,7 @@ Legend: B sequences, T prompt tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,13 +20,16 @@ from .beam import search
 from .cache import create_cache
 from .cache_plan import CacheKind, Storage
 from .completion import Completion, Output, TextTokenizer
+from .conditional import Conditional, Generative, condition
+from .config import DecoderConfig
 from .decoder import Decoder
 from .prompts import Prompts, check_room, check_tokenizer, check_tokens, from_rows, from_sequences, prefill
-from .sampling import Sampling, choose, log_probabilities, seen_tokens, sequence_seeds
+from .sampling import Sampling, choose, demanded, log_probabilities, seen_tokens, sequence_seeds
+from .seq2seq import Seq2Seq
 
 
 def generate(
-    model: Decoder,
+    model: Generative | Seq2Seq,
     tokens_BT: Tensor,
     *,
     max_new_tokens: int,
@@ -38,6 +43,7 @@ def generate(
     stop_tokens: Collection[int] | None = None,
     pad_token: int = 0,
     prompt_mask_BT: Tensor | None = None,
+    is_global_BT: Tensor | None = None,
     num_beams: int = 1,
     length_penalty: float = 1.0,
     cache: CacheKind = "auto",
@@ -45,8 +51,9 @@ def generate(
     on_token: Callable[[Tensor], None] | None = None,
     prefill_chunk: int | None = None,
 ) -> Tensor:
-    """Prompt and continuation, [B, T + max_new_tokens] int64. Arguments as in `stream`; rows that stop early (or all
-    at once) are padded with `pad_token`.
+    """Prompt and continuation, [B, T + max_new_tokens] int64; of an encoder–decoder, start token and target,
+    [B, 1 + max_new_tokens]. Arguments as in `stream`; rows that stop early (or all at once) are padded with
+    `pad_token`.
 
     on_token                    called with each step's tokens [B]
     num_beams, length_penalty   above 1: the best of a beam search (`beam.search`), which draws nothing: temperature=0
@@ -66,26 +73,27 @@ def generate(
         num_beams=num_beams,
         length_penalty=length_penalty,
     )
-    prompts = from_rows(tokens_BT, prompt_mask_BT)
-    _check(model, prompts, sampling)
+    flags_BT = _flags(is_global_BT, tokens_BT, prompt_mask_BT)
+    model, prompts, sampling = _ready(model, from_rows(tokens_BT, prompt_mask_BT), sampling, flags_BT)
+    before_BT = prompts.tokens_BT if isinstance(model, Conditional) else tokens_BT
     if num_beams > 1:
         if on_token is not None:
             raise ValueError(f"num_beams={num_beams} with on_token: a beam search knows its tokens only at the end")
         best = [hypotheses[0].tokens for hypotheses in search(model, prompts, sampling, cache=cache, storage=storage)]
         rows = [[*tokens, *[pad_token] * (max_new_tokens - len(tokens))] for tokens in best]
-        return torch.cat([tokens_BT, torch.tensor(rows, dtype=torch.int64, device=tokens_BT.device)], dim=1)
-    steps = [tokens_BT]
+        return torch.cat([before_BT, torch.tensor(rows, dtype=torch.int64, device=before_BT.device)], dim=1)
+    steps = [before_BT]
     for token_B, _ in _steps(model, prompts, sampling, cache, storage):
         if on_token is not None:
             on_token(token_B)
         steps.append(token_B[:, None])
     out_BT = torch.cat(steps, dim=1)
-    missing = tokens_BT.shape[1] + max_new_tokens - out_BT.shape[1]
+    missing = before_BT.shape[1] + max_new_tokens - out_BT.shape[1]
     return torch.nn.functional.pad(out_BT, (0, missing), value=pad_token)
 
 
 def stream(
-    model: Decoder,
+    model: Generative | Seq2Seq,
     tokens_BT: Tensor,
     *,
     max_new_tokens: int,
@@ -99,15 +107,17 @@ def stream(
     stop_tokens: Collection[int] | None = None,
     pad_token: int = 0,
     prompt_mask_BT: Tensor | None = None,
+    is_global_BT: Tensor | None = None,
     cache: CacheKind = "auto",
     storage: Storage | None = None,
     prefill_chunk: int | None = None,
 ) -> Iterator[Tensor]:
     """Yields the new tokens of each step, [B] int64; ends early once every row has stopped.
 
-    tokens_BT           prompts, each read as one document
+    tokens_BT           prompts, each read as one document; of an encoder–decoder, sources
     prompt_mask_BT      bool [B, T], True for tokens; prompts of different lengths are padded on either side, and each
                         is continued as if it were alone
+    is_global_BT        bool [B, T], which tokens of sources are global; None: none is
     temperature, top_k, top_p, min_p, repetition_penalty, prefill_chunk   see `Sampling`
     seed, seeds         a number for the batch, of which row 0 has itself and the others numbers made of it, or one for
                         each row; what a row draws is a function of its seed and the step, on every device, in every
@@ -132,13 +142,13 @@ def stream(
         pad_token=pad_token,
         prefill_chunk=prefill_chunk,
     )
-    prompts = from_rows(tokens_BT, prompt_mask_BT)
-    _check(model, prompts, sampling)
+    flags_BT = _flags(is_global_BT, tokens_BT, prompt_mask_BT)
+    model, prompts, sampling = _ready(model, from_rows(tokens_BT, prompt_mask_BT), sampling, flags_BT)
     return (token_B for token_B, _ in _steps(model, prompts, sampling, cache, storage))
 
 
 def complete(
-    model: Decoder,
+    model: Generative | Seq2Seq,
     prompts: Sequence[str] | Sequence[Sequence[int]],
     sampling: Sampling,
     *,
@@ -159,7 +169,7 @@ def complete(
     if tokenizer is not None:
         check_tokenizer(model.config, tokenizer)
     rows = from_sequences(prompts, tokenizer, model.head_weight.device)
-    _check(model, rows, sampling)
+    model, rows, sampling = _ready(model, rows, sampling)
     outputs = [
         Output(
             max_new_tokens=sampling.max_new_tokens,
@@ -197,7 +207,7 @@ def complete(
 
 
 def _steps(
-    model: Decoder, prompts: Prompts, sampling: Sampling, cache: CacheKind, storage: Storage | None
+    model: Generative, prompts: Prompts, sampling: Sampling, cache: CacheKind, storage: Storage | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(tokens [B], the logits [B, V] they were chosen from) of each step, until every row has met a stop token."""
     n_steps, batch = sampling.max_new_tokens, len(prompts.lengths)
@@ -215,6 +225,7 @@ def _steps(
     lengths = prompts.lengths if prompts.ragged else None
     logits_BV = prefill(model, prompts.tokens_BT, memory, chunk=sampling.prefill_chunk, lengths=lengths)
     for step in range(n_steps):
+        logits_BV = demanded(logits_BV, sampling, step)
         token_B = choose(logits_BV, sampling, seeds_B=seeds_B, step=step, seen_BV=seen_BV)
         if stops is not None:
             token_B = token_B.masked_fill(finished_B, sampling.pad_token)
@@ -227,12 +238,57 @@ def _steps(
         logits_BV = prefill(model, token_B[:, None], memory)
 
 
-def _check(model: Decoder, prompts: Prompts, sampling: Sampling) -> None:
+def _ready(
+    model: Generative | Seq2Seq, prompts: Prompts, sampling: Sampling, is_global_BT: Tensor | None = None
+) -> tuple[Generative, Prompts, Sampling]:
+    """What decoding takes. The prompts of an encoder–decoder are its sources: it reads them, and is prompted with start
+    tokens."""
+    if is_global_BT is not None and not isinstance(model, Seq2Seq):
+        raise ValueError("is_global_BT: only sources have global tokens here; generate with an encoder–decoder")
+    if not isinstance(model, Seq2Seq):
+        sampling = _as_configured(model, prompts, sampling)
+        _check(model.config, prompts, sampling)
+        return model, prompts, sampling
+    sources, batch = prompts, len(prompts.lengths)
+    prompts = Prompts(model.start(batch), (1,) * batch)
+    _check(model.config.decoder_half, prompts, sampling)
+    lengths_B = torch.tensor(sources.lengths, device=sources.tokens_BT.device) if sources.ragged else None
+    bound = condition(model, sources.tokens_BT, lengths_B=lengths_B, is_global_BS=is_global_BT)
+    return bound, prompts, _as_configured(bound, prompts, sampling)
+
+
+def _as_configured(model: Generative, prompts: Prompts, sampling: Sampling) -> Sampling:
+    """The settings, with the tokens that an encoder–decoder begins and ends its targets with."""
+    if isinstance(model, Decoder):
+        return sampling
+    config = model.model.config
+    first = config.forced_bos_token if prompts.longest == 1 else None
+    return replace(
+        sampling,
+        first_token=first if sampling.first_token is None else sampling.first_token,
+        last_token=config.forced_eos_token if sampling.last_token is None else sampling.last_token,
+    )
+
+
+def _flags(is_global_BT: Tensor | None, tokens_BT: Tensor, mask_BT: Tensor | None) -> Tensor | None:
+    """Flags moved as `from_rows` moves the tokens."""
+    if is_global_BT is None:
+        return None
+    if is_global_BT.shape != tokens_BT.shape or is_global_BT.dtype != torch.bool:
+        raise ValueError(
+            f"is_global_BT is {is_global_BT.dtype} of shape {tuple(is_global_BT.shape)}; it is bool of the tokens' "
+            f"shape {tuple(tokens_BT.shape)}"
+        )
+    return from_rows(is_global_BT.long(), mask_BT).tokens_BT.bool()
+
+
+def _check(config: DecoderConfig, prompts: Prompts, sampling: Sampling) -> None:
     """What the model and the prompt decide; the rest is Sampling's own."""
-    config = model.config
     check_tokens(config, prompts.tokens_BT)
-    if not 0 <= sampling.pad_token < config.vocab_size:
-        raise ValueError(f"pad_token={sampling.pad_token}: a token of the model, 0 … {config.vocab_size - 1}")
+    named = {"pad_token": sampling.pad_token, "first_token": sampling.first_token, "last_token": sampling.last_token}
+    for name, token in named.items():
+        if token is not None and not 0 <= token < config.vocab_size:
+            raise ValueError(f"{name}={token}: a token of the model, 0 … {config.vocab_size - 1}")
     check_room(config, prompts.longest, sampling.max_new_tokens)
     if sampling.seeds is not None:
         sequence_seeds(sampling, len(prompts.lengths))

@@ -15,8 +15,8 @@ from longspan.kernels.attention import AttentionContext
 from longspan.kernels.attention.caching import KeyValueCache
 
 from .completion import TextTokenizer
-from .config import DecoderConfig
-from .decoder import Decoder
+from .conditional import Generative
+from .config import DecoderConfig, Seq2SeqConfig
 
 EMPTY = "the prompt is empty: a decoder continues at least one token (an end-of-text token will do)"
 
@@ -117,7 +117,7 @@ def check_room(config: DecoderConfig, prompt: int, max_new_tokens: int) -> None:
         )
 
 
-def check_tokenizer(config: DecoderConfig, tokenizer: TextTokenizer) -> None:
+def check_tokenizer(config: DecoderConfig | Seq2SeqConfig, tokenizer: TextTokenizer) -> None:
     """Raises ValueError for a tokenizer that has tokens which the model does not."""
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
@@ -128,7 +128,7 @@ def check_tokenizer(config: DecoderConfig, tokenizer: TextTokenizer) -> None:
 
 @torch.no_grad()
 def prefill(
-    model: Decoder,
+    model: Generative,
     tokens_BT: Tensor,
     cache: KeyValueCache,
     *,
@@ -160,7 +160,7 @@ def prefill(
             start += width
         if last_BD is None:
             raise ValueError("no tokens to read")
-        return torch.nn.functional.linear(last_BD, model.head_weight)
+        return model.logits(last_BD)
     finally:
         if was_training:
             model.train()

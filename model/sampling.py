@@ -31,6 +31,8 @@ class Sampling:
     prefill_chunk       read prompts in pieces of this many tokens (less memory, same result)
     num_beams           above 1: beam search (`beam`), which draws nothing and so wants temperature=0
     length_penalty      of beam search: hypotheses compare by log-probability / length ** length_penalty
+    first_token         what every continuation begins with; None: whatever is chosen
+    last_token          what a continuation of max_new_tokens ends with; None: whatever is chosen
     """
 
     max_new_tokens: int
@@ -46,6 +48,8 @@ class Sampling:
     prefill_chunk: int | None = None
     num_beams: int = 1
     length_penalty: float = 1.0
+    first_token: int | None = None
+    last_token: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
@@ -121,6 +125,18 @@ def sequence_seed(seed: int, row: int) -> int:
     if row == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}/{row}".encode()).digest()[:8], "big") & MAX_SEED
+
+
+def demanded(logits_BV: Tensor, sampling: Sampling, step: int) -> Tensor:
+    """Logits of token number `step` of every continuation, with but one token left where the settings demand it."""
+    token = sampling.first_token if step == 0 else None
+    if sampling.last_token is not None and step == sampling.max_new_tokens - 1:
+        token = sampling.last_token
+    if token is None:
+        return logits_BV
+    only_BV = torch.full_like(logits_BV, -torch.inf)
+    only_BV[:, token] = 0.0
+    return only_BV
 
 
 def choose(

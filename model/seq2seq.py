@@ -191,6 +191,11 @@ class Seq2Seq(nn.Module):
         """[N, T, V]."""
         return self.head(hidden_NTD, self.head_weight)
 
+    def start(self, batch: int) -> Tensor:
+        """[B, 1] `decoder_start_token`: the targets of which nothing is written yet."""
+        token, device = self.config.decoder_start_token, self.head_weight.device
+        return torch.full((batch, 1), token, dtype=torch.int64, device=device)
+
     @property
     def head_weight(self) -> Tensor:
         """[V, D]: logits are `hidden @ head_weight.T`, and the head's bias."""

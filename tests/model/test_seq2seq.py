@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longspan.kernels.attention import AttentionContext, AttentionSpec, UnsupportedAttention, Window
 from longspan.model.cache import ContiguousCache
+from longspan.model.cache_plan import cross_cache_bytes
 from longspan.model.checkpoint import CheckpointError, load_decoder, load_model, save_model
 from longspan.model.config import AttentionPlan, ModelConfigError, Seq2SeqConfig, StackConfig, from_dict, to_dict
 from longspan.model.cross_attention import CrossAttention, CrossCache
@@ -183,7 +184,8 @@ def test_bytes_of_a_cross_cache_and_sources_chosen_from_it() -> None:
     context = AttentionContext(kv_lengths=LENGTHS_B)
     source = model.remember(model.encode(source_BS, context), context)
     n_layers, n_kv_heads, head_dim = 2, 2, 4
-    assert source.nbytes == n_layers * 2 * 3 * S * n_kv_heads * head_dim * 4 + 3 * 8
+    assert source.nbytes.keys_values == n_layers * 2 * 3 * S * n_kv_heads * head_dim * 4
+    assert source.nbytes == cross_cache_bytes(LED, 3, S, padded=True)
     chosen = source.select([2, 0])
     assert isinstance(chosen, CrossCache)
     expected = model(source_BS, target_BT, context)[[2, 0]]
