@@ -5,6 +5,7 @@ Legend: B batch, T queries, S keys, H query heads, G key/value heads, D head dim
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -103,44 +104,104 @@ def _run(
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
     slopes, sinks = _dense(slopes), _dense(sinks)
 
-    group_rows = T * (H // G)
-    if INTERPRETED:
-        tiles = INTERPRETED_TILES
-    else:
-        tiles = choose_decode(group_rows, max(D, E), q.element_size(), k.element_size())
-    window = spec.window
-    has_right = window.right is not None and not spec.causal
-    M, N = tiles.rows, tiles.columns
-    row_tiles = -(-group_rows // M)
-    reach = S
-    if window.left is not None and mask is None and k_pos is None and (spec.causal or has_right):
-        reach = min(S, window.left + (window.right or 0) * has_right + T + spec.sink_tokens + N)
-    if INTERPRETED:
-        splits = min(3, max(1, -(-reach // N)))
-    else:
-        splits = n_splits(B * G * row_tiles, -(-reach // N), _processors(q.device), kv_bytes=k.element_size())
+    skips = mask is None and k_pos is None
+    plan = _plan(
+        spec, B, T, S, H, G, D, E, 0 if table is None else page, q.element_size(), k.element_size(), skips, q.device
+    )
     part = None
-    if splits > 1:
-        part = q.new_empty(B * T * H * splits * (E + 1), dtype=torch.float32)
-
-    BLOCK_E = max(32, triton.next_power_of_2(E))
-    decode_kernel[splits * row_tiles, G, B](
+    if plan.splits > 1:
+        part = q.new_empty(B * T * H * plan.splits * (E + 1), dtype=torch.float32)
+    decode_kernel[plan.grid](
         q, k, v, out, lse, part, k_scale, v_scale, slopes, sinks, q_pos, k_pos, lengths, table, mask,
-        q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-        v.stride(0), v.stride(1), v.stride(2), *_strides(k_scale), *_strides(v_scale),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(k_scale), *_strides(v_scale),
         _row(q_pos), _row(k_pos), 0 if table is None else table.stride(0), _row(mask),
-        T, S, splits, window.left or 0, window.right or 0, spec.sink_tokens, spec.softmax_scale(D), spec.softcap or 1.0,
-        H=H, R=H // G, D=D, E=E, BLOCK_D=max(32, triton.next_power_of_2(D)), BLOCK_E=BLOCK_E, M=M, N=N,
-        PAGE=0 if table is None else page, CAUSAL=spec.causal, HAS_LEFT=window.left is not None, HAS_RIGHT=has_right,
-        HAS_SINKS=spec.sink_tokens > 0, SOFTCAP=spec.softcap is not None, ALIBI=spec.alibi, ONE_QUERY=T == 1,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        T, S, plan.splits, *plan.scalars, **plan.constants,
     )  # fmt: skip
     if part is not None:
-        join_splits_kernel[T * H, B](
-            part, out, lse, sinks, T, splits,
-            H=H, E=E, BLOCK_E=BLOCK_E, SPLITS=max(2, triton.next_power_of_2(splits)), CHUNK=CHUNK, num_warps=4,
-        )  # fmt: skip
+        join_splits_kernel[T * H, B](part, out, lse, sinks, T, plan.splits, **plan.join_constants)
     return out, lse
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What follows from sizes and the spec alone, worked out once for all layers."""
+
+    grid: tuple[int, int, int]
+    splits: int
+    scalars: tuple[int | float, ...]
+    constants: dict[str, object]
+    join_constants: dict[str, object]
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    spec: AttentionSpec,
+    B: int,
+    T: int,
+    S: int,
+    H: int,
+    G: int,
+    D: int,
+    E: int,
+    page: int,
+    q_bytes: int,
+    kv_bytes: int,
+    skips: bool,
+    device: torch.device,
+) -> _Plan:
+    """`page`: 0 without pages; `skips`: keys outside the window are not visited."""
+    window, R = spec.window, H // G
+    has_right = window.right is not None and not spec.causal
+    tiles = INTERPRETED_TILES if INTERPRETED else choose_decode(T * R, max(D, E), q_bytes, kv_bytes)
+    M, N = tiles.rows, tiles.columns
+    row_tiles = triton.cdiv(T * R, M)
+    reach = S
+    if skips and window.left is not None and (spec.causal or has_right):
+        reach = min(S, window.left + (window.right or 0) * has_right + T + spec.sink_tokens + N)
+    if INTERPRETED:
+        splits = min(3, max(1, triton.cdiv(reach, N)))
+    else:
+        splits = n_splits(B * G * row_tiles, triton.cdiv(reach, N), _processors(device), kv_bytes=kv_bytes)
+    BLOCK_E = max(32, triton.next_power_of_2(E))
+    return _Plan(
+        grid=(splits * row_tiles, G, B),
+        splits=splits,
+        scalars=(
+            window.left or 0,
+            window.right or 0,
+            spec.sink_tokens,
+            spec.softmax_scale(D),
+            spec.softcap or 1.0,
+        ),
+        constants={
+            "H": H,
+            "R": R,
+            "D": D,
+            "E": E,
+            "BLOCK_D": max(32, triton.next_power_of_2(D)),
+            "BLOCK_E": BLOCK_E,
+            "M": M,
+            "N": N,
+            "PAGE": page,
+            "CAUSAL": spec.causal,
+            "HAS_LEFT": window.left is not None,
+            "HAS_RIGHT": has_right,
+            "HAS_SINKS": spec.sink_tokens > 0,
+            "SOFTCAP": spec.softcap is not None,
+            "ALIBI": spec.alibi,
+            "ONE_QUERY": T == 1,
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+        },
+        join_constants={
+            "H": H,
+            "E": E,
+            "BLOCK_E": BLOCK_E,
+            "SPLITS": max(2, triton.next_power_of_2(splits)),
+            "CHUNK": CHUNK,
+            "num_warps": 4,
+        },
+    )
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
