@@ -31,12 +31,14 @@ class TokenizerSettings:
     vocab_size    bpe: tokens in all
     path          file: a tokenizer.json or a directory that holds one
     train_bytes   bpe: bytes of training documents to train on, shared among the sources by weight
+    mask          bpe, bytes: with a mask token, for masked language modelling
     """
 
     kind: Literal["bpe", "bytes", "file"] = "bpe"
     vocab_size: int = 8192
     path: str | None = None
     train_bytes: int = 20_000_000
+    mask: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("bpe", "bytes", "file"):
@@ -130,10 +132,11 @@ def _build(
 def _tokenizer(building: Path, settings: PrepareSettings, progress: Progress | None) -> Tokenizer:
     """The tokenizer of a new store: what a killed run trained is used."""
     if settings.tokenizer.kind == "bytes":
-        return byte_level()
+        return byte_level(mask=settings.tokenizer.mask)
     if (building / "tokenizer.json").is_file():
         return Tokenizer.load(building)
-    tokenizer = train_bpe(_training_texts(settings, progress), settings.tokenizer.vocab_size)
+    asked = settings.tokenizer
+    tokenizer = train_bpe(_training_texts(settings, progress), asked.vocab_size, asked.mask)
     partial = building / "tokenizer.partial"
     tokenizer.save(partial)
     (partial / "tokenizer.json").replace(building / "tokenizer.json")
@@ -170,9 +173,12 @@ def _training_texts(settings: PrepareSettings, progress: Progress | None) -> Ite
 
 
 def _key(settings: PrepareSettings, loaded: Tokenizer | None) -> str:
-    tokenizer = asdict(settings.tokenizer)
+    tokenizer: dict[str, object] = asdict(settings.tokenizer)
+    del tokenizer["mask"]  # named where there is one, so that stores without it keep their names
     if settings.tokenizer.kind != "bpe":
         tokenizer = {"kind": settings.tokenizer.kind}
+    if settings.tokenizer.mask:
+        tokenizer["mask"] = True
     if loaded is not None:
         tokenizer = {"sha256": loaded.sha256, "eos": loaded.eos_id}
     weights = [source.weight for source in settings.sources] if settings.tokenizer.kind == "bpe" else None

@@ -18,8 +18,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"  # separates documents
+MASK = "<|mask|>"  # stands for a token to be guessed
 # What other people's tokenizers call the same thing, tried in this order when their configuration does not say.
 _END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]", "<|eos|>")
+_MASK_TOKENS = (MASK, "[MASK]", "<mask>")
 
 _GROUP = 1 << 19  # characters encoded at once
 
@@ -48,8 +50,14 @@ class Tokenizer:
             raise TokenizerError(f"the tokenizer has no token '{end_token}' to end documents with")
         self.eos_id: int = eos_id
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids: frozenset[int] = frozenset(token for token, word in added.items() if word.special)
+        masks = (self._tokenizer.token_to_id(word) for word in _MASK_TOKENS)
+        self.mask_id: int | None = next((token for token in masks if token is not None), None)
         self.sha256: str = hashlib.sha256(definition.encode()).hexdigest()
-        self._cuts_at_lines = _splits_words_like_gpt2(json.loads(definition))
+        parsed = json.loads(definition)
+        self._cuts_at_lines = _splits_words_like_gpt2(parsed)
+        self.word_mark: str | None = _word_mark(parsed)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str]]:
         return Tokenizer, (self._definition, self._end_token)
@@ -75,6 +83,20 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of the ids; bytes that are not UTF-8 (a character cut in half) show as U+FFFD."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+
+    def pieces(self) -> list[bytes]:
+        """What each id stands for, as bytes: of byte-level vocabularies the bytes themselves, of others the piece as it
+        is spelled (`##ing`, `▁the`)."""
+        words = [self._tokenizer.id_to_token(token) or "" for token in range(self.vocab_size)]
+        if self.word_mark is not None:
+            return [word.encode() for word in words]
+        bytes_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        return [
+            bytes(bytes_of[character] for character in word)
+            if all(character in bytes_of for character in word)
+            else word.encode()
+            for word in words
+        ]
 
     def stream(self) -> StreamDecoder:
         """Text of ids that come one by one."""
@@ -110,15 +132,17 @@ class Tokenizer:
         return cls(definition, end_token)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, mask: bool = False) -> Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909; bytes as in GPT-2) of at most `vocab_size` tokens,
-    the end token and the 256 bytes included. The same texts give the same tokenizer."""
-    if vocab_size < 257:
-        raise TokenizerError(f"vocab_size={vocab_size} is too small: 256 bytes and {END_OF_TEXT} make 257")
+    the end token, the mask token if there is one and the 256 bytes included. The same texts give the same tokenizer."""
+    special = [END_OF_TEXT, MASK] if mask else [END_OF_TEXT]
+    if vocab_size < 256 + len(special):
+        total = 256 + len(special)
+        raise TokenizerError(f"vocab_size={vocab_size} is too small: 256 bytes and {', '.join(special)} make {total}")
     tokenizer = _byte_level(models.BPE(), use_regex=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -126,11 +150,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(tokenizer.to_str(pretty=True), END_OF_TEXT)
 
 
-def byte_level() -> Tokenizer:
-    """No training: token id = byte value, and 256 ends a document."""
+def byte_level(*, mask: bool = False) -> Tokenizer:
+    """No training: token id = byte value, 256 ends a document, and 257 is the mask token if there is one."""
     vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
     tokenizer = _byte_level(models.BPE(vocab=vocabulary, merges=[]), use_regex=False)
-    tokenizer.add_special_tokens([END_OF_TEXT])
+    tokenizer.add_special_tokens([END_OF_TEXT, MASK] if mask else [END_OF_TEXT])
     return Tokenizer(tokenizer.to_str(pretty=True), END_OF_TEXT)
 
 
@@ -175,6 +199,19 @@ def _splits_words_like_gpt2(definition: dict[str, Any]) -> bool:
         and not split.get("add_prefix_space")
         and (bool(split.get("use_regex")) or definition["model"].get("merges") == [])
     )
+
+
+def _word_mark(definition: dict[str, Any]) -> str | None:
+    """How a vocabulary marks where words begin or go on: `##` (WordPiece), `▁` (SentencePiece); None: byte-level."""
+    if definition["model"].get("type") == "WordPiece":
+        return "##"
+    parts = [definition.get("pre_tokenizer") or {}, definition.get("decoder") or {}]
+    kinds = {
+        inner.get("type")
+        for part in parts
+        for inner in (part, *part.get("pretokenizers", ()), *part.get("decoders", ()))
+    }
+    return None if "ByteLevel" in kinds else "▁"
 
 
 def _grouped(texts: Iterable[str], may_cut: bool) -> Iterator[list[tuple[int, str]]]:
