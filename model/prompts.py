@@ -117,6 +117,13 @@ def check_room(config: DecoderConfig, prompt: int, max_new_tokens: int) -> None:
         )
 
 
+def fitting(config: DecoderConfig, prompt: int, wanted: int) -> int:
+    """As many new tokens as learned positions have room for, at most `wanted` and at least one."""
+    if config.positions != "learned":
+        return wanted
+    return max(1, min(wanted, config.max_positions - prompt + 1))  # the last token is never read back
+
+
 def check_tokenizer(config: DecoderConfig | Seq2SeqConfig, tokenizer: TextTokenizer) -> None:
     """Raises ValueError for a tokenizer that has tokens which the model does not."""
     if tokenizer.vocab_size > config.vocab_size:

@@ -16,7 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .completion import Completion
+from .prompts import fitting
 from .sampling import Sampling, sequence_seed
+from .session import Request, Session
 
 _Reader = Callable[[object], object]
 
@@ -27,13 +30,18 @@ class AnswersError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextRequest:
-    """A line that was understood. `id` is what the user calls it; the number of the line where there is none."""
+    """A line that was understood.
+
+    id           what the user calls it; without one it is called by its line
+    own_length   it says max_new_tokens itself
+    """
 
     line: int
     id: str | int | None
     prompt: str
     sampling: Sampling
     stop_strings: tuple[str, ...]
+    own_length: bool
 
     @property
     def key(self) -> tuple[str, str | int]:
@@ -94,7 +102,14 @@ def _read(number: int, raw: bytes, defaults: Sampling, stop_strings: tuple[str, 
         values.pop("id", None)
         seed = values.pop("seed", sequence_seed(defaults.seed or 0, number - 1))
         sampling = replace(defaults, seed=seed, **values)
-        return TextRequest(line=number, id=name, prompt=prompt, sampling=sampling, stop_strings=stop)
+        return TextRequest(
+            line=number,
+            id=name,
+            prompt=prompt,
+            sampling=sampling,
+            stop_strings=stop,
+            own_length="max_new_tokens" in fields,
+        )
     except ValueError as error:
         return BadLine(line=number, id=name, error=str(error))
 
@@ -184,6 +199,72 @@ _FIELDS: Mapping[str, tuple[_Reader, str]] = {
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def answer(
+    session: Session,
+    requests: Iterable[TextRequest | BadLine],
+    *,
+    start_token: int,
+    shorten: bool = False,
+    logprobs: bool = False,
+) -> Iterator[dict[str, object]]:
+    """The answer to each request, as soon as there is one: line, id, and either text, finish_reason and the numbers of
+    tokens, or error. Lines are read as the session has room, so there may be any number of them.
+
+    session       with a tokenizer
+    start_token   what an empty prompt is taken for
+    shorten       requests that do not say max_new_tokens end where learned positions do, and are not refused for it
+    logprobs      with the new tokens and their log-probabilities
+    """
+    if session.tokenizer is None:
+        raise ValueError("requests are texts: make the session with a tokenizer")
+    running: dict[int, tuple[TextRequest, int]] = {}
+    remaining = iter(requests)
+    more = True
+    while more or running:
+        while more and session.unfinished < 2 * session.max_batch:
+            request = next(remaining, None)
+            if request is None:
+                more = False
+                break
+            if isinstance(request, BadLine):
+                yield _named(request, {"error": request.error})
+                continue
+            tokens = session.tokenizer.encode(request.prompt) or [start_token]
+            sampling = request.sampling
+            if shorten and not request.own_length:
+                fits = fitting(session.model.config, len(tokens), sampling.max_new_tokens)
+                sampling = replace(sampling, max_new_tokens=fits)
+            try:
+                number = session.submit(Request(prompt=tokens, sampling=sampling, stop_strings=request.stop_strings))
+            except ValueError as error:
+                yield _named(request, {"error": str(error)})
+            else:
+                running[number] = request, len(tokens)
+        for event in session.step():
+            if event.completion is not None:
+                request, n_tokens = running.pop(event.request)
+                yield _answered_by(request, n_tokens, event.completion, logprobs=logprobs)
+
+
+def _answered_by(
+    request: TextRequest, prompt_tokens: int, completion: Completion, *, logprobs: bool
+) -> dict[str, object]:
+    fields: dict[str, object] = {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": len(completion.tokens),
+    }
+    if logprobs:
+        fields |= {"tokens": completion.tokens, "logprobs": [round(each, 6) for each in completion.logprobs]}
+    return _named(request, fields)
+
+
+def _named(request: TextRequest | BadLine, fields: Mapping[str, object]) -> dict[str, object]:
+    name = {} if request.id is None else {"id": request.id}
+    return {"line": request.line, **name, **fields}
 
 
 class Answers:

@@ -69,10 +69,14 @@ VERBS: dict[str, Verb] = {
         ("longspan evaluate checkpoint=runs/quickstart", "longspan evaluate checkpoint=DIR data.path=book.txt"),
     ),
     "generate": Verb(
-        "text from a prompt or a file, streamed",
+        "text from a prompt, a file or a list of requests, streamed",
         "GenerateConfig",
         "validate_generate",
-        ("longspan generate checkpoint=runs/quickstart prompt='def main'", "longspan generate checkpoint=DIR file=-"),
+        (
+            "longspan generate checkpoint=runs/quickstart prompt='def main'",
+            "longspan generate checkpoint=DIR file=- num_beams=4 temperature=0",
+            "longspan generate checkpoint=DIR requests=questions.jsonl output=answers.jsonl",
+        ),
     ),
     "estimate": Verb(
         "parameters, tokens, FLOPs, memory and time of a run before it starts",

@@ -83,12 +83,55 @@ def check_protocol(protocol: ProtocolConfig, default_window: int | None = None) 
 
 
 def check_generate(config: GenerateConfig) -> Iterator[Problem]:
-    if config.prompt is None and config.file is None:
+    sources = {"requests": config.requests, "file": config.file, "prompt": config.prompt}
+    given = {key: value for key, value in sources.items() if value is not None}
+    if not given:
         yield Problem(
-            ("prompt",), "prompt: is required (or file=PATH, file=- for standard input): the text to continue"
+            ("prompt",),
+            "prompt: is required (or file=PATH, file=- for standard input, requests=FILE.jsonl): the text to continue",
         )
-    if config.prompt is not None and config.file is not None:
-        yield _problem(("file", config.file), "and prompt are both given; the text to continue is one or the other")
+    if len(given) > 1:
+        (first, value), *others = given.items()
+        names = " and ".join(key for key, _ in others)
+        number = "both" if len(others) == 1 else "all"
+        yield _problem((first, value), f"and {names} are {number} given; the text to continue is one of them", names)
+    if config.output is not None and config.requests is None:
+        yield _problem(
+            ("output", config.output), "is for the answers to requests=FILE.jsonl; a prompt's text is printed"
+        )
+    if "" in config.stop_strings:
+        yield _problem(("stop_strings", list(config.stop_strings)), "an empty text would stop before the first token")
+    if config.requests is not None and config.cache == "contiguous":
+        yield _problem(
+            ("cache", "contiguous"),
+            f"requests={config.requests} come and go, and so share pages; leave it out",
+            "requests",
+        )
+    yield from _check_beams(config)
+
+
+def _check_beams(config: GenerateConfig) -> Iterator[Problem]:
+    if config.num_beams == 1:
+        if config.length_penalty != 1:
+            yield _problem(
+                ("length_penalty", config.length_penalty),
+                "compares the texts of a beam search; set num_beams",
+                "num_beams",
+            )
+        return
+    penalty = config.repetition_penalty
+    contradictions = {
+        "temperature": config.temperature > 0
+        and f"beam search draws nothing, but temperature={config.temperature:g}; add temperature=0",
+        "repetition_penalty": penalty != 1
+        and f"beams compare by probability, which repetition_penalty={penalty:g} is not; leave one of them at 1",
+        "stop_strings": config.stop_strings and "beams compare tokens and know no text; leave stop_strings out",
+        "cache": config.cache == "contiguous" and "beams share pages; leave cache=contiguous out",
+        "requests": config.requests is not None and f"requests={config.requests} are answered without beam search",
+    }
+    for key, sentence in contradictions.items():
+        if sentence:
+            yield _problem(("num_beams", config.num_beams), sentence, key)
 
 
 def _check_source(source: SourceConfig, path: str) -> Iterator[Problem]:

@@ -75,6 +75,8 @@ def _problems(config: object) -> Iterator[Problem]:
         yield from _no_checkpoint(config.checkpoint)
         if config.file is not None and config.file != "-":
             yield from _missing("file", config.file, globs=False)
+        if config.requests is not None and config.requests != "-":
+            yield from _missing("requests", config.requests, globs=False)
     elif isinstance(config, ImportConfig):
         yield from _missing("source", config.source, globs=False)
     elif isinstance(config, ExportConfig):

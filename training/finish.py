@@ -63,6 +63,8 @@ def sample(model: Decoder, tokenizer: Tokenizer, config: SampleConfig, *, seed: 
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
         seed=seed,
         stop_tokens={tokenizer.eos_id},
         pad_token=tokenizer.eos_id,

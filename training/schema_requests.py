@@ -5,9 +5,9 @@ Where a config is resolved, a `…Request` is what a user writes and a `…Confi
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from longspan.model.config import DecoderConfig
@@ -20,6 +20,7 @@ from .schema_sections import (
     BackendName,
     BackendPlan,
     CallbacksConfig,
+    Count,
     DataConfig,
     EvaluationConfig,
     EvaluationDataConfig,
@@ -134,6 +135,10 @@ class EvaluateConfig:
     dry_run: bool = Field(default=False, description="print the resolved config; do nothing")
 
 
+def _alone_or_listed(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class GenerateConfig(SamplingConfig):
     """`longspan generate`"""
@@ -141,6 +146,16 @@ class GenerateConfig(SamplingConfig):
     checkpoint: str = Field(description="a checkpoint directory, or a run (its best, else its last)")
     prompt: str | None = Field(default=None, description="text to continue")
     file: str | None = Field(default=None, description="file with the text to continue; -: standard input")
+    requests: str | None = Field(
+        default=None,
+        description='file of requests, a JSON object a line: {"prompt": "…"} and, as it likes, id, max_new_tokens, '
+        "temperature, top_k, top_p, min_p, repetition_penalty, seed and stop (a text or a list); -: standard input",
+    )
+    output: str | None = Field(
+        default=None,
+        description="requests: file of the answers, a line each as they are ready; answers that are there already are "
+        "kept, and only the others are made; null: standard output",
+    )
     max_new_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -148,6 +163,27 @@ class GenerateConfig(SamplingConfig):
     )
     seed: int = Field(default=0, ge=0, description="seed of sampling")
     stop: bool = Field(default=True, description="stop at the end-of-text token")
+    stop_strings: Annotated[tuple[str, ...], BeforeValidator(_alone_or_listed)] = Field(
+        default=(), description="stop where the new text contains one of these, and cut it before"
+    )
+    num_beams: Count = Field(
+        default=1, description="above 1: beam search for the likeliest text, with temperature=0; not for requests"
+    )
+    length_penalty: float = Field(
+        default=1.0, description="beam search compares texts by log-probability / length ** length_penalty"
+    )
+    logprobs: bool = Field(
+        default=False,
+        description="show the log-probability of each new token (of the model itself, before temperature and the rest)",
+    )
+    cache: Literal["auto", "contiguous", "paged"] = Field(
+        default="auto",
+        description="how keys and values are kept; auto: windowed layers keep only what they see (requests: paged)",
+    )
+    storage: Literal["int8", "float8_e4m3fn"] | None = Field(
+        default=None, description="keep keys and values in 8 bits; null: as precise as the model"
+    )
+    max_batch: Count = Field(default=16, description="requests that are continued at once")
     accelerator: Accelerator = Field(default="auto", description="where to run")
     precision: InferencePrecision = Field(default="auto", description="auto: bf16 where the device multiplies it fast")
     dry_run: bool = Field(default=False, description="print the resolved config; do nothing")

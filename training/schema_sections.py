@@ -301,6 +301,14 @@ class SamplingConfig:
     top_p: float | None = Field(
         default=None, gt=0, le=1, description="keep the smallest set of tokens with this probability"
     )
+    min_p: float | None = Field(
+        default=None, ge=0, le=1, description="keep tokens at least this many times as likely as the likeliest one"
+    )
+    repetition_penalty: float = Field(
+        default=1.0,
+        gt=0,
+        description="above 1: tokens that stand in prompt or output become less likely; 1: no penalty",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
