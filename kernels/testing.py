@@ -9,6 +9,7 @@ docs/conformance.md tells what is checked and how to read a failure.
 
 from __future__ import annotations
 
+from .conformance.caches import CacheCase, CacheReport, cache_conformance
 from .conformance.cases import Case
 from .conformance.judge import assert_within_budget, judge, plain_attention, twin
 from .conformance.report import ConformanceError, Report
@@ -16,10 +17,13 @@ from .conformance.suite import NEEDS_HYPOTHESIS, conformance, replay
 
 __all__ = [
     "NEEDS_HYPOTHESIS",
+    "CacheCase",
+    "CacheReport",
     "Case",
     "ConformanceError",
     "Report",
     "assert_within_budget",
+    "cache_conformance",
     "conformance",
     "judge",
     "plain_attention",

@@ -65,7 +65,7 @@ class Case:
             raise ValueError(f"Case.page={self.page}: {self.n_keys} keys are no whole number of pages")
 
     def __repr__(self) -> str:
-        return _short_repr(self)
+        return short_repr(self)
 
     def call(self, device: str) -> AttentionCall:
         if self.backward:
@@ -100,7 +100,7 @@ class Case:
         return len(self.features), self.batch * self.heads * self.n_queries * self.n_keys * self.head_dim
 
 
-def _short_repr(value: object) -> str:
+def short_repr(value: object) -> str:
     """A dataclass without the fields that have their default; torch dtypes and tuples as Python writes them."""
     if not isinstance(value, (Case, AttentionSpec, Window, BlockLayout)):
         return repr(value)
@@ -111,5 +111,5 @@ def _short_repr(value: object) -> str:
     for entry in fields(value):
         given = getattr(value, entry.name)
         if entry.default is MISSING or given != entry.default:
-            parts.append(f"{entry.name}={_short_repr(given)}")
+            parts.append(f"{entry.name}={short_repr(given)}")
     return f"{type(value).__name__}({', '.join(parts)})"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from .cases import Case
 from .plan import LENGTHS, MEMORIES, OF_A_CASE, PAGES, POSITIONS, STORED, VALUES, Limits, case_with, with_layout
 
 F = Feature
+Drawn = TypeVar("Drawn", bound=Hashable)
 
 
 class _Failing(Exception):  # noqa: N818  # control flow between Hypothesis and `explore`, never seen by anybody else
@@ -60,8 +62,14 @@ def cases(draw: st.DrawFn, limits: Limits) -> Case:
 
 
 def explore(limits: Limits, fails: Callable[[Case], bool], *, examples: int, random_seed: int) -> None:
+    explore_cases(cases(limits), fails, examples=examples, random_seed=random_seed)
+
+
+def explore_cases(
+    drawn: st.SearchStrategy[Drawn], fails: Callable[[Drawn], bool], *, examples: int, random_seed: int
+) -> None:
     """Calls `fails` on `examples` drawn cases; once it says yes, on ever smaller ones, at most `examples + 50`."""
-    failed: set[Case] = set()
+    failed: set[Drawn] = set()
     shrinks = itertools.count()
 
     @seed(random_seed)
@@ -74,8 +82,8 @@ def explore(limits: Limits, fails: Callable[[Case], bool], *, examples: int, ran
         report_multiple_bugs=False,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
-    @given(cases(limits))
-    def one(case: Case) -> None:
+    @given(drawn)
+    def one(case: Drawn) -> None:
         # A slow kernel is not to be shrunk for minutes: beyond the limit only what failed before fails again.
         if case not in failed and failed and next(shrinks) >= examples + 50:
             return
