@@ -42,7 +42,8 @@ class RopeScaling:
                         sharpened (Peng et al. 2023, arXiv 2309.00071, §3).
                         llama3: by wavelength, with a ramp between two bounds (Grattafiori et al. 2024, arXiv
                         2407.21783, and Meta's reference code)
-    factor              how many times longer sequences may be; 1: plain rotation
+    factor              how many times longer sequences may be; 1: plain rotation (dynamic: the base times
+                        length / original_positions, still)
     original_positions  length that the model was trained with (dynamic, yarn, llama3)
     beta_fast           yarn: turns within that length above which a frequency is kept; null: 32
     beta_slow           yarn: turns below which it is divided by `factor`; null: 1

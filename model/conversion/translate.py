@@ -69,7 +69,7 @@ def only(name: str, *values: object, meaning: str) -> Field:
 METADATA: tuple[Field, ...] = (
     *irrelevant("chooses the family", "model_type"),
     *irrelevant("names the class that wrote it; the tensors tell what is there", "architectures"),
-    *irrelevant("provenance", "transformers_version _name_or_path _commit_hash _from_model_config"),
+    *irrelevant("provenance", "transformers_version _name_or_path _model_name_or_path _commit_hash _from_model_config"),
     *irrelevant("weights keep the type that their file has", "dtype torch_dtype"),
     *irrelevant(
         "what a call returns, not what it computes",
@@ -77,7 +77,7 @@ METADATA: tuple[Field, ...] = (
     ),
     *irrelevant(
         "the tokenizer's: carried along in its files and in generation_config.json",
-        "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class",
+        "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id tokenizer_class",
     ),
     *irrelevant(
         "which of its own implementations transformers takes",
@@ -199,6 +199,8 @@ class Family(Generic[C]):
     copies      tied tensors that a file may hold a second time: name -> what it has to be equal to
     settle      what only the names of the tensors in a file tell about a config (whether there is a pooler)
     spellings   names of tensors that old files spell differently: regular expression -> replacement
+    zero        names of tensors that files of the bare model lack, and that are zero then
+    generation  fields of config.json that generation_config.json says instead, where it says any of them
     unread      names, as regular expressions, of tensors that we have no place for and nobody misses -> why; an import
                 says so
     """
@@ -215,6 +217,8 @@ class Family(Generic[C]):
     settle: Callable[[C, Collection[str]], C] = lambda config, _names: config
     spellings: tuple[tuple[str, str], ...] = ()
     unread: Mapping[str, str] = field(default_factory=dict)
+    zero: tuple[str, ...] = ()
+    generation: tuple[str, ...] = ()
 
 
 def import_tensors(
@@ -237,6 +241,8 @@ def import_tensors(
         for copy, original in copies.items()
         if copy in found and original in found and not torch.equal(found[copy], found[original])
     ]
+    absent = [rule for rule in rules if rule.theirs in family.zero and rule.theirs not in found]
+    found |= {rule.theirs: torch.zeros(shapes[rule.ours[0]]) for rule in absent}
     # Tied tensors are stored once, under either name.
     found |= {original: found[copy] for copy, original in copies.items() if copy in found and original not in found}
     if missing := [rule.theirs for rule in rules if rule.theirs not in found]:

@@ -54,7 +54,7 @@ def test_all_problems_come_at_once() -> None:
         ({"d_model": 36, "n_heads": 12, "positions": "rope"}, "head_dim=3 with positions=rope"),
         ({"dropout": -0.1}, "dropout=-0.1"),
         ({"dropout": float("nan")}, "dropout=nan"),
-        ({"positions": "sinusoidal"}, "positions='sinusoidal': it is one of learned, rope, alibi, none"),
+        ({"positions": "sine"}, "positions='sine': it is one of learned, sinusoidal, rope, alibi, none"),
         ({"mlp": "relu"}, "mlp='relu': it is one of gelu, gelu_tanh, swiglu"),
         ({"rope_theta": 0.0}, "rope_theta=0.0"),
         ({"norm_eps": -1e-5}, "norm_eps=-1e-05"),
