@@ -182,7 +182,7 @@ def test_any_plan_survives_json(kinds: dict[str, object], alibi: bool) -> None:
         ({"n_layers": True}, "n_layers=True: it is a whole number"),
         ({"bias": 1}, "bias=1: it is true or false"),
         ({"dropout": "0.1"}, "dropout='0.1': it is a number"),
-        ({"positions": "rotary"}, "positions='rotary': it is one of learned, rope"),
+        ({"positions": "rotary"}, "positions='rotary': it is one of learned, sinusoidal, rope"),
         ({"architecture": "encodr"}, "architecture='encodr': it is one of decoder, encoder"),
         ({"attention": []}, "attention: a mapping of keys, not []"),
         ({"attention": {"patterns": {"a": {}}, "layers": ["a"]}}, "attention.patterns.a: 'causal' is missing"),
