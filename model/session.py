@@ -24,7 +24,7 @@ from .completion import Completion, Output, TextTokenizer
 from .decoder import Decoder
 from .paging import OutOfPages, PagedCache, PagePool
 from .prompts import EMPTY, check_room, check_tokenizer, check_tokens, prefill
-from .sampling import Sampling, choose, log_probabilities, seen_tokens, sequence_seeds
+from .sampling import Sampling, choose, demanded, log_probabilities, seen_tokens, sequence_seeds
 from .session_parts import Event, Prefix, Request, RunningRequest
 
 __all__ = ["Event", "Prefix", "Request", "Session"]
@@ -266,7 +266,9 @@ class Session:
         """The next token of each sequence; those that are chosen alike together."""
         alike: dict[Sampling, list[tuple[RunningRequest, Tensor]]] = {}
         for each, logits_1V in ready:
-            alike.setdefault(_manner(each.request.sampling), []).append((each, logits_1V))
+            sampling = each.request.sampling
+            logits_1V = demanded(logits_1V, sampling, len(each.output.tokens))
+            alike.setdefault(_manner(sampling), []).append((each, logits_1V))
         events: list[Event] = []
         for manner, group in alike.items():
             device = self.pool.device
@@ -342,7 +344,15 @@ class Session:
 def _manner(sampling: Sampling) -> Sampling:
     """What sequences that are chosen together have in common."""
     alike = replace(
-        sampling, max_new_tokens=0, seed=None, seeds=None, stop_tokens=frozenset(), pad_token=0, prefill_chunk=None
+        sampling,
+        max_new_tokens=0,
+        seed=None,
+        seeds=None,
+        stop_tokens=frozenset(),
+        pad_token=0,
+        prefill_chunk=None,
+        first_token=None,
+        last_token=None,
     )
     return replace(alike, top_k=None, top_p=None, min_p=None) if alike.greedy else alike
 

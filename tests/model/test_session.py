@@ -233,6 +233,17 @@ def test_text_stop_strings_and_callbacks() -> None:
     assert "".join(event.text for event in events if event.request == 1) == free.text
 
 
+def test_demanded_tokens() -> None:
+    session = Session(MODEL, pages=8)
+    demanding = greedy(5, first_token=17, last_token=3)
+    for sampling in (demanding, greedy(5)):
+        session.submit(Request(prompt=[1, 2], sampling=sampling))
+    done = session.run()
+    assert done[0].tokens == alone([1, 2], demanding)
+    assert (done[0].tokens[0], done[0].tokens[-1]) == (17, 3)
+    assert done[1].tokens == alone([1, 2], greedy(5))
+
+
 def test_no_tokens_are_a_completion() -> None:
     session = Session(MODEL, pages=4)
     number = session.submit(Request(prompt=[1, 2], sampling=greedy(0)))
