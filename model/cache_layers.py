@@ -179,7 +179,8 @@ class Exchange:
     limit: int | None = None
     table_BP: Tensor | None = None
 
-    def __call__(self, stored: Tensor, new: Tensor) -> Tensor:
+    # Not __call__: torch 2.11's tracer loses the fields of a frozen dataclass there.
+    def swap(self, stored: Tensor, new: Tensor) -> Tensor:
         before = torch.cat([stored[:, : self.limit], new], dim=1) if self.read is Read.JOINED else None
         stored[self.target] = new[self.source]
         if before is not None:
@@ -246,11 +247,11 @@ class Store:
     ) -> tuple[Tensor, Tensor | None]:
         held_NLGK = stored[layer].transpose(1, 2)
         if scales is None:
-            return exchange(held_NLGK, new_BTGK.to(self.dtype)), None
+            return exchange.swap(held_NLGK, new_BTGK.to(self.dtype)), None
         new_BTGK, scale_BTG = quantize(new_BTGK, self.dtype)
         # As plain bytes: not every device can move float8 by index.
-        read = exchange(held_NLGK.view(torch.int8), new_BTGK.view(torch.int8)).view(self.dtype)
-        return read, exchange(scales[layer].transpose(1, 2), scale_BTG)
+        read = exchange.swap(held_NLGK.view(torch.int8), new_BTGK.view(torch.int8)).view(self.dtype)
+        return read, exchange.swap(scales[layer].transpose(1, 2), scale_BTG)
 
 
 class Marks:
@@ -270,9 +271,9 @@ class Marks:
         """Stores the marks of the new tokens and completes `context` with those of all that attention reads."""
         if self.documents_NL is not None and new.given.documents_BT is not None:
             context.q_documents = new.given.documents_BT
-            context.kv_documents = exchange(self.documents_NL, new.given.documents_BT)
+            context.kv_documents = exchange.swap(self.documents_NL, new.given.documents_BT)
         if self.flags_NL is not None and new.given.flags_BT is not None:
-            context.is_global = exchange(self.flags_NL, new.given.flags_BT)
+            context.is_global = exchange.swap(self.flags_NL, new.given.flags_BT)
         return context
 
 

@@ -94,7 +94,7 @@ def test_limit_counts_what_a_step_reads() -> None:
 def test_generation_steps_are_timed(tmp_path: Path) -> None:
     assert generation.run("tiny", CPU, tmp_path, command="test")
     rows = list(csv.DictReader((tmp_path / "generation.csv").read_text().splitlines()))
-    assert rows[0]["contender"] == "longspan"
+    assert "longspan" in [row["contender"] for row in rows]
     for row in rows:
         assert row["status"] == "ok"
         assert 0 < float(row["ms_per_step"]) < 1e4
