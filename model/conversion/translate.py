@@ -120,15 +120,15 @@ def read_fields(raw: Mapping[str, Any], fields: Iterable[Field]) -> dict[str, An
     for name, value in raw.items():
         field = table.get(name)
         if field is None:
-            problems.append(f"{CONFIG}: {name}={_shown(value)} is no field that this version knows, and may matter")
+            problems.append(f"{CONFIG}: {name}={shown(value)} is no field that this version knows, and may matter")
         elif field.fate == "refused" and not any(_same(value, allowed) for allowed in field.values):
-            allowed = " or ".join(_shown(allowed) for allowed in field.values)
+            allowed = " or ".join(shown(allowed) for allowed in field.values)
             problems.append(
-                f"{CONFIG}: {name}={_shown(value)} cannot be translated ({field.meaning}); it has to be {allowed}"
+                f"{CONFIG}: {name}={shown(value)} cannot be translated ({field.meaning}); it has to be {allowed}"
             )
         elif field.fate == "translated" and not _fits(value, field):
             words = " or ".join(_KINDS[kind] for kind in field.kinds)
-            problems.append(f"{CONFIG}: {name}={_shown(value)}: it is {words}")
+            problems.append(f"{CONFIG}: {name}={shown(value)}: it is {words}")
     if problems:
         raise ConversionError(problems)
     return {name: raw.get(name, field.default) for name, field in table.items() if field.fate == "translated"}
@@ -155,7 +155,8 @@ def _fits(value: object, field: Field) -> bool:
     return isinstance(value, field.kinds) or (isinstance(value, int) and float in field.kinds)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as JSON spells it, cut where it is long."""
     words = {None: "null", True: "true", False: "false"}.get(value, repr(value)) if _scalar(value) else repr(value)
     return words if len(words) <= 80 else words[:77] + "…"
 
