@@ -170,26 +170,30 @@ class Session:
 
     def step(self) -> list[Event]:
         """Admits, reads a piece of the prompts that are not read yet, and continues every other sequence by a token.
-        The tokens that came of it."""
-        events = self._admit()
-        ready = [
-            (each, each.request.prefix.logits_1V) for each in self._running if not each.unread and each.request.prefix
-        ]
-        ready += self._advance([each for each in self._running if len(each.unread) == 1])
-        ready += self._advance(self._next_to_read())
-        return events + self._choose(ready)
+        The tokens that came of it.
+
+        Whatever is raised meanwhile, by a callback or for want of memory, the next step goes on from there.
+        """
+        happened = self._admit()
+        self._advance([each for each in self._running if len(each.unread) == 1])
+        self._advance(self._next_to_read())
+        happened += self._choose([each for each in self._running if each.logits_1V is not None])
+        for event, request in happened:
+            if event.text and request.on_text is not None:
+                request.on_text(event.text)
+        return [event for event, _ in happened]
 
     # -- scheduling ---------------------------------------------------------------------------------------------------
 
-    def _admit(self) -> list[Event]:
+    def _admit(self) -> list[tuple[Event, Request]]:
         """Sequences from the head of the queue, while there is room for all that each has to read."""
-        events: list[Event] = []
+        happened: list[tuple[Event, Request]] = []
         page_size = self.pool.page_size
         promised = sum(map(self._missing_pages, self._running))
         while self._waiting and len(self._running) < self.max_batch:
             head = self._waiting[0]
             if head.output.finish_reason is not None:  # no tokens were asked for
-                events.append(self._event(head, None, 0.0, ""))
+                happened.append(self._event(head, None, 0.0, ""))
                 continue
             unread = [*head.prompt, *head.output.tokens]
             # One more for the first new token: a sequence that could not even have that would be in vain.
@@ -206,7 +210,9 @@ class Session:
             head.unread = unread
             self._running.append(head)
             self._running.sort(key=lambda each: each.number)
-        return events
+            if prefix is not None and not unread:
+                head.logits_1V = prefix.logits_1V
+        return happened
 
     def _next_to_read(self) -> list[RunningRequest]:
         """Sequences with prompts to read, oldest first: as many as fit, with padding, into `prefill_chunk` tokens."""
@@ -220,9 +226,9 @@ class Session:
                 batch.append(each)
         return batch
 
-    def _advance(self, batch: list[RunningRequest]) -> list[tuple[RunningRequest, Tensor]]:
-        """One call of the model over a piece of what each sequence has not read; (sequence, logits [1, V]) of those
-        that have read everything. Preempts the youngest until there are pages for the rest."""
+    def _advance(self, batch: list[RunningRequest]) -> None:
+        """One call of the model over a piece of what each sequence has not read. Preempts the youngest until there are
+        pages for the rest."""
         while batch:
             pieces = [each.unread[: self.prefill_chunk] for each in batch]
             counts = [len(piece) for piece in pieces]
@@ -236,10 +242,10 @@ class Session:
                 youngest = self._preempt()
                 batch = [each for each in batch if each is not youngest]
                 continue
-            for each, count in zip(batch, counts):
+            for row, (each, count) in enumerate(zip(batch, counts)):
                 del each.unread[:count]
-            return [(each, logits_BV[row : row + 1]) for row, each in enumerate(batch) if not each.unread]
-        return []
+                each.logits_1V = None if each.unread else logits_BV[row : row + 1]
+            return
 
     def _cache(self, batch: list[RunningRequest]) -> PagedCache:
         """Over the batch's pages; while sequences decode, the one of the step before as long as they are the same."""
@@ -256,20 +262,21 @@ class Session:
         youngest = self._running.pop()
         if youngest.cached is not None:
             youngest.cached.free()
-        youngest.cached, youngest.unread = None, []
+        youngest.cached, youngest.unread, youngest.logits_1V = None, [], None
         self._waiting.appendleft(youngest)
         self._decoding = None
         self.preemptions += 1
         return youngest
 
-    def _choose(self, ready: list[tuple[RunningRequest, Tensor]]) -> list[Event]:
+    def _choose(self, ready: list[RunningRequest]) -> list[tuple[Event, Request]]:
         """The next token of each sequence; those that are chosen alike together."""
         alike: dict[Sampling, list[tuple[RunningRequest, Tensor]]] = {}
-        for each, logits_1V in ready:
-            sampling = each.request.sampling
-            logits_1V = demanded(logits_1V, sampling, len(each.output.tokens))
-            alike.setdefault(_manner(sampling), []).append((each, logits_1V))
-        events: list[Event] = []
+        for each in ready:
+            if each.logits_1V is not None:
+                sampling = each.request.sampling
+                logits_1V = demanded(each.logits_1V, sampling, len(each.output.tokens))
+                alike.setdefault(_manner(sampling), []).append((each, logits_1V))
+        happened: list[tuple[Event, Request]] = []
         for manner, group in alike.items():
             device = self.pool.device
             logits_BV = torch.cat([logits_1V for _, logits_1V in group])
@@ -280,16 +287,14 @@ class Session:
             logprob_B = log_probabilities(logits_BV, token_B)
             for (each, _), token, logprob in zip(group, token_B.tolist(), logprob_B.tolist()):
                 text = each.output.push(token, logprob)
-                each.unread = [token]
+                each.unread, each.logits_1V = [token], None
                 if each.seen_1V is not None:
                     each.seen_1V[0, token] = True
-                events.append(self._event(each, token, logprob, text))
-        return sorted(events, key=lambda event: event.request)
+                happened.append(self._event(each, token, logprob, text))
+        return sorted(happened, key=lambda pair: pair[0].request)
 
-    def _event(self, sequence: RunningRequest, token: int | None, logprob: float, text: str) -> Event:
-        """Tells the request's callback; a sequence that is finished gives its pages back."""
-        if text and sequence.request.on_text is not None:
-            sequence.request.on_text(text)
+    def _event(self, sequence: RunningRequest, token: int | None, logprob: float, text: str) -> tuple[Event, Request]:
+        """With the completion of a sequence that is finished, which gives its pages back."""
         completion = None
         if sequence.output.finish_reason is not None:
             completion = sequence.output.completion()
@@ -300,7 +305,8 @@ class Session:
                 self._waiting.remove(sequence)
             if sequence.request.prefix is not None:
                 sequence.request.prefix.release()
-        return Event(request=sequence.number, token=token, logprob=logprob, text=text, completion=completion)
+        event = Event(request=sequence.number, token=token, logprob=logprob, text=text, completion=completion)
+        return event, sequence.request
 
     # -- counting -----------------------------------------------------------------------------------------------------
 

@@ -83,7 +83,12 @@ class Event:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class RunningRequest:
-    """A request on its way. `cached` is None while it waits; `unread` are the tokens that are not in the cache yet."""
+    """A request on its way.
+
+    cached      its tokens in the pool; None while it waits
+    unread      its tokens that are not there yet
+    logits_1V   of its next token, once everything is read
+    """
 
     number: int
     request: Request
@@ -92,6 +97,7 @@ class RunningRequest:
     seed: int
     unread: list[int] = field(default_factory=list)
     cached: CachedSequence | None = None
+    logits_1V: Tensor | None = None
     seen_1V: Tensor | None = None
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import suppress
 
 import pytest
 import torch
@@ -231,6 +232,24 @@ def test_text_stop_strings_and_callbacks() -> None:
     assert (done[1].tokens, done[1].text, done[1].finish_reason) == (free.tokens, free.text, "length")
     assert done[1].logprobs == pytest.approx(free.logprobs, abs=1e-4)
     assert "".join(event.text for event in events if event.request == 1) == free.text
+
+
+def test_a_callback_that_raises_costs_nobody_a_token() -> None:
+    model, tokenizer = decoder(vocab_size=257), byte_level()
+    expected = [each.text for each in complete(model, ["ab", "xyz", "q"], greedy(12), tokenizer=tokenizer)]
+    session = Session(model, pages=16, tokenizer=tokenizer)
+    prefix = session.prefill("q")
+
+    def hear(text: str) -> None:
+        raise RuntimeError("no")
+
+    for prompt, shared in (("ab", None), ("xyz", None), ("", prefix)):
+        session.submit(Request(prompt=prompt, prefix=shared, sampling=greedy(12), on_text=hear))
+    outputs = [each.output for each in session._waiting]
+    while session.unfinished:
+        with suppress(RuntimeError):
+            session.step()
+    assert [output.completion().text for output in outputs] == expected
 
 
 def test_demanded_tokens() -> None:
