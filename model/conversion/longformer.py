@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from longspan.kernels.attention.spec import AttentionSpec, Window
-from longspan.model.config import EncoderConfig
+from longspan.model.config import AttentionPlan, EncoderConfig
 
 from . import encoders
 from .decoders import refuse
@@ -33,31 +33,50 @@ _FIELDS = (
 
 def _to_ours(values: Mapping[str, Any]) -> dict[str, Any]:
     ours = encoders.to_ours(values, _NAMES, padding_offset=True)
-    n_layers, window = values["num_hidden_layers"], values["attention_window"]
+    attention = from_windows(
+        values["attention_window"],
+        n_layers=values["num_hidden_layers"],
+        dropout=values["attention_probs_dropout_prob"],
+    )
+    return {**ours, "attention": attention, "global_projections": True}
+
+
+def from_windows(window: int | list[int], *, n_layers: int, dropout: float) -> AttentionPlan:
+    """The attention of an encoder from `attention_window`, one for all layers or one each. Raises ConversionError."""
     windows = [window] * n_layers if isinstance(window, int) else window
     if len(windows) != n_layers or not all(isinstance(w, int) and w > 0 and w % 2 == 0 for w in windows):
         raise ConversionError(
             f"{CONFIG}: attention_window={window}: it is an even number, or one for each of {n_layers} layers"
         )
-    dropout = values["attention_probs_dropout_prob"]
-    patterns = {
+    patterns: dict[str, AttentionSpec] = {
         f"window_{each}": AttentionSpec(
             causal=False, window=Window.symmetric(each // 2), global_tokens=True, dropout=dropout
         )
         for each in dict.fromkeys(windows)
     }
-    layers = [f"window_{each}" for each in windows]
-    ours["attention"] = {"patterns": patterns, "layers": layers if len(patterns) > 1 else layers[:1]}
-    return {**ours, "global_projections": True}
+    layers = tuple(f"window_{each}" for each in windows)
+    return AttentionPlan(patterns=patterns, layers=layers if len(patterns) > 1 else layers[:1])
 
 
 def _to_theirs(config: EncoderConfig) -> dict[str, Any]:
     fields, problems = encoders.to_theirs(config, _NAMES)
     problems += offset_problems(config)
-    if not config.global_projections:
-        problems.append("global_projections=False")
     if config.head_dropout not in (None, config.dropout):
         problems.append(f"head_dropout={config.head_dropout} beside dropout={config.dropout}")
+    dropout = config.head_groups(0)[0].spec.dropout
+    windows, unsaid = to_windows(config, dropout=dropout)
+    refuse("longformer", problems + unsaid)
+    return {
+        **fields,
+        "attention_window": windows,
+        "attention_probs_dropout_prob": dropout,
+        "pad_token_id": config.position_offset - 1,
+    }
+
+
+def to_windows(config: EncoderConfig, *, dropout: float) -> tuple[list[int], list[str]]:
+    """`attention_window` of each layer, and what of its attention that cannot say."""
+    problems = [] if config.global_projections else ["global_projections=False"]
     windows: list[int] = []
     for layer in range(config.n_layers):
         name, groups = config.attention.of_layer(layer)[0], config.head_groups(layer)
@@ -70,19 +89,13 @@ def _to_theirs(config: EncoderConfig) -> dict[str, Any]:
             window=Window.symmetric(side or 1),
             global_tokens=True,
             documents=spec.documents,  # unsaid on purpose: a sequence that is one document is the same with it
-            dropout=config.head_groups(0)[0].spec.dropout,
+            dropout=dropout,
             scale=spec.scale if spec.scale == config.dim_per_head**-0.5 else None,
         )
         if spec != plain:
             problems.append(f"attention.patterns.{name}, which is more than a symmetric window and global tokens")
         windows.append(2 * (side or 1))
-    refuse("longformer", list(dict.fromkeys(problems)))
-    return {
-        **fields,
-        "attention_window": windows,
-        "attention_probs_dropout_prob": config.head_groups(0)[0].spec.dropout,
-        "pad_token_id": config.position_offset - 1,
-    }
+    return windows, list(dict.fromkeys(problems))
 
 
 LONGFORMER = Family(

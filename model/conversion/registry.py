@@ -7,16 +7,18 @@ from typing import Any
 
 from longspan.model.config import ModelConfig, ModelConfigError, from_dict
 
+from .bart import BART
 from .bert import BERT
 from .gpt2 import GPT2
 from .hf import ConversionError
+from .led import LED
 from .llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from .longformer import LONGFORMER
 from .roberta import ROBERTA
 from .translate import CONFIG, Family, read_fields
 
 FAMILIES: Mapping[str, Family[Any]] = {
-    family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, BERT, ROBERTA, LONGFORMER)
+    family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, BERT, ROBERTA, LONGFORMER, BART, LED)
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def import_model(
     Raises ConversionError, a line for each problem; CheckpointError when `output` is not empty.
     """
     source = Path(source)
-    raw = read_config(source)
+    raw = _read(source)
     family, config = family_of(raw), config_from(raw)
     if "auto_map" in raw:
         logger.warning("%s brings code of its own (auto_map); it is not run", source)
@@ -96,6 +96,19 @@ def import_model(
             write_json(staging / GENERATION, tokens)
 
     return save_model(model, output, lineage=lineage, state=weights, also=also, overwrite=overwrite)
+
+
+def _read(source: Path) -> dict[str, Any]:
+    """config.json, with what generation_config.json says instead of it."""
+    raw, path = read_config(source), source / GENERATION
+    names = family_of(raw).generation
+    said = read_json(path) if path.is_file() else {}
+    heard = {name: said[name] for name in names if name in said}
+    return {**_without(raw, names), **heard} if heard else raw
+
+
+def _without(fields: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -137,9 +150,10 @@ def export_model(
 
     def fill(staging: Path) -> None:
         carry(checkpoint, staging)
-        settings = _generation(staging, eos_token_id)
+        settings = _without(_generation(staging, eos_token_id), family.generation)
+        settings |= {name: fields[name] for name in family.generation if fields[name] is not None}
         write_json(staging / GENERATION, settings)
-        tokens = {name: settings.get(name) for name in _TOKENS}
+        tokens = {name: settings.get(name, family.tokens.get(name)) for name in _TOKENS}
         content = {**tokens, **fields, "model_type": family.model_type, "dtype": stored, "torch_dtype": stored}
         write_json(staging / CONFIG, content)
         write_weights(staging, tensors, shard_bytes=shard_bytes)
@@ -159,7 +173,7 @@ def _generation(directory: Path, eos_token_id: int | None) -> dict[str, Any]:
 
 def plan_import(source: Path | str) -> Translation:
     """The config that `import_model` would store; weights are not read. Raises like it."""
-    raw = read_config(Path(source))
+    raw = _read(Path(source))
     return Translation(raw["model_type"], to_dict(config_from(raw)))
 
 

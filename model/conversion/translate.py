@@ -202,6 +202,7 @@ class Family(Generic[C]):
     spellings   names of tensors that old files spell differently: regular expression -> replacement
     zero        names of tensors that files of the bare model lack, and that are zero then
     generation  fields of config.json that generation_config.json says instead, where it says any of them
+    tokens      ids of special tokens in an export of which nobody knows them: transformers cannot do without
     unread      names, as regular expressions, of tensors that we have no place for and nobody misses -> why; an import
                 says so
     """
@@ -220,6 +221,7 @@ class Family(Generic[C]):
     unread: Mapping[str, str] = field(default_factory=dict)
     zero: tuple[str, ...] = ()
     generation: tuple[str, ...] = ()
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 def import_tensors(
