@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from longspan.kernels.attention.spec import AttentionSpec
 
 from .attention_pairs import attention_pairs, pairs_by_length
-from .config import DecoderConfig, EncoderConfig
+from .config import DecoderConfig, EncoderConfig, ModelConfig, Seq2SeqConfig
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,8 @@ class ParameterCount:
 
     embedding   of tokens and of token types
     attention   of all layers, the projections of global tokens among it; likewise mlp, norms
-    final_norm  a decoder's before its head; an encoder's over the embeddings, and its last where it is pre-norm
+    final_norm  a decoder's before its head; an encoder's over the embeddings, and its last where it is pre-norm; of an
+                encoder–decoder, those over the embeddings of both sides
     head        0 for a tied head of a decoder; an encoder's pooler and head, without a tied matrix
     """
 
@@ -68,7 +69,9 @@ class ParameterCount:
         return self.total - self.embedding - self.positions
 
 
-def parameters(config: DecoderConfig | EncoderConfig) -> ParameterCount:
+def parameters(config: ModelConfig) -> ParameterCount:
+    if isinstance(config, Seq2SeqConfig):
+        return _seq2seq_parameters(config)
     D, F, V = config.d_model, config.d_ff, config.vocab_size
     q_width, kv_width = config.n_heads * config.dim_per_head, config.kv_heads * config.dim_per_head
     bias = int(config.bias)
@@ -103,6 +106,24 @@ def parameters(config: DecoderConfig | EncoderConfig) -> ParameterCount:
         norms=config.n_layers * 2 * norm,
         final_norm=norm,
         head=0 if config.tied_head else V * D,
+    )
+
+
+def _seq2seq_parameters(config: Seq2SeqConfig) -> ParameterCount:
+    """Both halves, of which one has the embedding, and cross-attention with its norm in every decoder layer."""
+    half = config.decoder_half
+    source, target = parameters(config.encoder_half), parameters(half)
+    D, norm = config.d_model, 2 * config.d_model
+    q_width, kv_width = half.n_heads * half.dim_per_head, half.kv_heads * half.dim_per_head
+    crossing = (D + 1) * (q_width + 2 * kv_width) + (q_width + 1) * D
+    return ParameterCount(
+        embedding=source.embedding,
+        positions=source.positions + target.positions + config.position_offset * D,
+        attention=source.attention + target.attention + half.n_layers * crossing,
+        mlp=source.mlp + target.mlp,
+        norms=source.norms + target.norms + half.n_layers * norm,
+        final_norm=source.final_norm + target.final_norm,
+        head=0,
     )
 
 
@@ -149,6 +170,16 @@ def forward_flops(
         if n_global and isinstance(config, EncoderConfig) and config.has_global_projections(layer):
             flops += _global_flops(config, config.head_groups(layer)[0].spec, length, documents, n_global)
     return flops
+
+
+def seq2seq_forward_flops(config: Seq2SeqConfig, *, source: int, target: int, n_global: int = 0) -> int:
+    """FLOPs of one forward pass over a source of `source` tokens and a target of `target`, head included. The first
+    `n_global` tokens of the source are global, where the encoder has global tokens."""
+    half = config.decoder_half
+    q_width, kv_width = half.n_heads * half.dim_per_head, half.kv_heads * half.dim_per_head
+    crossing = 2 * config.d_model * (2 * target * q_width + 2 * source * kv_width) + 4 * q_width * source * target
+    encoder = forward_flops(config.encoder_half, length=source, n_global=n_global)
+    return encoder + forward_flops(half, length=target) + half.n_layers * crossing
 
 
 def _global_flops(

@@ -13,8 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from longspan.kernels.attention import AttentionContext, AttentionSpec, UnsupportedAttention, Window
+from longspan.model import accounting
 from longspan.model.cache import ContiguousCache
 from longspan.model.cache_plan import cross_cache_bytes
 from longspan.model.checkpoint import CheckpointError, load_decoder, load_model, save_model
@@ -279,3 +281,30 @@ def test_weights_are_a_function_of_the_seed() -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["encoder.embedding.weight"], other["encoder.embedding.weight"])
     assert not first["head.bias"].any()
+
+
+# -- accounting -------------------------------------------------------------------------------------------------------
+
+# transformers' BartForConditionalGeneration and LEDForConditionalGeneration of the published configs.
+PUBLISHED = {"bart-base": 139_420_416, "bart-large": 406_291_456, "led-base": 161_844_480, "led-large": 459_801_600}
+
+
+@pytest.mark.parametrize("name", [*SEQ2SEQS, *MODELS])
+def test_parameters_equal_the_models(name: str) -> None:
+    config = MODELS.get(name) or SEQ2SEQS[name]
+    model = from_config(config, device="meta")
+    count = accounting.parameters(config)
+    assert count.total == sum(parameter.numel() for parameter in model.parameters())
+    stacks = (model.encoder.blocks, model.blocks)
+    assert count.blocks == sum(parameter.numel() for stack in stacks for parameter in stack.parameters())
+    assert count.total == PUBLISHED.get(name, count.total)
+
+
+def test_forward_flops_equal_the_counted_matrix_products() -> None:
+    """The reference multiplies every pair; full attention lets the formula count all but the causal ones."""
+    model = built(BART)
+    model.set_backends(train="reference")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(drawn(1, S), drawn(1, T))
+    causal = 4 * BART.d_model * BART.decoder.n_layers * (T * T - T * (T + 1) // 2)
+    assert accounting.seq2seq_forward_flops(BART, source=S, target=T) == counter.get_total_flops() - causal
