@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,12 @@ class TokenizerError(ValueError):
 class Tokenizer:
     """A `tokenizers.Tokenizer` that never adds, truncates or pads, and never reads control tokens out of text."""
 
-    def __init__(self, definition: str, end_token: str) -> None:
-        """`definition`: the content of a tokenizer.json; `end_token`: which of its tokens ends a document."""
+    def __init__(self, definition: str, end_token: str, *, starts: bool = False) -> None:
+        """`definition`: the content of a tokenizer.json; `end_token`: which of its tokens ends a document; `starts`:
+        as `starting` has it."""
         self._definition = definition
         self._end_token = end_token
+        self._starts = starts
         self._tokenizer = tokenizers.Tokenizer.from_str(definition)
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
@@ -49,6 +52,8 @@ class Tokenizer:
         if eos_id is None:
             raise TokenizerError(f"the tokenizer has no token '{end_token}' to end documents with")
         self.eos_id: int = eos_id
+        # What its own template puts before a text (a Llama's start token); ours have none.
+        self.start_ids: tuple[int, ...] = _before_text(self._tokenizer)
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(token for token, word in added.items() if word.special)
@@ -59,12 +64,17 @@ class Tokenizer:
         self._cuts_at_lines = _splits_words_like_gpt2(parsed)
         self.word_mark: str | None = _word_mark(parsed)
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str]]:
-        return Tokenizer, (self._definition, self._end_token)
+    def __reduce__(self) -> tuple[object, ...]:
+        return partial(Tokenizer, starts=self._starts), (self._definition, self._end_token)
+
+    def starting(self) -> Tokenizer:
+        """The same, but `encode` begins with `start_ids`: for models of others, which have seen texts begin so."""
+        return Tokenizer(self._definition, self._end_token, starts=True)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of the text alone: no start or end token."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids of the text alone: no start or end token (but see `starting`)."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return [*self.start_ids, *ids] if self._starts else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel threads."""
@@ -188,6 +198,13 @@ class StreamDecoder:
             del self._ids[: self._shown]
             self._shown = len(self._ids)
         return piece
+
+
+def _before_text(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    framed = tokenizer.encode("a", add_special_tokens=True).ids
+    start = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain) if plain else 0
+    return tuple(framed[:start])
 
 
 def _splits_words_like_gpt2(definition: dict[str, Any]) -> bool:

@@ -81,13 +81,15 @@ def evaluate_documents(
     precision: Precision,
     train: Documents | None = None,
     limit: int | None = None,
+    start: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Score a sample of `stored` documents, each preceded by the end-of-text token; prompts are read, not scored.
+    """Score a sample of `stored` documents, each preceded by the token that begins one; prompts are read, not scored.
 
     context   the window where `scoring` names none
     train     training documents of the same tokenizer, to fit the baseline on; None or empty: no baseline
     limit     at most this many documents
+    start     that token; None: the end-of-text token
     progress  called with (tokens scored, tokens in all)
     Raises ValueError for a request that cannot be met: no documents, a stride beyond the window, foreign tokens.
     """
@@ -100,7 +102,7 @@ def evaluate_documents(
         documents,
         window=window,
         stride=scoring.stride or max(1, window // 2),
-        bos=tokenizer.eos_id,
+        bos=tokenizer.eos_id if start is None else start,
         batch=scoring.batch,
         device=device,
         precision=precision,

@@ -15,10 +15,10 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.evaluation.documents import StoredDocuments, text_documents
 from longspan.evaluation.evaluate import evaluate_documents
 from longspan.evaluation.record import markdown, write_evaluation
-from longspan.model.checkpoint import load_model, resolve_checkpoint
+from longspan.model.checkpoint import load_decoder, resolve_checkpoint
 from longspan.training.config_plain import plain
 from longspan.training.errors import UserError
-from longspan.training.held_out import trained_with, training_store
+from longspan.training.held_out import imported, trained_with, training_store
 from longspan.training.precision import choose_device, inference_precision
 from longspan.training.schema import EvaluateConfig, EvaluationDataConfig
 
@@ -34,7 +34,7 @@ def run(config: EvaluateConfig) -> int:
     device = choose_device(config.accelerator, key="accelerator")
     checkpoint = resolve_checkpoint(config.checkpoint)
     # Asked for fp32, weights that are stored narrower are widened; else they are computed with as they are.
-    model = load_model(checkpoint, device=device, dtype=torch.float32 if config.precision == "fp32" else None)
+    model = load_decoder(checkpoint, device=device, dtype=torch.float32 if config.precision == "fp32" else None)
     tokenizer = Tokenizer.load(checkpoint)
     stored, train = _documents(config.data, checkpoint, tokenizer)
     trained = trained_with(checkpoint)
@@ -50,6 +50,7 @@ def run(config: EvaluateConfig) -> int:
             precision=inference_precision(config.precision, device, trained_in=trained.precision),
             train=train,
             limit=config.data.limit,
+            start=next(iter(reversed(tokenizer.start_ids)), None) if imported(checkpoint) else None,
             progress=lambda done, total: bars.update(task, completed=done, total=total),
         )
     title = f"Perplexity of {checkpoint}"

@@ -24,6 +24,7 @@ from longspan.model.sampling import Sampling
 from longspan.model.session import Session
 from longspan.training.config_plain import plain
 from longspan.training.errors import RunFailed, UserError
+from longspan.training.held_out import imported
 from longspan.training.precision import choose_device, inference_precision
 from longspan.training.schema import DEFAULT_NEW_TOKENS, GenerateConfig
 
@@ -68,6 +69,8 @@ def _load(config: GenerateConfig) -> tuple[Decoder, Tokenizer]:
     device = choose_device(config.accelerator, key="accelerator")
     checkpoint = resolve_checkpoint(config.checkpoint)
     tokenizer = Tokenizer.load(checkpoint)
+    if imported(checkpoint):
+        tokenizer = tokenizer.starting()
     check_tokenizer(load_decoder_config(checkpoint), tokenizer)
     dtype = torch.bfloat16 if inference_precision(config.precision, device) == "bf16" else torch.float32
     return load_decoder(checkpoint, device=device, dtype=dtype), tokenizer

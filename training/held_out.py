@@ -41,6 +41,13 @@ def trained_with(checkpoint: Path) -> TrainedWith:
     )
 
 
+def imported(checkpoint: Path) -> bool:
+    """Whether the weights are another library's as they came: those have read texts framed by their tokenizer's
+    template, where ours have read them one after the other."""
+    lineage = checkpoint / "lineage.json"
+    return lineage.is_file() and "imported" in _json(lineage)
+
+
 def training_store(checkpoint: Path, tokenizer: Tokenizer) -> TokenStore:
     """The store that the checkpoint was trained on, as its lineage tells: the same content, or none.
 

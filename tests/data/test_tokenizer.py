@@ -147,3 +147,29 @@ def test_a_character_is_shown_when_its_last_byte_has_come():
     assert stream.finish() == ""
     assert stream.push(0xC3) == ""
     assert stream.finish() == "\ufffd"
+
+
+# -- templates --------------------------------------------------------------------------------------------------------
+
+
+def _framed(single: str, *special: str) -> Tokenizer:
+    """Plain bytes with a template of somebody else's."""
+    raw = Library.from_str(byte_level()._definition)
+    raw.add_special_tokens(list(special))
+    ids = [(token, raw.token_to_id(token)) for token in special]
+    raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    return Tokenizer(raw.to_str(), END_OF_TEXT)
+
+
+def test_what_a_template_puts_before_a_text_is_added_when_asked() -> None:
+    assert byte_level().start_ids == ()
+    llama = _framed("<s> $A", "<s>")
+    assert llama.start_ids == (257,)
+    assert llama.encode("ab") == [97, 98]
+    starting = llama.starting()
+    assert starting.encode("ab") == [257, 97, 98]
+    assert starting.encode("<s>") == [257, 60, 115, 62], "text is only ever text"
+    assert pickle.loads(pickle.dumps(starting)).encode("") == [257]
+    assert llama.encode("") == []
+    assert _framed("<s> $A </s>", "<s>", "</s>").start_ids == (257,)
+    assert _framed("$A </s>", "</s>").start_ids == ()

@@ -81,3 +81,26 @@ def test_mistakes_cost_a_line(foreign: Path, tmp_path: Path, refused: Refused) -
         "config.json: pruned_heads={'0': [1]} cannot be translated (layers whose heads were cut out have other "
         "shapes); it has to be null or {}",
     ]
+
+
+def test_an_imported_model_reads_texts_as_its_tokenizer_frames_them(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Llama has only ever seen texts behind its start token; a model of ours has none."""
+    definition = json.loads((foreign / "tokenizer.json").read_text())
+    end = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    definition["added_tokens"].append({**definition["added_tokens"][0], "id": 65, "content": "<s>"})
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [end, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [65], "tokens": ["<s>"]}},
+    }
+    (foreign / "tokenizer.json").write_text(json.dumps(definition))
+    assert main(["import", "source=foreign", "output=again"]) == 0
+    (tmp_path / "text.txt").write_text("some words to read\n" * 5)
+    for checkpoint, token in (("again", 65), ("ours", 256)):
+        capsys.readouterr()
+        arguments = [f"checkpoint={checkpoint}", "data.path=text.txt", "accelerator=cpu", f"output={checkpoint}-e"]
+        assert main(["evaluate", *arguments]) == 0
+        assert f"(the first given token {token})" in capsys.readouterr().out
