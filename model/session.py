@@ -130,7 +130,7 @@ class Session:
             raise ValueError(f"num_beams={sampling.num_beams}: a session has no beam search; use `complete`")
         if prefix is not None and prefix.sequence.pool is not self.pool:
             raise ValueError("the prefix belongs to another session")
-        tokens = self._tokens(request.prompt)
+        tokens = self._tokens(request.prompt, continues=prefix is not None)
         if not tokens and prefix is None:
             raise ValueError(EMPTY)
         output = Output(
@@ -310,11 +310,13 @@ class Session:
 
     # -- counting -----------------------------------------------------------------------------------------------------
 
-    def _tokens(self, prompt: Sequence[int] | str) -> list[int]:
+    def _tokens(self, prompt: Sequence[int] | str, *, continues: bool = False) -> list[int]:
+        """`continues`: it follows a prefix, so what a tokenizer puts before every text has no place there."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("the prompt is text: make the session with the tokenizer= that reads it")
-            prompt = self.tokenizer.encode(prompt)
+            before = len(self.tokenizer.encode("")) if continues else 0
+            prompt = self.tokenizer.encode(prompt)[before:]
         tokens = [int(token) for token in prompt]
         if tokens:
             check_tokens(self.model.config, torch.tensor(tokens))

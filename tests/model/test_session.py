@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.data.tokenizer import byte_level
-from longspan.model.completion import Completion
+from longspan.model.completion import Completion, TextStream
 from longspan.model.decoder import Decoder
 from longspan.model.generation import complete
 from longspan.model.paging import OutOfPages
@@ -250,6 +250,28 @@ def test_a_callback_that_raises_costs_nobody_a_token() -> None:
         with suppress(RuntimeError):
             session.step()
     assert [output.completion().text for output in outputs] == expected
+
+
+def test_what_follows_a_prefix_begins_no_text() -> None:
+    """A tokenizer that puts a start token before every text puts one before the document only."""
+
+    class Starting:
+        vocab_size = 257
+
+        def encode(self, text: str) -> list[int]:
+            return [256, *text.encode()]
+
+        def stream(self) -> TextStream:
+            return byte_level().stream()
+
+    model = decoder(vocab_size=257)
+    session = Session(model, pages=16, tokenizer=Starting())
+    with session.prefill("a document") as prefix:
+        session.submit(Request(prompt=" and more", prefix=prefix, sampling=greedy(6)))
+        session.submit(Request(prompt="a document and more", sampling=greedy(6)))
+        done = session.run()
+    (expected,) = complete(model, [[256, *b"a document and more"]], greedy(6))
+    assert done[0].tokens == done[1].tokens == expected.tokens
 
 
 def test_demanded_tokens() -> None:
