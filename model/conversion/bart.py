@@ -34,6 +34,12 @@ FIELDS: tuple[Field, ...] = (
     translated("decoder_start_token_id", int, 2, "`decoder_start_token`"),
     translated("forced_bos_token_id", int, None, "`forced_bos_token`"),
     translated("forced_eos_token_id", int, None, "`forced_eos_token`"),
+    translated(
+        "force_bos_token_to_be_generated",
+        bool,
+        False,
+        "nothing: `forced_bos_token_id` has to say it, too",
+    ),
     *irrelevant("of training alone: dropout inside the MLP, which has none here", "activation_dropout"),
     *irrelevant("of training alone: layers left out, which never are here", "encoder_layerdrop", "decoder_layerdrop"),
     *irrelevant("of a head for classification", "classifier_dropout", "classif_dropout", "_num_labels"),
@@ -46,7 +52,6 @@ FIELDS: tuple[Field, ...] = (
     only("add_bias_logits", False, meaning="final_logits_bias is read whatever this says, and only false is known"),
     only("static_position_embeddings", False, meaning="sinusoidal positions"),
     only("extra_pos_embeddings", 2, meaning="the row of position 0"),
-    only("force_bos_token_to_be_generated", False, meaning="today's files say forced_bos_token_id"),
 )
 
 # generation_config.json is heard instead of config.json where it has any of these.
@@ -65,6 +70,11 @@ def to_ours(values: Mapping[str, Any], encoder: AttentionPlan, max_positions: tu
     for copy, original in (("num_hidden_layers", "encoder_layers"), ("hidden_size", "d_model")):
         if values[copy] not in (None, values[original]):
             problems.append(f"{CONFIG}: {copy}={values[copy]} contradicts {original}={values[original]}")
+    if values["force_bos_token_to_be_generated"] and values["forced_bos_token_id"] is None:
+        problems.append(
+            f"{CONFIG}: force_bos_token_to_be_generated=true without forced_bos_token_id: transformers 4 and 5 "
+            "disagree; say forced_bos_token_id, or take the field out"
+        )
     if problems:
         raise ConversionError(problems)
     dropout = values["attention_dropout"]

@@ -247,6 +247,7 @@ def test_forced_tokens_are_read_from_where_transformers_reads_them(tmp_path: Pat
         ("bart", {"normalize_before": True}, "normalize_before=true cannot be translated"),
         ("bart", {"activation_function": "relu"}, "activation_function='relu' is not known; known are gelu"),
         ("bart", {"tie_word_embeddings": False}, "tie_word_embeddings=false cannot be translated"),
+        ("bart", {"force_bos_token_to_be_generated": True}, "without forced_bos_token_id: transformers 4 and 5"),
         ("bart", {"num_hidden_layers": 7}, "num_hidden_layers=7 contradicts encoder_layers=3"),
         ("bart", {"relative_attention": 3}, "relative_attention=3 is no field that this version knows"),
         ("led", {"attention_window": [4, 12]}, "it is an even number, or one for each of 3 layers"),
@@ -264,6 +265,38 @@ def test_fields_that_stand_in_the_way_are_named(
     with pytest.raises(ConversionError) as caught:
         plan_import(tmp_path)
     assert said in str(caught.value)
+
+
+# As the hub has them: what was written before 2021, and a fine-tuned one.
+OLD_BART = {
+    "_num_labels": 3,
+    "activation_dropout": 0.1,
+    "add_bias_logits": False,
+    "add_final_layer_norm": False,
+    "classif_dropout": 0.1,
+    "early_stopping": True,
+    "force_bos_token_to_be_generated": True,
+    "forced_bos_token_id": 0,
+    "gradient_checkpointing": False,
+    "length_penalty": 2.0,
+    "no_repeat_ngram_size": 3,
+    "normalize_before": False,
+    "normalize_embedding": True,
+    "num_hidden_layers": 3,
+    "output_past": True,
+    "prefix": " ",
+    "static_position_embeddings": False,
+    "task_specific_params": {"summarization": {"num_beams": 4}},
+    "torch_dtype": "float32",
+}
+
+
+def test_old_configs_are_read(tmp_path: Path) -> None:
+    theirs("bart").save_pretrained(tmp_path)  # type: ignore[operator]
+    (tmp_path / "generation_config.json").unlink()
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **OLD_BART}))
+    assert plan_import(tmp_path).config["forced_bos_token"] == 0
 
 
 BART, LED = SEQ2SEQS["bart-tiny"], SEQ2SEQS["led-tiny"]
