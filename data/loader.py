@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from .batch import IGNORE, TokenBatch
+from .masking import TokenMasker
 from .order import Address, MixedStream, SinglePass
 from .packing import Packing, PackingMethod, Span, pack
 from .store import Split, StoreError, TokenStore
@@ -32,6 +33,7 @@ class PackedDataset(Dataset[TokenBatch]):
     document_mask     fill `documents_BT`, so that attention can stay inside documents
     reset_positions   fill `positions_BT`: 0, 1, … from the start of each document's part of the sequence
     boundary_loss     False: a document's last token is not asked for the first token of the next document
+    masker            asks for hidden tokens instead of next ones
 
     The three switches are independent. The target of a sequence's last token is the token that follows it in the
     stream, so that no prediction is lost between sequences.
@@ -52,6 +54,7 @@ class PackedDataset(Dataset[TokenBatch]):
         document_mask: bool = False,
         reset_positions: bool = False,
         boundary_loss: bool = True,
+        masker: TokenMasker | None = None,
     ) -> None:
         self.store, self.split, self.context = store, split, context
         # What pickling keeps: a loader process maps the store and packs again rather than receive arrays.
@@ -68,7 +71,9 @@ class PackedDataset(Dataset[TokenBatch]):
             document_mask=document_mask,
             reset_positions=reset_positions,
             boundary_loss=boundary_loss,
+            masker=masker,
         )
+        self._masker = masker
         self._document_mask, self._reset_positions, self._boundary_loss = document_mask, reset_positions, boundary_loss
         self._documents = store.documents(split)
         self._packings = _pack_sources(store, split, context, packing, keep_tail=single_pass)
@@ -123,13 +128,14 @@ class PackedDataset(Dataset[TokenBatch]):
         documents_BT = np.full(shape, -1, dtype=np.int64)
         for row, k in enumerate(indices):
             self._fill(k, tokens_BT[row], targets_BT[row], positions_BT[row], documents_BT[row])
-        return TokenBatch(
+        batch = TokenBatch(
             tokens_BT=torch.from_numpy(tokens_BT),
             targets_BT=torch.from_numpy(targets_BT),
             indices_B=torch.tensor(list(indices), dtype=torch.int64),
             positions_BT=torch.from_numpy(positions_BT) if self._reset_positions else None,
             documents_BT=torch.from_numpy(documents_BT) if self._document_mask else None,
         )
+        return batch if self._masker is None else self._masker(batch)
 
     def sequence(self, k: int) -> TokenBatch:
         """Sequence k alone: a batch of one."""

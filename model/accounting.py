@@ -160,7 +160,7 @@ def forward_flops(
     """
     if documents is not None and sum(documents) != length:
         raise ValueError(f"documents of {list(documents)} tokens add up to {sum(documents)}, not to length={length}")
-    flops = _matrix_flops(config, length)
+    flops = round(_matrix_flops(config, length))
     for layer in range(config.n_layers):
         for group in config.head_groups(layer):
             pairs = attention_pairs(
@@ -194,17 +194,17 @@ def _global_flops(
     return 2 * config.d_model * (2 * length * kv_width + rows * q_width) + 4 * q_width * pairs
 
 
-def _matrix_flops(config: DecoderConfig | EncoderConfig, length: int) -> int:
-    """All products with weights, of one forward pass over `length` tokens."""
+def _matrix_flops(config: DecoderConfig | EncoderConfig, length: int, predicted: float = 1.0) -> float:
+    """All products with weights, of one forward pass over `length` tokens; the head on the share that is predicted."""
     D, F = config.d_model, config.d_ff
     q_width, kv_width = config.n_heads * config.dim_per_head, config.kv_heads * config.dim_per_head
     matrices = D * (q_width + 2 * kv_width) + q_width * D + (3 if config.mlp == "swiglu" else 2) * D * F
     blocks = 2 * length * config.n_layers * matrices
     if isinstance(config, DecoderConfig):
-        return blocks + 2 * length * D * config.vocab_size
+        return blocks + 2 * length * predicted * D * config.vocab_size
     pooled = D * (D + len(config.labels)) if config.head == "classification" else 0  # one token of the sequence
     per_token = {"none": 0, "mlm": D * (D + config.vocab_size), "classification": 0, "qa": 2 * D}
-    return blocks + 2 * (length * per_token[config.head] + pooled)
+    return blocks + 2 * (length * predicted * per_token[config.head] + pooled)
 
 
 def training_flops_per_token(
@@ -213,15 +213,20 @@ def training_flops_per_token(
     length: int,
     documents: Sequence[int] | None = None,
     n_global: int = 0,
+    predicted: float = 1.0,
     causal_halved: bool = True,
 ) -> float:
-    """FLOPs of forward and backward per token of a sequence: three forward passes, two of them for the gradients."""
+    """FLOPs of forward and backward per token of a sequence: three forward passes, two of them for the gradients.
+
+    `predicted` is the share of tokens that the head is applied to: masked language modelling skips the others.
+    """
     flops = forward_flops(config, length=length, documents=documents, n_global=n_global, causal_halved=causal_halved)
-    return 3 * flops / length
+    skipped = _matrix_flops(config, length) - _matrix_flops(config, length, predicted)
+    return 3 * (flops - skipped) / length
 
 
 def packed_training_flops_per_token(
-    config: DecoderConfig | EncoderConfig, *, length: int, documents: Mapping[int, float]
+    config: DecoderConfig | EncoderConfig, *, length: int, documents: Mapping[int, float], predicted: float = 1.0
 ) -> float:
     """As `training_flops_per_token`, the mean over packed sequences: `documents` says how many documents of each length
     a sequence holds on average.
@@ -233,7 +238,7 @@ def packed_training_flops_per_token(
         raise ValueError(f"documents add up to {held:g} tokens a sequence, not to length={length}")
     if not countable_when_packed(config):
         raise ValueError("block_sparse with documents: the pairs depend on where each document starts, not on lengths")
-    flops = float(_matrix_flops(config, length))
+    flops = _matrix_flops(config, length, predicted)
     for layer in range(config.n_layers):
         for group in config.head_groups(layer):
             if group.spec.documents:

@@ -25,8 +25,15 @@ class MaskedLMHead(nn.Module):
 
     def forward(self, hidden_xD: Tensor, embedding_VD: Tensor) -> Tensor:
         """[…, V] of […, D]."""
-        features_xD = self.norm(F.gelu(self.dense(hidden_xD), approximate=self.approximate))
-        return F.linear(features_xD, embedding_VD if self.weight is None else self.weight, self.bias)
+        return F.linear(self.features(hidden_xD), self.matrix(embedding_VD), self.bias)
+
+    def features(self, hidden_xD: Tensor) -> Tensor:
+        """What the matrix is multiplied by, […, D]: a loss that works in pieces starts here."""
+        return self.norm(F.gelu(self.dense(hidden_xD), approximate=self.approximate))
+
+    def matrix(self, embedding_VD: Tensor) -> Tensor:
+        """[V, D]: the embedding, unless the head has one of its own."""
+        return embedding_VD if self.weight is None else self.weight
 
 
 class Classifier(nn.Module):

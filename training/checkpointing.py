@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from longspan.model import checkpoint as model_checkpoint
+from longspan.model.build import Model
 from longspan.model.checkpoint import CheckpointError, SavesItself
-from longspan.model.decoder import Decoder
 
 from .errors import RunFailed
 from .run_directory import CHECKPOINTS, write_json
@@ -74,7 +74,7 @@ class Checkpoints:
 
     def save(
         self,
-        model: Decoder,
+        model: Model,
         step: int,
         state: Mapping[str, object],
         *,

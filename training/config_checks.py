@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from longspan.model.config import EncoderConfig
+
 from .config_errors import Problem, assignment
 
 if TYPE_CHECKING:
     from .schema import DataConfig, GenerateConfig, ProtocolConfig, RunConfig, SourceConfig
 
-_SPECIAL_TOKENS = 1  # the document separator; data's tokenizers add no other
+_SPECIAL_TOKENS = 1  # the document separator; with data.masking, data's tokenizers add a mask token
 
 
 def check_run(config: RunConfig) -> Iterator[Problem]:
     """Everything about a run that two keys can contradict each other on."""
     yield from check_data(config.data)
+    if config.checkpoint is None and config.resume is None:
+        yield from check_objective(config)
     if config.checkpoint is None and config.resume is None:  # otherwise model and tokenizer may be a checkpoint's
         yield from check_vocabulary(config)
         yield from check_lengths(config)
@@ -28,6 +32,26 @@ def check_run(config: RunConfig) -> Iterator[Problem]:
     yield from _check_schedule(config)
     yield from _check_directories(config)
     yield from check_documents(config)
+
+
+def check_objective(config: RunConfig) -> Iterator[Problem]:
+    """An encoder sees the token that follows, so it can only be asked for hidden ones."""
+    model, masking = config.model, config.data.masking
+    if isinstance(model, EncoderConfig):
+        if masking is None:
+            yield Problem(
+                ("data.masking",),
+                "data.masking=null: an encoder sees the next token and learns nothing from being asked for it; set "
+                "data.masking={probability: 0.15}",
+            )
+        if model.head != "mlm":
+            yield _problem(("model.head", model.head), "train teaches the masked-LM head; set model.head=mlm")
+    elif masking is not None:
+        yield Problem(
+            ("data.masking",),
+            "data.masking: a decoder predicts the next token and has no use for hidden ones; leave it out, or name an "
+            "encoder as model",
+        )
 
 
 def check_documents(config: RunConfig) -> Iterator[Problem]:
@@ -48,6 +72,19 @@ def check_data(data: DataConfig) -> Iterator[Problem]:
         yield _problem(
             (f"data.{given}", getattr(data, given)),
             f"needs data.{missing} too: the prompt is read, the response carries the loss",
+        )
+    masking = data.masking
+    if masking is not None and masking.masked + masking.random > 1:
+        yield _problem(
+            ("data.masking.masked", masking.masked),
+            f"and data.masking.random={masking.random:g} are shares of the same tokens, more than 1 together",
+            "data.masking.random",
+        )
+    if masking is not None and data.response_field is not None:
+        yield _problem(
+            ("data.response_field", data.response_field),
+            "says which tokens are asked for, and so does data.masking; give one of them",
+            "data.masking",
         )
     if not data.sources and data.path is None:
         yield _problem(("data.sources", []), "names no source; give data.path or at least one source")
@@ -153,7 +190,8 @@ def _check_source(source: SourceConfig, path: str) -> Iterator[Problem]:
 
 def check_vocabulary(config: RunConfig) -> Iterator[Problem]:
     tokenizer = config.data.tokenizer
-    needed = {"bpe": tokenizer.vocab_size, "bytes": 256 + _SPECIAL_TOKENS, "file": 0}[tokenizer.kind]
+    special = _SPECIAL_TOKENS + (config.data.masking is not None)
+    needed = {"bpe": tokenizer.vocab_size, "bytes": 256 + special, "file": 0}[tokenizer.kind]
     if needed > config.model.vocab_size:
         key = ("data.tokenizer.vocab_size", needed) if tokenizer.kind == "bpe" else ("data.tokenizer.kind", "bytes")
         yield _problem(

@@ -8,7 +8,7 @@ change which sequences a step reads.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from longspan.data.batch import TokenBatch
 from longspan.data.loader import PackedDataset, PassSampler, StreamSampler, collate
+from longspan.data.masking import Masking, TokenMasker
 from longspan.data.store import TokenStore
 
 from .errors import UserError
@@ -102,8 +103,10 @@ class PackedData(LightningDataModule):
             "document_mask": config.document_mask,
             "reset_positions": config.reset_positions,
             "boundary_loss": config.boundary_loss,
+            "masking": None if config.masking is None else asdict(config.masking),
             "global_batch": plan.global_batch,
         }
+        masker = _masker(store, config, seed)
         self._train = PackedDataset(
             store,
             "train",
@@ -115,6 +118,7 @@ class PackedData(LightningDataModule):
             document_mask=config.document_mask,
             reset_positions=config.reset_positions,
             boundary_loss=config.boundary_loss,
+            masker=masker,
         )
         self._validation = None
         if store.n_tokens("validation"):
@@ -127,6 +131,7 @@ class PackedData(LightningDataModule):
                 document_mask=config.document_mask,
                 reset_positions=config.reset_positions,
                 boundary_loss=config.boundary_loss,
+                masker=masker,
             )
 
     @property
@@ -186,6 +191,28 @@ class PackedData(LightningDataModule):
                 "new run from these weights with checkpoint="
             )
         self.consumed = int(state_dict["consumed"])
+
+
+def _masker(store: TokenStore, config: DataConfig, seed: int) -> TokenMasker | None:
+    if config.masking is None:
+        return None
+    tokenizer = store.tokenizer()
+    if tokenizer.mask_id is None:
+        raise UserError(
+            "data.masking: the tokenizer has no mask token (looked for <|mask|>, [MASK], <mask>); use one that has, or "
+            "let data.tokenizer.kind=bpe make one"
+        )
+    masking = config.masking
+    return TokenMasker(
+        Masking(
+            probability=masking.probability,
+            masked=masking.masked,
+            random=masking.random,
+            whole_words=masking.whole_words,
+        ),
+        tokenizer,
+        seed=seed,
+    )
 
 
 def _short(value: object) -> str:

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from rich.console import Console
 
 from longspan.model.decoder import Decoder
+from longspan.model.encoder import Encoder
 
 from . import run_directory as files
 from .callbacks import Cadence, RunLoop, Throughput
@@ -59,7 +60,7 @@ class Session:
         return int(self.state["step"]) if self.state is not None else 0
 
 
-def fit(session: Session, model: Decoder, data: PackedData, checkpoints: Checkpoints) -> RunLoop:
+def fit(session: Session, model: Decoder | Encoder, data: PackedData, checkpoints: Checkpoints) -> RunLoop:
     """Takes the steps that are left, with metrics and progress on the main process.
 
     Raises RunFailed, or Terminated when a signal stopped the run after saving.

@@ -28,6 +28,8 @@ from longspan.data.batch import IGNORE, TokenBatch
 from longspan.kernels.attention import AttentionContext
 from longspan.kernels.cross_entropy import linear_cross_entropy
 from longspan.model.decoder import Decoder
+from longspan.model.encoder import Encoder
+from longspan.model.heads import MaskedLMHead
 
 from .errors import RunFailed
 from .optim import Factor, build_optimizer, build_schedule
@@ -73,17 +75,46 @@ class NextTokenLoss(nn.Module):
         )
 
 
+class MaskedTokenLoss(nn.Module):
+    """An encoder with the loss of its masked-LM head, which is applied to the tokens that are asked for alone.
+
+    No token of a batch is global and nothing reads the pooler, so their weights would only hang in the gradient
+    reduction: they are frozen. (Beltagy et al. 2020 copy the local projections over the global ones after this stage.)
+    """
+
+    def __init__(self, model: Encoder) -> None:
+        super().__init__()
+        self.model = model
+        for name, parameter in model.named_parameters():
+            if ".global_attention." in name or name.startswith("pooler."):
+                parameter.requires_grad_(False)
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Sum of nll over the loss tokens: fp32 scalar."""
+        head = self.model.head
+        if not isinstance(head, MaskedLMHead):
+            raise TypeError("masked language modelling trains a masked-LM head, and this model has none")
+        hidden_BTD = self.model.hidden(batch.tokens_BT, attention_context(batch), positions_BT=batch.positions_BT)
+        asked_BT = batch.targets_BT != IGNORE
+        return linear_cross_entropy(
+            head.features(hidden_BTD[asked_BT]),
+            head.matrix(self.model.embedding.weight),
+            batch.targets_BT[asked_BT],
+            bias_V=head.bias,
+        )
+
+
 def attention_context(batch: TokenBatch) -> AttentionContext | None:
     """What attention must know of a batch: its document ids, where documents are masked from each other."""
     return None if batch.documents_BT is None else AttentionContext(q_documents=batch.documents_BT)
 
 
 class LanguageModel(LightningModule):
-    """Next-token training of a decoder, by manual optimization."""
+    """A decoder's training on next tokens, or an encoder's on hidden ones, by manual optimization."""
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | Encoder,
         *,
         optimizer: OptimizerConfig,
         schedule: ScheduleConfig,
@@ -94,7 +125,7 @@ class LanguageModel(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.objective = NextTokenLoss(model)
+        self.objective = NextTokenLoss(model) if isinstance(model, Decoder) else MaskedTokenLoss(model)
         self.skipped = 0
         self.last: StepResult | None = None
         self._optimizer_config = optimizer
@@ -107,7 +138,7 @@ class LanguageModel(LightningModule):
         self._factor: Factor = lambda step: 1.0  # configure_optimizers knows the length of the run
 
     @property
-    def model(self) -> Decoder:
+    def model(self) -> Decoder | Encoder:
         return self.objective.model
 
     @property
@@ -230,14 +261,14 @@ class LanguageModel(LightningModule):
         return gathered
 
 
-def checkpoint_activations(model: Decoder) -> None:
+def checkpoint_activations(model: Decoder | Encoder) -> None:
     """Each block keeps only its input and is run again in the backward pass (Chen et al. 2016, arXiv 1604.06174)."""
     for block in model.blocks:
         forward: Callable[..., Any] = block.forward
         block.forward = partial(checkpoint, forward, use_reentrant=False)
 
 
-def compile_blocks(model: Decoder) -> None:
+def compile_blocks(model: Decoder | Encoder) -> None:
     """`nn.Module.compile` per block: short compilations shared by equal blocks, and clean names in the state dict."""
     for block in model.blocks:
         block.compile()

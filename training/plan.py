@@ -9,7 +9,7 @@ import torch
 
 from longspan.model import accounting
 from longspan.model.accounting import MemoryEstimate, ParameterCount
-from longspan.model.config import DecoderConfig
+from longspan.model.config import DecoderConfig, EncoderConfig
 
 from .errors import UserError
 from .metrics import clock, short_count
@@ -44,11 +44,12 @@ class Plan:
     flops_per_token  forward and backward, exact for the attention pattern
     flops_note       how the document mask is counted, in words; empty: there is none
     memory           at the peak of a step, on one device, in bytes
+    kv_bytes_per_token  of a decoder's cache, in bf16; None: an encoder has none
     seconds          of training alone; None where no rate is known
     basis            how `seconds` came about, in words
     """
 
-    model: DecoderConfig
+    model: DecoderConfig | EncoderConfig
     parameters: ParameterCount
     steps: int
     tokens_per_step: int
@@ -57,7 +58,7 @@ class Plan:
     flops_note: str
     flops: float
     memory: MemoryEstimate
-    kv_bytes_per_token: int
+    kv_bytes_per_token: int | None
     device: str
     precision: str
     seconds: float | None
@@ -87,15 +88,17 @@ class Plan:
         parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in asdict(memory).items())
         note = f"; {self.flops_note}" if self.flops_note else ""
         time = "unknown" if self.seconds is None else f"about {clock(self.seconds)}"
-        return [
+        lines = [
             f"parameters  {count.total:,} ({count.non_embedding:,} without embeddings)",
             f"tokens      {self.tokens:,} = {self.steps:,} steps × {self.tokens_per_step:,}",
             f"FLOPs       {self.flops:.3g} ({self.flops_per_token:.3g} per token, forward and backward{note})",
             f"memory      {memory.total / 2**30:.2f} GiB per device ({parts})",
-            f"kv cache    {short_count(self.kv_bytes_per_token)}B per token in bf16",
             f"device      {self.device}, {self.precision}",
             f"time        {time} ({self.basis})",
         ]
+        if self.kv_bytes_per_token is not None:
+            lines.insert(4, f"kv cache    {short_count(self.kv_bytes_per_token)}B per token in bf16")
+        return lines
 
 
 def plan(config: RunConfig, *, hardware: str | None = None) -> Plan:
@@ -173,7 +176,7 @@ def plan_for(
             optimizer=config.optimizer.name,
             activation_checkpointing=trainer.activation_checkpointing,
         ),
-        kv_bytes_per_token=accounting.kv_bytes_per_token(model, "bfloat16"),
+        kv_bytes_per_token=accounting.kv_bytes_per_token(model) if isinstance(model, DecoderConfig) else None,
         device=name,
         precision=f"{arithmetic.precision} ({arithmetic.reason})",
         seconds=seconds,
@@ -183,12 +186,14 @@ def plan_for(
 
 def _flops_per_token(config: RunConfig, documents: Mapping[int, float] | None) -> tuple[float, str]:
     """Forward and backward, and how the document mask is counted."""
-    model, context = config.model, config.data.context
+    model, context, masking = config.model, config.data.context, config.data.masking
+    predicted = 1.0 if masking is None else masking.probability
     if not config.data.document_mask:
-        return accounting.training_flops_per_token(model, length=context), ""
+        return accounting.training_flops_per_token(model, length=context, predicted=predicted), ""
     if documents is None or not accounting.countable_when_packed(model):
-        return accounting.training_flops_per_token(model, length=context), UPPER_BOUND
-    return accounting.packed_training_flops_per_token(model, length=context, documents=documents), PACKED
+        return accounting.training_flops_per_token(model, length=context, predicted=predicted), UPPER_BOUND
+    flops = accounting.packed_training_flops_per_token(model, length=context, documents=documents, predicted=predicted)
+    return flops, PACKED
 
 
 def find_peak(device: torch.device, arithmetic: Arithmetic, *, world: int) -> Peak:

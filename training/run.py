@@ -17,8 +17,9 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.evaluation.evaluate import Evaluation
 from longspan.evaluation.report import write_report
 from longspan.model import checkpoint as model_checkpoint
-from longspan.model.config import DecoderConfig
-from longspan.model.decoder import Decoder, from_config
+from longspan.model.config import DecoderConfig, EncoderConfig
+from longspan.model.decoder import Decoder
+from longspan.model.encoder import Encoder
 
 from . import run_directory as files
 from .callbacks import RunLoop
@@ -35,7 +36,7 @@ from .precision import Arithmetic, choose_arithmetic, choose_device
 from .progress import logging_to
 from .records import RunResult, closing_words, open_directory, result_of, summary_of
 from .schema import RunConfig
-from .start import Origin, check_attention, find_directory, find_origin, set_backends, settle, tokenizer_of
+from .start import Origin, check_attention, find_directory, find_origin, fresh_model, set_backends, settle, tokenizer_of
 
 __all__ = ["RunResult", "plan", "train"]
 
@@ -178,6 +179,22 @@ def _finish(session: Session, loop: RunLoop, prepared: Prepared) -> RunResult:
     """Evaluation and sample of the best checkpoint, summary and report."""
     config, directory = session.config, session.directory
     chosen = model_checkpoint.resolve_checkpoint(directory)
+    evaluation: Evaluation | None = None
+    if isinstance(config.model, DecoderConfig):
+        evaluation = _evaluate(session, prepared, chosen)
+    else:
+        logger.info("no perplexity and no sample: an encoder does not predict what follows")
+    result = result_of(session, loop, evaluation)
+    files.write_json(directory / files.SUMMARY, summary_of(session, result, chosen, loop, evaluation))
+    if config.callbacks.report:
+        write_report(directory)
+    logger.info("finished: %s", closing_words(result, evaluation))
+    return result
+
+
+def _evaluate(session: Session, prepared: Prepared, chosen: Path) -> Evaluation | None:
+    """A decoder's perplexity, where that is asked for, and its sample."""
+    config, directory = session.config, session.directory
     model = model_checkpoint.load_decoder(chosen, device=session.device)
     set_backends(model, config)
     evaluation: Evaluation | None = None
@@ -192,19 +209,14 @@ def _finish(session: Session, loop: RunLoop, prepared: Prepared) -> RunResult:
         )
         files.write_json(directory / files.EVALUATION, {"checkpoint": chosen.name, **evaluation.record()})
     sample(model, prepared.tokenizer, config.sample, seed=config.seed, directory=directory)
-    result = result_of(session, loop, evaluation)
-    files.write_json(directory / files.SUMMARY, summary_of(session, result, chosen, loop, evaluation))
-    if config.callbacks.report:
-        write_report(directory)
-    logger.info("finished: %s", closing_words(result, evaluation))
-    return result
+    return evaluation
 
 
 # -- building and checking --------------------------------------------------------------------------------------------
 
 
-def _model(config: RunConfig, origin: Origin, arithmetic: Arithmetic) -> Decoder:
-    model = from_config(config.model, seed=config.seed)
+def _model(config: RunConfig, origin: Origin, arithmetic: Arithmetic) -> Decoder | Encoder:
+    model = fresh_model(config.model, seed=config.seed)
     if origin.checkpoint is not None:
         weights = model_checkpoint.load_weights(origin.checkpoint)
         model_checkpoint.check_weights(model, weights, asked_by=str(origin.checkpoint))
@@ -218,7 +230,7 @@ def _model(config: RunConfig, origin: Origin, arithmetic: Arithmetic) -> Decoder
     return model
 
 
-def _check_vocabulary(tokenizer: Tokenizer, model: DecoderConfig) -> None:
+def _check_vocabulary(tokenizer: Tokenizer, model: DecoderConfig | EncoderConfig) -> None:
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; raise it to at "

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from longspan.model.config import AttentionPlan, DecoderConfig, ModelConfigError, from_dict
+from longspan.model.config import AttentionPlan, DecoderConfig, EncoderConfig, ModelConfigError, from_dict
 from longspan.model.zoo import configure
 
 from .config_checks import check_data, check_generate, check_protocol, check_run
@@ -183,7 +183,8 @@ def as_request(config: RunConfig | ExplainConfig) -> dict[str, Any]:
     sections = plain(config)
     model, backend = sections.pop("model"), sections.pop("attention_backend")
     plan = model.pop("attention")
-    del model["architecture"]
+    if sections["model_name"] is not None:
+        del model["architecture"]  # the name says it
     if sections.get("context_open"):
         del sections["data"]["context"]
     rest = {name: value for name, value in sections.items() if name not in ("model_name", "context_open")}
@@ -231,8 +232,8 @@ def _parse(schema: type[T], raw: Raw) -> tuple[T | None, list[Problem]]:
         return None, problems  # it says nothing that the first one did not
 
 
-def _model(request: Any, raw: Raw) -> tuple[DecoderConfig | None, list[Problem]]:
-    """`model` and `attention` of a request as one DecoderConfig."""
+def _model(request: Any, raw: Raw) -> tuple[DecoderConfig | EncoderConfig | None, list[Problem]]:
+    """`model` and `attention` of a request as one config."""
     typed = written(raw, "model")
     known = {field.name for field in fields(ModelConfig)} - {"name"}
     overrides = {name: getattr(request.model, name) for name in typed if name in known}
@@ -241,8 +242,8 @@ def _model(request: Any, raw: Raw) -> tuple[DecoderConfig | None, list[Problem]]
     patterns, layers = request.attention.patterns, request.attention.layers
     try:
         start = configure(request.model.name, overrides) if request.model.name else from_dict(overrides)
-        if not isinstance(start, DecoderConfig):
-            raise ModelConfigError([f"name={request.model.name}: is an {start.architecture}; this takes a decoder"])
+        if not isinstance(start, DecoderConfig | EncoderConfig):
+            raise ModelConfigError([f"name={request.model.name}: is a {start.architecture}; this takes another model"])
         if patterns is None:
             plan = start.attention if layers is None else replace(start.attention, layers=layers)
         elif layers is None and len(patterns) != 1:
@@ -282,7 +283,7 @@ def _independent(refused: list[Problem], problems: list[Problem]) -> list[Proble
     return [problem for problem in refused if not (attention and problem.keys[0].startswith("attention"))]
 
 
-def _resolved(schema: Callable[..., T], request: Any, model: DecoderConfig) -> T:
+def _resolved(schema: Callable[..., T], request: Any, model: DecoderConfig | EncoderConfig) -> T:
     rest = {field.name: getattr(request, field.name) for field in fields(request)}
     del rest["model"]
     backend = rest.pop("attention").backend

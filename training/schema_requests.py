@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from longspan.model.config import DecoderConfig
+from longspan.model.config import DecoderConfig, EncoderConfig
 
 from .schema_sections import (
     DEFAULT_NEW_TOKENS,
@@ -74,7 +74,7 @@ class RunRequest(_RunSections):
 class RunConfig(_RunSections):
     """A run as the code reads it: `model` is complete, its attention included."""
 
-    model: DecoderConfig
+    model: DecoderConfig | EncoderConfig
     model_name: str | None = Field(default=None, description="the named size that the model started from")
     attention_backend: BackendPlan = Field(default=BackendPlan())
     context_open: bool = Field(
@@ -238,7 +238,7 @@ class ExplainRequest(_ExplainKeys):
 class ExplainConfig(_ExplainKeys):
     """`longspan attention` as the code reads it"""
 
-    model: DecoderConfig
+    model: DecoderConfig | EncoderConfig
     model_name: str | None = Field(default=None)
     attention_backend: BackendPlan = Field(default=BackendPlan())
 

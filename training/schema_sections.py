@@ -11,8 +11,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator,
 from pydantic.dataclasses import dataclass
 
 from longspan.kernels.attention.spec import AttentionSpec
-from longspan.model.config import DecoderConfig, HeadGroup
-from longspan.model.zoo import DECODERS
+from longspan.model.config import DecoderConfig, EncoderConfig, HeadGroup
+from longspan.model.zoo import DECODERS, ENCODERS
 
 from .config_keys import documented
 
@@ -127,6 +127,18 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class MaskingConfig:
+    """data.masking: tokens that are hidden and asked for (Devlin et al. 2019), others in every pass"""
+
+    probability: float = Field(default=0.15, gt=0, lt=1, description="share of tokens that are asked for")
+    masked: float = Field(default=0.8, ge=0, le=1, description="share of those that become the mask token")
+    random: float = Field(
+        default=0.1, ge=0, le=1, description="share of those that become another token; the rest stay as they are"
+    )
+    whole_words: bool = Field(default=False, description="choose words instead of tokens")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
     """data: documents -> tokens -> packed sequences"""
 
@@ -153,6 +165,11 @@ class DataConfig:
     document_mask: bool = Field(default=False, description="attention never crosses a document boundary")
     reset_positions: bool = Field(default=False, description="positions restart at 0 in each document")
     boundary_loss: bool = Field(default=True, description="score the first token of a document given the one before it")
+    masking: MaskingConfig | None = Field(
+        default=None,
+        description="null: every token is asked for the next one, as decoders are trained; otherwise hidden tokens are "
+        "asked for, as encoders are; see data.masking.*",
+    )
     validation_fraction: Probability = Field(
         default=0.01, description="share of documents held out, chosen by a hash of their text"
     )
@@ -340,19 +357,28 @@ class AttentionConfig:
 
 
 def _model_section() -> type:
-    """`model.*`: a named size, and every field of DecoderConfig as an override of it."""
-    hints, meanings = get_type_hints(DecoderConfig), documented(DecoderConfig)
+    """`model.*`: a named size, and every field of DecoderConfig and EncoderConfig as an override of it."""
+    kinds = (EncoderConfig, DecoderConfig)  # what both have is the decoder's: its positions may be sinusoidal too
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    meanings = {name: meaning for kind in kinds for name, meaning in documented(kind).items()}
+    own = [field.name for field in fields(EncoderConfig) if field.name not in DecoderConfig.__dataclass_fields__]
+    meanings |= {name: f"encoders: {meanings[name]}" for name in own}
     named = (
         "name",
-        Literal[tuple(DECODERS)] | None,  # pyright: ignore[reportOperatorIssue]: the names are known at run time
+        Literal[(*DECODERS, *ENCODERS)] | None,  # pyright: ignore[reportOperatorIssue]: the names are known at run time
         Field(default=None, description="named size to start from; null: the keys below alone"),
     )
+    architecture = (
+        "architecture",
+        Literal["decoder", "encoder"] | None,
+        Field(default=None, description="where there is no name: decoder or encoder; null: decoder"),
+    )
     overrides = [
-        (field.name, hints[field.name], Field(default=None, description=meanings.get(field.name, "")))
-        for field in fields(DecoderConfig)
-        if field.name not in ("architecture", "attention")  # the one there is; a section of its own
+        (name, hints[name], Field(default=None, description=meanings.get(name, "")))
+        for name in (*(field.name for field in fields(DecoderConfig)), *own)
+        if name not in ("architecture", "attention")  # above; a section of its own
     ]
-    plain = make_dataclass("ModelConfig", [named, *overrides], frozen=True, kw_only=True)
+    plain = make_dataclass("ModelConfig", [named, architecture, *overrides], frozen=True, kw_only=True)
     return dataclass(frozen=True, kw_only=True, config=STRICT)(plain)
 
 

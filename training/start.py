@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -12,12 +12,14 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.kernels.attention import Phase
 from longspan.kernels.attention.spec import AttentionSpec
 from longspan.model import checkpoint as model_checkpoint
-from longspan.model.config import AttentionPlan, DecoderConfig, HeadGroup
-from longspan.model.decoder import Decoder, from_config
+from longspan.model import decoder, encoder
+from longspan.model.config import AttentionPlan, DecoderConfig, EncoderConfig, HeadGroup
+from longspan.model.decoder import Decoder
+from longspan.model.encoder import Encoder
 
 from . import run_directory as files
 from .checkpointing import newest
-from .config_checks import check_documents, check_lengths, check_protocol, check_vocabulary
+from .config_checks import check_documents, check_lengths, check_objective, check_protocol, check_vocabulary
 from .config_errors import ConfigError, lines
 from .errors import UserError
 from .precision import Arithmetic
@@ -105,6 +107,7 @@ def settle(config: RunConfig, origin: Origin, directory: Path) -> RunConfig:
         *check_lengths(config, fixed_by=None if origin.checkpoint is None else str(origin.checkpoint)),
         *check_protocol(config.evaluation, default_window=config.data.context),
         *check_documents(config),
+        *check_objective(config),
     ]
     if origin.parent is None:  # otherwise the weights bring their tokenizer
         problems += check_vocabulary(config)
@@ -113,7 +116,7 @@ def settle(config: RunConfig, origin: Origin, directory: Path) -> RunConfig:
     return config
 
 
-def _open_context(origin: Origin, directory: Path, model: DecoderConfig) -> int:
+def _open_context(origin: Origin, directory: Path, model: DecoderConfig | EncoderConfig) -> int:
     """What the resumed run has; for a new one, as much of the default as the model is built for."""
     saved = directory / files.CONFIG
     if origin.resumes and saved.is_file():
@@ -126,12 +129,14 @@ def _open_context(origin: Origin, directory: Path, model: DecoderConfig) -> int:
     return min(DataConfig().context, model.max_positions)
 
 
-def model_of(config: RunConfig, origin: Origin) -> DecoderConfig:
+def model_of(config: RunConfig, origin: Origin) -> DecoderConfig | EncoderConfig:
     """The configured model; the checkpoint's where the run starts (or once started) from given weights."""
     wanted = resolved_model(config)
     if origin.checkpoint is None:
         return wanted
-    found = model_checkpoint.load_decoder_config(origin.checkpoint)
+    found = model_checkpoint.load_config(origin.checkpoint)
+    if not isinstance(found, DecoderConfig | EncoderConfig):
+        raise UserError(f"{origin.checkpoint} holds a {found.architecture}; train takes a decoder or an encoder")
     differing = _differences(wanted, found)
     if origin.parent is not None:
         if differing:
@@ -142,8 +147,10 @@ def model_of(config: RunConfig, origin: Origin) -> DecoderConfig:
     return found
 
 
-def _differences(wanted: DecoderConfig, found: DecoderConfig) -> str:
-    names = [name for name in DecoderConfig.__dataclass_fields__ if getattr(wanted, name) != getattr(found, name)]
+def _differences(wanted: DecoderConfig | EncoderConfig, found: DecoderConfig | EncoderConfig) -> str:
+    if type(wanted) is not type(found):
+        return f"architecture={found.architecture}, not {wanted.architecture}"
+    names = [field.name for field in fields(wanted) if getattr(wanted, field.name) != getattr(found, field.name)]
     return ", ".join(
         "attention differs" if name == "attention" else f"{name}={getattr(found, name)}, not {getattr(wanted, name)}"
         for name in names
@@ -171,9 +178,20 @@ def tokenizer_of(config: RunConfig, origin: Origin) -> Path | None:
     return origin.checkpoint
 
 
-def set_backends(model: Decoder, config: RunConfig) -> None:
+def fresh_model(
+    config: DecoderConfig | EncoderConfig, *, seed: int | None = None, device: str = "cpu"
+) -> Decoder | Encoder:
+    if isinstance(config, DecoderConfig):
+        return decoder.from_config(config, seed=seed, device=device)
+    return encoder.from_config(config, seed=seed, device=device)
+
+
+def set_backends(model: Decoder | Encoder, config: RunConfig) -> None:
     backend = config.attention_backend
-    model.set_backends(train=backend.train, prefill=backend.prefill, decode=backend.decode)
+    if isinstance(model, Encoder):
+        model.set_backend(backend.train)
+    else:
+        model.set_backends(train=backend.train, prefill=backend.prefill, decode=backend.decode)
 
 
 def check_attention(config: RunConfig, device: torch.device, arithmetic: Arithmetic) -> None:
@@ -181,9 +199,12 @@ def check_attention(config: RunConfig, device: torch.device, arithmetic: Arithme
 
     `device` need not be here: a cluster's jobs are planned on laptops.
     """
-    model = from_config(config.model, device="meta")
+    model = fresh_model(config.model, device="meta")
     set_backends(model, config)
     dtype, context = arithmetic.compute, config.data.context
+    if isinstance(model, Encoder):
+        model.check_attention(device=device, dtype=dtype, needs_grad=True, n_tokens=context)
+        return
     model.check_attention(
         device=device, dtype=dtype, phase=Phase.TRAIN, needs_grad=True, n_queries=context, n_keys=context
     )
@@ -192,7 +213,7 @@ def check_attention(config: RunConfig, device: torch.device, arithmetic: Arithme
             model.check_attention(device=device, dtype=arithmetic.parameters, phase=phase, needs_grad=False)
 
 
-def resolved_model(config: RunConfig) -> DecoderConfig:
+def resolved_model(config: RunConfig) -> DecoderConfig | EncoderConfig:
     """The model with `data.document_mask` in every attention pattern, so that checkpoints say what was used."""
     if not config.data.document_mask:
         return config.model

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from longspan.model.zoo import DECODERS as SIZES
+from longspan.model.zoo import DECODERS, ENCODERS
 from longspan.scripts.cli import VERBS, main
 from longspan.scripts.compose import CONFIGS, compose, group_options
 from longspan.training import schema
 
 OPTIONS = [(group, option) for group, options in group_options("train").items() for option in options]
+SIZES = {**DECODERS, **ENCODERS}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 # What an option needs from the user before it makes a whole.
 COMPLETED = {("data", "files"): ["data.path=x"], ("data", "hub"): ["data.path=hub:x"]}
@@ -24,6 +25,8 @@ def test_every_verb_has_its_config(verb: str) -> None:
         "conformance": ["backend=sdpa"],
         "evaluate": ["checkpoint=x"],
         "generate": ["checkpoint=x", "prompt=y"],
+        "import": ["source=x", "output=y"],
+        "export": ["checkpoint=x", "output=y"],
     }.get(verb, [])
     composed = compose(verb, needed, schema=getattr(schema, VERBS[verb].request))
     getattr(schema, VERBS[verb].validate)(composed.raw, where=composed.where)
@@ -34,6 +37,8 @@ def test_every_option_composes_and_validates(group: str, option: str) -> None:
     composed = compose("train", [f"{group}={option}", *COMPLETED.get((group, option), [])], schema=schema.RunRequest)
     if group == "model" and (SIZES[option].vocab_size < 8192):  # smaller than the default tokenizer
         composed.raw["data"]["tokenizer"] = {"kind": "bytes"}
+    if group == "model" and option in ENCODERS:
+        composed.raw["data"]["masking"] = {}
     schema.validate(composed.raw, where=composed.where)
 
 
@@ -65,7 +70,8 @@ def test_every_named_size_is_an_option_and_every_option_a_named_size() -> None:
 def test_the_parameter_counts_in_the_comments_are_true() -> None:
     from longspan.model.accounting import parameters
 
-    for name in ("gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+    published = ("gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    for name in (*published, *(name for name in ENCODERS if not name.endswith("-tiny"))):
         assert f"{parameters(SIZES[name]).total:,} parameters" in (CONFIGS / f"model/{name}.yaml").read_text()
 
 

@@ -112,7 +112,7 @@ def test_what_is_written_down_reads_back_the_same(name: str) -> None:
             "schedule.name=cosin: expected one of cosine, linear, wsd, constant; did you mean cosine?",
         ),
         ({"model": {"name": "lama-tiny"}}, "did you mean llama-tiny?"),
-        ({"model": {"positions": "ropes"}}, "expected one of learned, rope, alibi, none; did you mean rope?"),
+        ({"model": {"positions": "ropes"}}, "expected one of learned, sinusoidal, rope, alibi, none; did you mean rope?"),
         ({"model": {"n_heads": 6}}, "model.d_model=64 is not a multiple of n_heads=6"),
         ({"model": {"n_kv_heads": 3}}, "model.n_heads=4 is not a multiple of n_kv_heads=3"),
         ({"attention": {"backend": {"train": True}}}, "attention.backend.train=true: expected text or a non-empty list of names"),
