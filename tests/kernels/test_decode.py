@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,3 +142,36 @@ def test_traces_as_one_graph() -> None:
 
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="eager")(q), step(q))
+
+
+INTERPRETED = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+@needs_triton
+@pytest.mark.timeout(900)
+def test_interpreted() -> None:
+    file = Path(__file__).with_name("interpreted_decode.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider", "--tb=short"],
+        env=INTERPRETED,
+        cwd=file.parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(6000)
+def test_the_kernel_conforms_when_interpreted() -> None:
+    arguments = ["backend=decode", "max_length=50", "examples=25", "dtypes=[fp32,fp16]"]
+    done = subprocess.run(
+        [sys.executable, "-m", "longspan.scripts.cli", "conformance", *arguments],
+        env=INTERPRETED,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
