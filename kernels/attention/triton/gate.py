@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from ..flash import interpreted
+from .gate_decode import DecodeCase
 from .gate_figures import Figures, compile_for, versions
 from .gate_variants import CASES, JOINS, Case, full_product, requests
 
@@ -45,6 +46,8 @@ SPILL_BUDGETS: dict[str, dict[int, int]] = {
     "d128 documents 4:1 dkdv": {90: 32},
     "d128 globals dkdv": {80: 16, 90: 32},
     "d128 globals always_keys_dkdv": {80: 112},
+    "d128 8:1 decode": {90: 8},  # once for a program, outside its loops
+    "d128 int8 4:1 decode": {90: 16},
     "d96 causal dkdv": {80: 752, 90: 256},
     "d256 causal forward": {80: 160},
     "d256 causal dq": {80: 48, 90: 160},
@@ -97,7 +100,7 @@ def over_budget(row: Row, *, tensor_cores: str | None, spills: int | None) -> li
     return found
 
 
-def tensor_cores(case: Case, kernel: str, arch: int) -> str | None:
+def tensor_cores(case: Case | DecodeCase, kernel: str, arch: int) -> str | None:
     """Which instructions a kernel must use. fp32 means fp32 here, never tf32."""
     if case.dtype == torch.float32 or kernel in JOINS:
         return None
@@ -176,7 +179,7 @@ def compare(rows: tuple[Row, ...], table: Table | None, found_versions: tuple[st
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    case: Case
+    case: Case | DecodeCase
     kernel: str
     arch: int
     any_spills: bool

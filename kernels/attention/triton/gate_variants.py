@@ -19,11 +19,13 @@ from torch import Tensor
 from ..context import AttentionContext
 from ..plan import Plan, make_plan
 from ..spec import AttentionSpec, BlockLayout, Window
+from . import gate_decode
+from .gate_decode import DECODING, DecodeCase
 
 B, T, H = 2, 4096, 16
 WALKS = ("forward", "dq", "dkdv")  # the kernels of ordinary rows
 DENSE = ("global_rows", "global_rows_dq", "always_keys_dkdv")  # tiles of global rows and always-visible keys
-JOINS = ("merge_rows", "sum_rows")  # one row at a time, no products
+JOINS = ("merge_rows", "sum_rows", "join_splits")  # one row at a time, no products
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +88,13 @@ SHIPPED = (
     Case(name="d128 two-sided window", spec=_TWO_SIDED, head_dim=128, kernels=("dkdv",)),
     Case(name="d64 documents", spec=_DOCUMENTS, head_dim=64, quick=True),
     Case(name="d128 documents 4:1", spec=_DOCUMENTS, head_dim=128, group=4),
-    Case(name="d64 globals", spec=_LONGFORMER, head_dim=64, kernels=(*WALKS, *DENSE, *JOINS), quick=True),
+    Case(
+        name="d64 globals",
+        spec=_LONGFORMER,
+        head_dim=64,
+        kernels=(*WALKS, *DENSE, "merge_rows", "sum_rows"),
+        quick=True,
+    ),
     Case(name="d128 globals", spec=_LONGFORMER, head_dim=128, kernels=("dkdv", *DENSE), n_globals=128),
 )
 EXTREMES = (
@@ -104,7 +112,7 @@ EXTREMES = (
     Case(name="d64 listed", spec=_LISTED, head_dim=64, kernels=("forward",)),
     Case(name="d128 everything", spec=_EVERYTHING, head_dim=128, kernels=("dkdv",), ragged=True),
 )
-CASES = SHIPPED + EXTREMES
+CASES: tuple[Case | DecodeCase, ...] = SHIPPED + DECODING + EXTREMES
 
 
 def full_product() -> tuple[Case, ...]:
@@ -204,8 +212,18 @@ def _refusing(arch: int, requests: dict[str, Request]) -> Iterator[None]:
 
 
 @lru_cache(maxsize=8)
-def requests(case: Case, arch: int) -> dict[str, Request]:
-    """By kernel, what a training step of `case` compiles on an `arch` such as 90."""
+def requests(case: Case | DecodeCase, arch: int) -> dict[str, Request]:
+    """By kernel, what `case` compiles on an `arch` such as 90."""
+    found: dict[str, Request] = {}
+    with _refusing(arch, found):
+        if isinstance(case, DecodeCase):
+            gate_decode.call(case)
+        else:
+            _training_step(case)
+    return found
+
+
+def _training_step(case: Case) -> None:
     from . import launch
 
     def meta(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
@@ -222,11 +240,8 @@ def requests(case: Case, arch: int) -> dict[str, Request]:
         *(x.to("meta") if isinstance(x, Tensor) else x for x in (getattr(plan, f.name) for f in fields(Plan))),
         launch.spec_text(spec),
     )
-    found: dict[str, Request] = {}
-    with _refusing(arch, found):
-        out, lse = launch.forward(q, k, v, *rest)
-        launch.backward(torch.empty_like(out), torch.empty_like(lse), out, lse, q, k, v, *rest)
-    return found
+    out, lse = launch.forward(q, k, v, *rest)
+    launch.backward(torch.empty_like(out), torch.empty_like(lse), out, lse, q, k, v, *rest)
 
 
 def _plan(case: Case) -> Plan:
