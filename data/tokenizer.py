@@ -203,7 +203,8 @@ class StreamDecoder:
 def _before_text(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     framed = tokenizer.encode("a", add_special_tokens=True).ids
-    start = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain) if plain else 0
+    # Where the text is not to be found, its tokens depend on the frame, and nothing is known.
+    start = next((i for i in range(len(framed)) if plain and framed[i : i + len(plain)] == plain), 0)
     return tuple(framed[:start])
 
 

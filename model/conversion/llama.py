@@ -73,18 +73,25 @@ def _common(values: Mapping[str, Any]) -> dict[str, Any]:
         "norm": "rmsnorm",
         "norm_eps": values["rms_norm_eps"],
         "mlp": "swiglu",
-        "bias": False,
+        **_biases(False, False, False),
         "tied_head": values["tie_word_embeddings"],
         "init_std": values["initializer_range"],
+    }
+
+
+def _biases(everywhere: bool, qkv: bool, out: bool) -> dict[str, Any]:
+    """Attention's own settings only where they differ from the rest."""
+    return {
+        "bias": everywhere,
+        "qkv_bias": None if qkv == everywhere else qkv,
+        "out_bias": None if out == everywhere else out,
     }
 
 
 def _llama(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **_common(values),
-        "bias": values["mlp_bias"],
-        "qkv_bias": values["attention_bias"],
-        "out_bias": values["attention_bias"],
+        **_biases(values["mlp_bias"], values["attention_bias"], values["attention_bias"]),
         "attention": {"patterns": {"full": windowed(None, dropout=values["attention_dropout"])}},
     }
 
@@ -97,12 +104,12 @@ def _mistral(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _qwen2(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_common(values), "qkv_bias": True, "out_bias": False, "attention": _hybrid(values)}
+    return {**_common(values), **_biases(False, True, False), "attention": _hybrid(values)}
 
 
 def _qwen3(values: Mapping[str, Any]) -> dict[str, Any]:
     bias = values["attention_bias"]
-    return {**_common(values), "qkv_bias": bias, "out_bias": bias, "qk_norm": True, "attention": _hybrid(values)}
+    return {**_common(values), **_biases(False, bias, bias), "qk_norm": True, "attention": _hybrid(values)}
 
 
 _TYPES = {"full_attention": "full", "sliding_attention": "local"}

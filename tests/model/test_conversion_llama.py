@@ -247,6 +247,7 @@ def test_yarn_in_the_words_of_deepseek() -> None:
 
 LOCAL = {"patterns": {"local": {"causal": True, "window": {"left": 7}}}, "layers": ["local"]}
 HALF = {"patterns": {**LOCAL["patterns"], "full": {"causal": True}}, "layers": ["local", "full"]}
+PACKED = {"patterns": {"packed": {"causal": True, "documents": True}}, "layers": ["packed"]}
 SINKS = {"patterns": {"sinks": {"causal": True, "sink_tokens": 4}}, "layers": ["sinks"]}
 
 
@@ -255,6 +256,7 @@ SINKS = {"patterns": {"sinks": {"causal": True, "sink_tokens": 4}}, "layers": ["
     [
         ({}, "llama"),
         ({"bias": True}, "llama"),
+        ({"attention": PACKED}, "llama"),  # one sequence is one document
         ({"attention": LOCAL}, "mistral"),
         ({"qkv_bias": True}, "qwen2"),
         ({"qkv_bias": True, "attention": HALF}, "qwen2"),
