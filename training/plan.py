@@ -9,6 +9,7 @@ import torch
 
 from longspan.model import accounting
 from longspan.model.accounting import MemoryEstimate, ParameterCount
+from longspan.model.cache_plan import cache_bytes
 from longspan.model.config import DecoderConfig, EncoderConfig
 
 from .errors import UserError
@@ -44,7 +45,8 @@ class Plan:
     flops_per_token  forward and backward, exact for the attention pattern
     flops_note       how the document mask is counted, in words; empty: there is none
     memory           at the peak of a step, on one device, in bytes
-    kv_bytes_per_token  of a decoder's cache, in bf16; None: an encoder has none
+    kv_cache_bytes   a decoder's cache for one sequence of the training context, in bf16; None: an encoder has none
+    kv_bytes_per_token  the same for each token, in layers that keep all
     seconds          of training alone; None where no rate is known
     basis            how `seconds` came about, in words
     """
@@ -58,6 +60,7 @@ class Plan:
     flops_note: str
     flops: float
     memory: MemoryEstimate
+    kv_cache_bytes: int | None
     kv_bytes_per_token: int | None
     device: str
     precision: str
@@ -75,6 +78,7 @@ class Plan:
             "training_flops_per_token": self.flops_per_token,
             "training_flops": self.flops,
             "training_flops_note": self.flops_note,
+            "kv_cache_bytes": self.kv_cache_bytes,
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "device": self.device,
             "precision": self.precision,
@@ -96,8 +100,10 @@ class Plan:
             f"device      {self.device}, {self.precision}",
             f"time        {time} ({self.basis})",
         ]
-        if self.kv_bytes_per_token is not None:
-            lines.insert(4, f"kv cache    {short_count(self.kv_bytes_per_token)}B per token in bf16")
+        if self.kv_cache_bytes is not None:
+            lines.insert(
+                4, f"kv cache    {short_count(self.kv_cache_bytes)}B for a sequence of data.context tokens, in bf16"
+            )
         return lines
 
 
@@ -176,6 +182,7 @@ def plan_for(
             optimizer=config.optimizer.name,
             activation_checkpointing=trainer.activation_checkpointing,
         ),
+        kv_cache_bytes=cache_bytes(model, 1, context, "bfloat16").total if isinstance(model, DecoderConfig) else None,
         kv_bytes_per_token=accounting.kv_bytes_per_token(model) if isinstance(model, DecoderConfig) else None,
         device=name,
         precision=f"{arithmetic.precision} ({arithmetic.reason})",

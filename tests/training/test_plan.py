@@ -118,3 +118,15 @@ def test_sources_count_by_their_share_of_the_stream(tmp_path: Path) -> None:
     dataset = PackedDataset(store, "train", context=CONTEXT, weights=weights, document_mask=True)
     # With the token that ends them, documents of 4 fill every fourth sequence, and of 208 the others.
     assert dataset.documents_per_sequence() == {4: 1.0, 16: 0.75}
+
+
+def test_the_cache_is_weighed_as_generation_keeps_it(request_of: Request) -> None:
+    """Layers with a window keep what they see; 5 + 1 slots of 16 here, the sink among them."""
+    raw = request_of(attention=ATTENTION)
+    raw["model"] |= {"n_layers": 2}
+    planned = plan(validate(raw))
+    config = planned.model
+    assert isinstance(config, DecoderConfig)
+    assert planned.kv_cache_bytes == 8 + 2 * config.kv_heads * config.dim_per_head * 2 * ((1 + 4 + 1) + CONTEXT)
+    assert planned.to_dict()["kv_cache_bytes"] == planned.kv_cache_bytes
+    assert any(line.startswith("kv cache") and "data.context" in line for line in planned.lines())
