@@ -140,7 +140,12 @@ class Session:
             tokenizer=self.tokenizer,
         )
         sequence = RunningRequest(
-            number=self._submitted, request=request, prompt=tokens, output=output, seed=sequence_seeds(sampling, 1)[0]
+            number=self._submitted,
+            request=request,
+            prompt=tokens,
+            output=output,
+            seed=sequence_seeds(sampling, 1)[0],
+            manner=_manner(sampling),
         )
         check_room(self.model.config, sequence.begins + len(tokens), sampling.max_new_tokens)
         own, held, total = self._own_pages(sequence), self._held(), self.pool.allocator.total
@@ -273,9 +278,8 @@ class Session:
         alike: dict[Sampling, list[tuple[RunningRequest, Tensor]]] = {}
         for each in ready:
             if each.logits_1V is not None:
-                sampling = each.request.sampling
-                logits_1V = demanded(each.logits_1V, sampling, len(each.output.tokens))
-                alike.setdefault(_manner(sampling), []).append((each, logits_1V))
+                logits_1V = demanded(each.logits_1V, each.request.sampling, len(each.output.tokens))
+                alike.setdefault(each.manner, []).append((each, logits_1V))
         happened: list[tuple[Event, Request]] = []
         for manner, group in alike.items():
             device = self.pool.device

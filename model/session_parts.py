@@ -59,6 +59,7 @@ class Request:
     """A prompt and how it is continued, as if it were alone.
 
     prompt         token ids, or text for a session that has a tokenizer; with a prefix, what follows it
+    sampling       its prefill_chunk and pad_token play no part: the session has a chunk of its own, and no rectangles
     stop_strings   the text is cut before the first of these; for a session that has a tokenizer
     on_text        called with further text as soon as it is certain
     """
@@ -85,6 +86,7 @@ class Event:
 class RunningRequest:
     """A request on its way.
 
+    manner      what sequences whose tokens are chosen together have in common
     cached      its tokens in the pool; None while it waits
     unread      its tokens that are not there yet
     logits_1V   of its next token, once everything is read
@@ -95,6 +97,7 @@ class RunningRequest:
     prompt: list[int]
     output: Output
     seed: int
+    manner: Sampling
     unread: list[int] = field(default_factory=list)
     cached: CachedSequence | None = None
     logits_1V: Tensor | None = None
