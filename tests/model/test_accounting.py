@@ -67,6 +67,9 @@ def test_parameters_equal_the_models(name: str) -> None:
     [
         {"bias": True},
         {"bias": False},
+        {"bias": False, "qkv_bias": True},
+        {"bias": True, "qkv_bias": False, "out_bias": False},
+        {"positions": "sinusoidal"},
         {"qk_norm": True, "head_dim": 24},
         {"norm": "layernorm", "bias": False},
         {"norm": "rmsnorm", "bias": True},
