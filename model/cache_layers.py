@@ -180,21 +180,38 @@ class Exchange:
     table_BP: Tensor | None = None
 
     # Not __call__: torch 2.11's tracer loses the fields of a frozen dataclass there.
-    def swap(self, stored: Tensor, new: Tensor) -> Tensor:
-        before = torch.cat([stored[:, : self.limit], new], dim=1) if self.read is Read.JOINED else None
-        stored[self.target] = new[self.source]
-        if before is not None:
-            return before
+    def swap(self, held_NL: Tensor, new_BT: Tensor) -> Tensor:
+        before = self._joined(held_NL, new_BT)
+        held_NL[self.target] = new_BT[self.source]
+        return self._read(held_NL, new_BT) if before is None else before
+
+    def swap_heads(self, held_NGL: Tensor, new_BTG: Tensor) -> Tensor:
+        """`swap` for storage with heads before slots. Written without a transposed view: torch.compile would copy the
+        whole storage where it cannot see that a write may happen in place."""
+        held_NLG = held_NGL.transpose(1, 2)
+        before = self._joined(held_NLG, new_BTG)
+        (place, slot), new = self.target, new_BTG[self.source]
+        if isinstance(slot, slice):
+            held_NLG[place, slot] = new
+        else:
+            held_NGL[place, :, slot] = new
+        return self._read(held_NLG, new_BTG) if before is None else before
+
+    def _joined(self, held_NL: Tensor, new_BT: Tensor) -> Tensor | None:
+        return torch.cat([held_NL[:, : self.limit], new_BT], dim=1) if self.read is Read.JOINED else None
+
+    def _read(self, held_NL: Tensor, new_BT: Tensor) -> Tensor:
         if self.read is Read.NEW:
-            return new
+            return new_BT
         if self.table_BP is not None:
-            stored = stored[self.table_BP].flatten(1, 2)
-        return stored if self.limit is None else stored[:, : self.limit]
+            held_NL = held_NL[self.table_BP].flatten(1, 2)
+        return held_NL if self.limit is None else held_NL[:, : self.limit]
 
 
 class Store:
-    """Keys and values of some layers, head-major in memory, so that one head's keys are contiguous:
-    [layers, N, G, L, K]; with 8-bit storage fp32 scales [layers, N, G, L]."""
+    """Keys and values of some layers, head-major in memory, so that one head's keys are contiguous: a tensor
+    [N, G, L, K] for each layer (one for all could not be written in place by torch.compile); with 8-bit storage plain
+    bytes (not every device can move float8 by index) and fp32 scales [N, G, L]."""
 
     def __init__(
         self,
@@ -210,23 +227,25 @@ class Store:
     ) -> None:
         self.eight_bit = storage is not None
         self.dtype = dtype if storage is None else getattr(torch, storage)
-        shape = (layers, places, heads, slots)
-        self.keys = torch.zeros(*shape, dim, dtype=self.dtype, device=device)
-        self.values = torch.zeros(*shape, dim, dtype=self.dtype, device=device)
-        self.k_scales = torch.ones(shape, device=device) if self.eight_bit else None
-        self.v_scales = torch.ones(shape, device=device) if self.eight_bit else None
+        kept = torch.int8 if self.eight_bit else dtype
+        shape = (places, heads, slots)
 
-    def tensors(self) -> list[Tensor]:
-        return [self.keys, self.values, *self._scales()]
+        def keep() -> tuple[Tensor, ...]:
+            return tuple(torch.zeros(*shape, dim, dtype=kept, device=device) for _ in range(layers))
 
-    def _scales(self) -> list[Tensor]:
-        return [x for x in (self.k_scales, self.v_scales) if x is not None]
+        def scales() -> tuple[Tensor, ...]:
+            return tuple(torch.ones(shape, device=device) for _ in range(layers if self.eight_bit else 0))
+
+        self.keys, self.values, self.k_scales, self.v_scales = keep(), keep(), scales(), scales()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.keys, *self.values, *self.k_scales, *self.v_scales)
 
     def nbytes(self, *others: Tensor) -> CacheBytes:
         """Of this and of tensors that keep the books."""
         return CacheBytes(
-            keys_values=self.keys.nbytes + self.values.nbytes,
-            scales=sum(x.nbytes for x in self._scales()),
+            keys_values=sum(x.nbytes for x in (*self.keys, *self.values)),
+            scales=sum(x.nbytes for x in (*self.k_scales, *self.v_scales)),
             bookkeeping=sum(x.nbytes for x in others),
         )
 
@@ -234,24 +253,23 @@ class Store:
         self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor, exchange: Exchange, context: AttentionContext
     ) -> CachedKeys:
         """Attention always reads what was stored, rounding included, so that every split of a prompt gives the same."""
-        k_BSGK, k_scale_BSG = self._exchange(self.keys, self.k_scales, layer, k_BTGK, exchange)
-        v_BSGK, v_scale_BSG = self._exchange(self.values, self.v_scales, layer, v_BTGK, exchange)
-        if k_scale_BSG is not None and v_scale_BSG is not None and k_BTGK.shape[1] > AS_STORED:
-            k_BSGK = dequantize(k_BSGK, k_scale_BSG, k_BTGK.dtype)
-            v_BSGK = dequantize(v_BSGK, v_scale_BSG, v_BTGK.dtype)
-            k_scale_BSG = v_scale_BSG = None
-        return CachedKeys(k_BSGK, v_BSGK, context, k_scale_BSG, v_scale_BSG)
+        if not self.eight_bit:
+            k_BSGK = exchange.swap_heads(self.keys[layer], k_BTGK.to(self.dtype))
+            v_BSGK = exchange.swap_heads(self.values[layer], v_BTGK.to(self.dtype))
+            return CachedKeys(k_BSGK, v_BSGK, context)
+        k_BSGK, k_scale_BSG = self._rounded(self.keys[layer], self.k_scales[layer], k_BTGK, exchange)
+        v_BSGK, v_scale_BSG = self._rounded(self.values[layer], self.v_scales[layer], v_BTGK, exchange)
+        if k_BTGK.shape[1] <= AS_STORED:
+            return CachedKeys(k_BSGK, v_BSGK, context, k_scale_BSG, v_scale_BSG)
+        k_BSGK = dequantize(k_BSGK, k_scale_BSG, k_BTGK.dtype)
+        return CachedKeys(k_BSGK, dequantize(v_BSGK, v_scale_BSG, v_BTGK.dtype), context)
 
-    def _exchange(
-        self, stored: Tensor, scales: Tensor | None, layer: int, new_BTGK: Tensor, exchange: Exchange
-    ) -> tuple[Tensor, Tensor | None]:
-        held_NLGK = stored[layer].transpose(1, 2)
-        if scales is None:
-            return exchange.swap(held_NLGK, new_BTGK.to(self.dtype)), None
+    def _rounded(
+        self, held_NGLK: Tensor, scales_NGL: Tensor, new_BTGK: Tensor, exchange: Exchange
+    ) -> tuple[Tensor, Tensor]:
         new_BTGK, scale_BTG = quantize(new_BTGK, self.dtype)
-        # As plain bytes: not every device can move float8 by index.
-        read = exchange.swap(held_NLGK.view(torch.int8), new_BTGK.view(torch.int8)).view(self.dtype)
-        return read, exchange.swap(scales[layer].transpose(1, 2), scale_BTG)
+        read = exchange.swap_heads(held_NGLK, new_BTGK.view(torch.int8)).view(self.dtype)
+        return read, exchange.swap_heads(scales_NGL, scale_BTG)
 
 
 class Marks:

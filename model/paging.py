@@ -154,10 +154,7 @@ class PagePool:
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Everything that is stored in some pages, to others."""
         source, target = (torch.tensor(pages, device=self.device) for pages in (sources, targets))
-        for tensor in self.store.tensors():
-            raw = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
-            raw[:, target] = raw[:, source]
-        for tensor in self.marks.tensors():
+        for tensor in (*self.store.tensors(), *self.marks.tensors()):
             tensor[target] = tensor[source]
 
 

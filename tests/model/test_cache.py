@@ -109,7 +109,8 @@ def test_bytes_are_those_of_the_tensors(
     owners = [cache.pool.store, cache.pool.marks, cache] if isinstance(cache, PagedCache) else [cache]
     for lane in cache._lanes if isinstance(cache, ContiguousCache) else ():
         owners += [lane.store, lane.marks]
-    tensors = [x for owner in owners for x in vars(owner).values() if isinstance(x, Tensor)]
+    kept = [x for owner in owners for x in vars(owner).values()]
+    tensors = [x for each in kept for x in (each if isinstance(each, tuple) else (each,)) if isinstance(x, Tensor)]
     assert sum(x.nbytes for x in tensors) == expected.total
 
 

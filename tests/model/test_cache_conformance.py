@@ -106,7 +106,7 @@ class Forking:
         if self.cache.length < self.cache.capacity:
             other = pool.cache(behind, length=self.cache.capacity)
             garbage = other.begin(1, marks)
-            x = torch.full((len(behind), 1, *pool.store.keys.shape[2::2]), 1e3)
+            x = torch.full((len(behind), 1, *pool.store.keys[0].shape[1::2]), 1e3)
             for layer in range(len(pool.store.keys)):
                 garbage.append(layer, x, x)
             garbage.finish()
@@ -189,14 +189,14 @@ def rings_read_only_what_is_left(patch: pytest.MonkeyPatch) -> None:
 
 
 def the_wrong_end_is_read(patch: pytest.MonkeyPatch) -> None:
-    right = cache_layers.Exchange.__call__
+    right = cache_layers.Exchange._read
 
-    def from_the_end(exchange: cache_layers.Exchange, stored: Tensor, new: Tensor) -> Tensor:
-        read = right(exchange, stored, new)
-        is_prefix = exchange.read is cache_layers.Read.STORED and exchange.limit is not None
-        return stored[:, -exchange.limit :] if is_prefix and new.shape[1] == 1 else read
+    def from_the_end(exchange: cache_layers.Exchange, held: Tensor, new: Tensor) -> Tensor:
+        read = right(exchange, held, new)
+        limit = exchange.limit if exchange.read is cache_layers.Read.STORED else None
+        return held[:, -limit:] if limit is not None and new.shape[1] == 1 else read
 
-    patch.setattr(cache_layers.Exchange, "__call__", from_the_end)
+    patch.setattr(cache_layers.Exchange, "_read", from_the_end)
 
 
 def rings_are_one_slot_short(patch: pytest.MonkeyPatch) -> None:

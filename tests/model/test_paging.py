@@ -103,7 +103,7 @@ def held(pool: PagePool, sequence: CachedSequence) -> list[int]:
     assert len(sequence.pages) == -(-sequence.length // pool.page_size)
     table = torch.tensor(sequence.pages, dtype=torch.int64)
     rows = [(pool.store.keys, 0, 1), (pool.store.keys, 1, 2), (pool.store.values, 0, -1), (pool.store.values, 1, -2)]
-    found = [x[layer, table, 0, :, 1].flatten()[: sequence.length] / factor for x, layer, factor in rows]
+    found = [x[layer][table, 0, :, 1].flatten()[: sequence.length] / factor for x, layer, factor in rows]
     assert all(torch.equal(one, found[0]) for one in found)
     return found[0].int().tolist()
 
@@ -114,7 +114,8 @@ class AnyProgramOfSequences(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = PagePool(CONFIG, 9, PAGE)
-        self.pool.store.keys.fill_(torch.nan)
+        for keys in self.pool.store.keys:
+            keys.fill_(torch.nan)
         self.sequences: list[tuple[CachedSequence, list[int]]] = []
         self.next = 1
 
