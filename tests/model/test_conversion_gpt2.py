@@ -122,8 +122,9 @@ def test_absent_fields_mean_what_transformers_means() -> None:
     for family in FAMILIES.values():
         default = transformers.AutoConfig.for_model(family.model_type)
         for field in family.fields:
-            if field.fate == "translated" and field.default is not None:
-                declared = getattr(type(default), field.name, getattr(default, field.name, None))
+            # What old files alone hold has no default there.
+            if field.fate == "translated" and field.default is not None and hasattr(default, field.name):
+                declared = getattr(type(default), field.name, getattr(default, field.name))
                 assert declared == field.default, (family.model_type, field.name)
 
 
