@@ -34,8 +34,11 @@ def check_run(config: RunConfig) -> Iterator[Problem]:
     yield from check_documents(config)
 
 
-def check_objective(config: RunConfig) -> Iterator[Problem]:
-    """An encoder sees the token that follows, so it can only be asked for hidden ones."""
+def check_objective(config: RunConfig, *, fixed_by: str | None = None) -> Iterator[Problem]:
+    """An encoder sees the token that follows, so it can only be asked for hidden ones.
+
+    `fixed_by` names the checkpoint that brings the model.
+    """
     model, masking = config.model, config.data.masking
     if isinstance(model, EncoderConfig):
         if masking is None:
@@ -45,7 +48,8 @@ def check_objective(config: RunConfig) -> Iterator[Problem]:
                 "data.masking={probability: 0.15}",
             )
         if model.head != "mlm":
-            yield _problem(("model.head", model.head), "train teaches the masked-LM head; set model.head=mlm")
+            advice = "set model.head=mlm" if fixed_by is None else f"{fixed_by} has none"
+            yield _problem(("model.head", model.head), f"train teaches the masked-LM head; {advice}")
     elif masking is not None:
         yield Problem(
             ("data.masking",),

@@ -107,7 +107,7 @@ def settle(config: RunConfig, origin: Origin, directory: Path) -> RunConfig:
         *check_lengths(config, fixed_by=None if origin.checkpoint is None else str(origin.checkpoint)),
         *check_protocol(config.evaluation, default_window=config.data.context),
         *check_documents(config),
-        *check_objective(config),
+        *check_objective(config, fixed_by=None if origin.checkpoint is None else str(origin.checkpoint)),
     ]
     if origin.parent is None:  # otherwise the weights bring their tokenizer
         problems += check_vocabulary(config)
