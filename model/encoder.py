@@ -127,9 +127,13 @@ class Encoder(nn.Module):
         self.head = head
         # One attention of each distinct layer pattern (in a dict, so that none is registered twice).
         self._kinds = {config.attention.of_layer(layer)[0]: block.attention for layer, block in enumerate(blocks)}
-        rows = [block.global_attention for block in blocks if block.global_attention is not None]
-        self._asks_twice = bool(rows)
-        self._distances = any(attention.slopes is not None for attention in rows)
+        globals_of = {
+            config.attention.of_layer(layer)[0]: block.global_attention
+            for layer, block in enumerate(blocks)
+            if block.global_attention is not None
+        }
+        self._global_kinds = tuple(globals_of.values())
+        self._distances = any(attention.slopes is not None for attention in self._global_kinds)
 
     def forward(
         self,
@@ -182,10 +186,10 @@ class Encoder(nn.Module):
         x_BTD = self.dropout(self.embedding_norm(x_BTD))
         rotation = self.rotary(positions_BT, reach) if self.rotary is not None else None
         rows = None
-        if self._asks_twice:
+        if self._global_kinds:
             n_rows, n_tokens = tokens_BT.shape
             rows = find_global_rows(context, (n_rows, n_tokens), distances=self._distances)
-        self._prepare(context, tokens_BT)
+        self._prepare(context, rows, tokens_BT)
         for block in self.blocks:
             x_BTD = block(x_BTD, rotation, context, rows)
         return x_BTD if self.norm is None else self.norm(x_BTD)
@@ -239,18 +243,24 @@ class Encoder(nn.Module):
             )
         return positions_BT, reach
 
-    def _prepare(self, context: AttentionContext, tokens_BT: Tensor) -> None:
+    def _prepare(self, context: AttentionContext, rows: GlobalRows | None, tokens_BT: Tensor) -> None:
         """Masks are derived here, once for each kind of layer; compiled blocks then only read them."""
-        device, weight = tokens_BT.device, self.embedding.weight
+        device, weight, n_tokens = tokens_BT.device, self.embedding.weight, tokens_BT.shape[1]
         autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        needs_grad = torch.is_grad_enabled() and weight.requires_grad
         for attention in self._kinds.values():
-            attention.prepare(
-                context,
-                n_tokens=tokens_BT.shape[1],
-                device=device,
-                dtype=torch.get_autocast_dtype(device.type) if autocast else weight.dtype,
-                needs_grad=torch.is_grad_enabled() and weight.requires_grad,
-            )
+            attention.prepare(context, n_tokens=n_tokens, device=device, dtype=dtype, needs_grad=needs_grad)
+        if rows is not None:
+            for attention in self._global_kinds:
+                attention.prepare(
+                    rows,
+                    n_tokens=n_tokens,
+                    device=device,
+                    dtype=dtype,
+                    needs_grad=needs_grad,
+                    backend=next(iter(self._kinds.values())).backends[Phase.TRAIN],
+                )
 
     # -- who computes attention ---------------------------------------------------------------------------------------
 

@@ -17,8 +17,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from longspan.kernels.attention import AttentionContext, AttentionParams, AttentionSpec, Window
-from longspan.kernels.attention.registry import attend
+from longspan.kernels.attention import (
+    AttentionCall,
+    AttentionContext,
+    AttentionParams,
+    AttentionSpec,
+    Phase,
+    Window,
+)
+from longspan.kernels.attention.registry import attend, prepare
 
 from .attention import BackendChoice, effective
 from .config import HeadGroup
@@ -98,6 +105,15 @@ class GlobalAttention(nn.Module):
         self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
         self.groups = _seeing_everything(groups)
+        # In every situation (documents, training); made here, since masks are found by them and tracing makes no keys.
+        self.specs = {
+            (documents, training): tuple(
+                effective(group.spec, documents=documents, global_tokens=False, training=training)
+                for group in self.groups
+            )
+            for documents in (False, True)
+            for training in (False, True)
+        }
         biased = any(group.spec.alibi for group in groups)
         self.slopes = FixedTable(partial(slope_table, n_heads)) if biased else None
 
@@ -117,16 +133,15 @@ class GlobalAttention(nn.Module):
             cos, sin = rotation
             q_BNHK, k_BTGK = rotate(q_BNHK, (rows.of(cos), rows.of(sin))), rotate(k_BTGK, rotation)
 
-        documents = rows.context.q_documents is not None
         outputs, head = [], 0
-        for group in self.groups:
+        for group, spec in zip(self.groups, self._specs(rows)):
             kv = head // self.shared, group.heads // self.shared
             slopes = None if self.slopes is None or not group.spec.alibi else self.slopes.values
             output = attend(
                 q_BNHK.narrow(2, head, group.heads),
                 k_BTGK.narrow(2, *kv),
                 v_BTGK.narrow(2, *kv),
-                spec=effective(group.spec, documents=documents, global_tokens=False, training=self.training),
+                spec=spec,
                 context=rows.context,
                 params=None if slopes is None else AttentionParams(alibi_slopes=slopes.narrow(0, head, group.heads)),
                 backend=backend,
@@ -134,6 +149,36 @@ class GlobalAttention(nn.Module):
             outputs.append(output.out)
             head += group.heads
         return rows.put(out_BTHK, outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2))
+
+    def prepare(
+        self,
+        rows: GlobalRows,
+        *,
+        n_tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        needs_grad: bool,
+        backend: BackendChoice,
+    ) -> None:
+        """As `Attention.prepare`, for the rows of global tokens."""
+        for group, spec in zip(self.groups, self._specs(rows)):
+            call = AttentionCall(
+                phase=Phase.TRAIN,
+                device=device.type,
+                dtype=dtype,
+                head_dim=self.head_dim,
+                n_heads=group.heads,
+                n_kv_heads=group.heads // self.shared,
+                n_queries=rows.index_BN.shape[1],
+                n_keys=n_tokens,
+                needs_grad=needs_grad,
+                positions=rows.context.q_positions is not None or rows.context.kv_positions is not None,
+                kv_lengths=rows.context.kv_lengths is not None,
+            )
+            prepare(rows.context, spec, call, device=device, backend=backend)
+
+    def _specs(self, rows: GlobalRows) -> tuple[AttentionSpec, ...]:
+        return self.specs[rows.context.q_documents is not None, self.training]
 
 
 def _seeing_everything(groups: Sequence[HeadGroup]) -> tuple[HeadGroup, ...]:

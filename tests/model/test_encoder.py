@@ -293,11 +293,13 @@ def test_gradients_agree_between_backends() -> None:
         torch.testing.assert_close(found["sdpa"][name], gradient, atol=1e-3, rtol=1e-4)
 
 
-def test_blocks_trace_as_one_graph() -> None:
+@pytest.mark.parametrize("lengths", [None, (T, 9)])
+def test_blocks_trace_as_one_graph(lengths: tuple[int, int] | None) -> None:
     model, tokens = built(DILATED), drawn(2)
-    context = AttentionContext(is_global=flags((0, 4), (2,)))
+    lengths_B = None if lengths is None else torch.tensor(lengths)
     with torch.no_grad():
-        expected = model(tokens, context)
+        expected = model(tokens, AttentionContext(is_global=flags((0, 4), (2,)), kv_lengths=lengths_B))
+        context = AttentionContext(is_global=flags((0, 4), (2,)), kv_lengths=lengths_B)
         for block in model.blocks:
             block.compile(fullgraph=True, backend="eager")
         torch.testing.assert_close(model(tokens, context), expected, atol=1e-6, rtol=0)

@@ -136,6 +136,16 @@ def test_every_parameter_learns() -> None:
     assert [name for name in still if not name.endswith("k_proj.bias")] == []
 
 
+def test_blocks_trace_as_one_graph(config: Seq2SeqConfig) -> None:
+    model, source_BS, target_BT = built(config), drawn(3, S), drawn(3, T, seed=2)
+    with torch.no_grad():
+        expected = model(source_BS, target_BT, source_lengths_B=LENGTHS_B, is_global_BS=globals_of(config))
+        for block in (*model.encoder.blocks, *model.blocks):
+            block.compile(fullgraph=True, backend="eager")
+        traced = model(source_BS, target_BT, source_lengths_B=LENGTHS_B, is_global_BS=globals_of(config))
+    torch.testing.assert_close(traced, expected, atol=1e-5, rtol=0)
+
+
 # -- decoding ---------------------------------------------------------------------------------------------------------
 
 
