@@ -78,21 +78,21 @@ def cases(shapes: str) -> tuple[DecodeCase, ...]:
     """tiny: a smoke test; quick: what the targets ask; full: contexts 1K … 128K, batches 1, 8, 64, MHA, GQA and MQA."""
     if shapes == "tiny":
         few = DecodeCase(batch=2, heads=4, kv_heads=2, head_dim=32, length=96)
-        return (few, _with(few, window=16), _with(few, page=16), _with(few, storage="int8"))
+        return (few, replace(few, window=16), replace(few, page=16), replace(few, storage="int8"))
     mha = DecodeCase(batch=8, heads=16, kv_heads=16, head_dim=128, length=8192)
     gqa = DecodeCase(batch=8, heads=16, kv_heads=4, head_dim=128, length=32768)
     single = DecodeCase(batch=1, heads=16, kv_heads=4, head_dim=128, length=131072)
     quick = (
         mha,
         gqa,
-        _with(gqa, page=16),
-        _with(gqa, page=64),
-        _with(gqa, storage="int8"),
-        _with(gqa, storage="float8_e4m3fn"),
-        _with(single),
-        _with(single, length=1024),
-        _with(single, window=1024),
-        _with(single, window=1024, length=8192),
+        replace(gqa, page=16),
+        replace(gqa, page=64),
+        replace(gqa, storage="int8"),
+        replace(gqa, storage="float8_e4m3fn"),
+        single,
+        replace(single, length=1024),
+        replace(single, window=1024),
+        replace(single, window=1024, length=8192),
         DecodeCase(batch=64, heads=12, kv_heads=12, head_dim=64, length=4096),
     )
     if shapes == "quick":
@@ -104,10 +104,6 @@ def cases(shapes: str) -> tuple[DecodeCase, ...]:
         for length in lengths
     ]
     return (*quick, *(case for case in sweep if case not in quick))
-
-
-def _with(case: DecodeCase, **changes: int | str) -> DecodeCase:
-    return replace(case, **changes)
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------------
@@ -285,7 +281,7 @@ def _row(
 ) -> dict[str, object]:
     p20, p50, p80 = quantiles(samples) if samples else (math.nan, math.nan, math.nan)
     # What ours reads; peers read the same keys in bf16.
-    nbytes = case.nbytes if name == OURS else _with(case, storage="bfloat16").nbytes
+    nbytes = case.nbytes if name == OURS else replace(case, storage="bfloat16").nbytes
     rate = nbytes / p50 * 1e-6
     share = None if machine is None else rate / (machine.copy_tb_per_s * 1e3)
     asked = name == OURS and share is not None and nbytes >= _LARGE and not math.isnan(share)

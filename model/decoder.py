@@ -193,6 +193,10 @@ class Decoder(nn.Module):
         for attention in self._attentions():
             attention.backends = {Phase.TRAIN: train, Phase.PREFILL: prefill, Phase.DECODE: decode}
 
+    def backend(self, phase: Phase | str) -> BackendChoice:
+        """What `set_backends` chose for this phase."""
+        return self._attentions()[0].backends[Phase(phase)]
+
     def _attentions(self) -> list[Attention]:
         return [module for module in self.modules() if isinstance(module, Attention)]
 

@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 from .beam import search
-from .cache import create_cache
+from .cache import ContiguousCache, create_cache
 from .cache_plan import CacheKind, Storage
 from .completion import Completion, Output, TextTokenizer
 from .conditional import Conditional, Generative, condition
 from .config import DecoderConfig
 from .decoder import Decoder
+from .paging import PagedCache
 from .prompts import Prompts, check_room, check_tokenizer, check_tokens, from_rows, from_sequences, prefill
 from .sampling import Sampling, choose, demanded, log_probabilities, seen_tokens, sequence_seeds
 from .seq2seq import Seq2Seq
+from .step import DecodeStep, recordable
 
 
 def generate(
@@ -224,6 +226,7 @@ def _steps(
 
     lengths = prompts.lengths if prompts.ragged else None
     logits_BV = prefill(model, prompts.tokens_BT, memory, chunk=sampling.prefill_chunk, lengths=lengths)
+    advance: Callable[[Tensor], Tensor] | None = None
     for step in range(n_steps):
         logits_BV = demanded(logits_BV, sampling, step)
         token_B = choose(logits_BV, sampling, seeds_B=seeds_B, step=step, seen_BV=seen_BV)
@@ -235,7 +238,16 @@ def _steps(
         yield token_B, logits_BV
         if step + 1 == n_steps or (stops is not None and bool(finished_B.all())):
             return
-        logits_BV = prefill(model, token_B[:, None], memory)
+        if advance is None:
+            advance = _advance(model, memory)
+        logits_BV = advance(token_B)
+
+
+def _advance(model: Generative, cache: ContiguousCache | PagedCache) -> Callable[[Tensor], Tensor]:
+    """One token of every row -> the next logits; on CUDA recorded as a graph, where nothing in a step waits for it."""
+    if isinstance(model, Decoder) and recordable(model):
+        return DecodeStep(model, cache)
+    return lambda token_B: prefill(model, token_B[:, None], cache)
 
 
 def _ready(

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longspan.kernels.attention import Phase
 from longspan.kernels.attention.caching import KeyValueCache
 
 from .decoder import Decoder
@@ -31,6 +32,16 @@ class FixedShapeCache(KeyValueCache, Protocol):
     def advance_host(self, n_tokens: int) -> None:
         """Counts on the host what the device has counted itself."""
         ...
+
+
+def recordable(model: Decoder) -> bool:
+    """Can a step of this model be recorded: on CUDA, in evaluation mode, by a decode backend that never waits for the
+    device. Block layouts do (they look at positions), as do backends that were named for decoding."""
+    chosen = model.backend(Phase.DECODE) in ("auto", "decode")
+    config = model.config
+    specs = [group.spec for layer in range(config.n_layers) for group in config.head_groups(layer)]
+    plain = all(spec.block_sparse is None for spec in specs)
+    return chosen and plain and model.head_weight.is_cuda and not model.training
 
 
 class DecodeStep:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
-from longspan.kernels.attention import AttentionSpec, Window
+from longspan.kernels.attention import AttentionSpec, BlockLayout, Window
+from longspan.model import generation
 from longspan.model.cache import create_cache
 from longspan.model.cache_plan import CacheKind
 from longspan.model.config import AttentionPlan, DecoderConfig
 from longspan.model.decoder import from_config
-from longspan.model.generation import prefill
-from longspan.model.step import DecodeStep
+from longspan.model.generation import generate, prefill
+from longspan.model.step import DecodeStep, recordable
 
 TINY = DecoderConfig(
     vocab_size=128,
@@ -54,6 +57,47 @@ def test_steps_are_the_model_itself(kind: CacheKind, config: DecoderConfig) -> N
     assert cache.length == 40
     with pytest.raises(ValueError, match="do not fit"):
         step(tokens_BT[:, 0])
+
+
+@pytest.mark.parametrize("config", [TINY, WINDOWED], ids=["full", "window"])
+def test_generation_by_recorded_steps(monkeypatch: pytest.MonkeyPatch, config: DecoderConfig) -> None:
+    """What `generate` does on CUDA, run here with fixed shapes: ragged prompts, stop tokens, sampling."""
+    model = from_config(config, seed=0).eval()
+    tokens_BT = torch.randint(100, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask_BT = torch.arange(12)[None] < torch.tensor([12, 5, 1])[:, None]
+
+    def text(cache: CacheKind) -> Tensor:
+        return generate(
+            model, tokens_BT, max_new_tokens=30, seed=1, stop_tokens=[7], prompt_mask_BT=mask_BT, cache=cache
+        )
+
+    kinds: tuple[CacheKind, ...] = ("auto", "contiguous", "paged")
+    plain = [text(kind) for kind in kinds]
+    steps: list[DecodeStep] = []
+    monkeypatch.setattr(generation, "recordable", lambda model: True)
+    monkeypatch.setattr(generation, "DecodeStep", lambda *args: steps.append(DecodeStep(*args)) or steps[-1])
+    assert all(torch.equal(text(kind), expected) for kind, expected in zip(kinds, plain, strict=True))
+    assert len(steps) == 3
+
+
+def test_what_can_be_recorded() -> None:
+    model = from_config(TINY, seed=0).eval()
+    assert not recordable(model)  # on a CPU
+    on_cuda = SimpleNamespace(is_cuda=True)
+    for decode, block_sparse, training, expected in (
+        ("auto", None, False, True),
+        ("decode", None, False, True),
+        ("sdpa", None, False, False),
+        ("auto", BlockLayout.from_rows([[1]], q_block=64, kv_block=64), False, False),
+        ("auto", None, True, False),
+    ):
+        spec = AttentionSpec(causal=True, block_sparse=block_sparse)
+        asked = from_config(replace(TINY, attention=AttentionPlan(patterns={"full": spec})), device="meta")
+        asked.set_backends(decode=decode)
+        asked.train(training)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(asked), "head_weight", on_cuda)
+            assert recordable(asked) is expected
 
 
 def test_a_compiled_step_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:

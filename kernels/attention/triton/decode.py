@@ -12,19 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .mask import INTERPRETED, LN2, LOG2E, load_rows, scores, unit_of
-
-COMPILED: tl.constexpr = tl.constexpr(not INTERPRETED)
-# Four int8 as four fp16: x + 128 becomes the low byte of 1,024 + (x + 128), and 1,152 is taken away.
-FOUR_INT8: tl.constexpr = tl.constexpr("""{
-    .reg .b32 t, m;
-    xor.b32 t, $2, 0x80808080;
-    mov.b32 m, 0x64806480;
-    prmt.b32 $0, t, 0x64646464, 0x4140;
-    prmt.b32 $1, t, 0x64646464, 0x4342;
-    sub.f16x2 $0, $0, m;
-    sub.f16x2 $1, $1, m;
-}""")
+from .mask import LN2, LOG2E, load_rows, scores, unit_of
 
 
 @triton.jit
@@ -88,38 +76,6 @@ def places(tile, lanes, pages, x_b, x_s, N: tl.constexpr, PAGE: tl.constexpr, PA
         base = (tile * N).to(tl.int64) * x_s
         offsets = lanes * x_s
     return base, offsets
-
-
-@triton.jit
-def widened(x, like):
-    """x [N, D], stored in eight bits or not, in the dtype of `like`.
-
-    Eight bits become fp16 in the layout in which they were read. Left to itself, Triton converts values in the layout
-    of the second product's operand, for which it fetches them from shared memory byte by byte; an instruction that it
-    cannot see through keeps it from that.
-    """
-    if x.dtype == like.dtype:
-        wide = x
-    elif COMPILED and like.dtype == tl.float16 and x.dtype == tl.int8:
-        wide = tl.inline_asm_elementwise(FOUR_INT8, "=r,=r,r", [x], dtype=tl.float16, is_pure=False, pack=4)
-    elif COMPILED and like.dtype == tl.float16:
-        wide = x.to(tl.float16)
-        wide = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [wide], dtype=tl.float16, is_pure=False, pack=2)
-    else:
-        wide = x.to(like.dtype)
-    return wide
-
-
-@triton.jit
-def in_fp16(q):
-    """(q as fp16, scale [M, 1]) with a power of two for each row, so that bf16 keeps its range: the largest of a row
-    lies in [2^14, 2^15), and what fp16 cannot hold of the others is 2^-39 of that. Eight bits are exact in fp16 and
-    become fp16 with fewer instructions than bf16."""
-    q = q.to(tl.float32)
-    largest = tl.max(tl.abs(q), 1)
-    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * (2.0**-14)
-    power = tl.where(largest > 2.0**-100, power, 1.0)
-    return (q / power[:, None]).to(tl.float16), power[:, None]
 
 
 @triton.jit
@@ -286,9 +242,6 @@ def decode_kernel(
     unit = unit_of(scale, SOFTCAP, ALIBI)
 
     q = load_rows(Q, t.to(tl.int64) * q_t + h.to(tl.int64) * q_h, row_ok, D, BLOCK_D, True)
-    q_scale = 1.0
-    if SCALED and q.dtype != tl.float32:
-        q, q_scale = in_fp16(q)
     acc = tl.zeros([M, BLOCK_E], tl.float32)
     total = tl.zeros([M, N], tl.float32)
     top = tl.full([M], float("-inf"), tl.float32)
@@ -302,16 +255,16 @@ def decode_kernel(
             base, offsets = places(tile, lanes, pages, k_b, k_s, N, PAGE, PAGED)
             k = load_rows(K + base, offsets, row_ok, D, BLOCK_D, False)
             base, offsets = places(tile, lanes, pages, v_b, v_s, N, PAGE, PAGED)
-            v = load_rows(V + base, offsets, row_ok, E, BLOCK_E, False)
-            qk = tl.dot(q, tl.trans(widened(k, q)), input_precision="ieee")
+            v = load_rows(V + base, offsets, row_ok, E, BLOCK_E, False).to(q.dtype)
+            qk = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
             v_scale = scale
             if SCALED:
                 base, offsets = places(tile, lanes, pages, ks_b, ks_s, N, PAGE, PAGED)
-                qk = qk * q_scale * tl.load(K_SCALE + base + offsets).to(tl.float32)[None, :]
+                qk = qk * tl.load(K_SCALE + base + offsets).to(tl.float32)[None, :]
                 base, offsets = places(tile, lanes, pages, vs_b, vs_s, N, PAGE, PAGED)
                 v_scale = tl.load(V_SCALE + base + offsets).to(tl.float32)
             s, _tanh = scores(qk, q_pos[:, None], (tile * N + lanes)[None, :], scale, softcap, slope, SOFTCAP, ALIBI)
-            acc, total, top = join(s, unit, widened(v, q), v_scale, acc, total, top, False, SCALED)
+            acc, total, top = join(s, unit, v, v_scale, acc, total, top, False, SCALED)
             tile += 1
             if PAGED:  # one ahead, so that the pipeline does not wait for it
                 pages = pages_of(TABLE, tile, lanes, n_keys, N, PAGE)
@@ -327,18 +280,18 @@ def decode_kernel(
         base, offsets = places(tile, lanes, pages, k_b, k_s, N, PAGE, PAGED)
         k = load_rows(K + base, offsets, ok, D, BLOCK_D, True)
         base, offsets = places(tile, lanes, pages, v_b, v_s, N, PAGE, PAGED)
-        v = load_rows(V + base, offsets, ok, E, BLOCK_E, True)
+        v = load_rows(V + base, offsets, ok, E, BLOCK_E, True).to(q.dtype)
         k_pos = keys
         exists = ok
         if EXPLICIT:  # what lies in an empty slot may be NaN, which a weight of 0 does not keep out
             k_pos = tl.load(K_POS + b * k_pos_b + keys, mask=ok, other=-1).to(tl.int64)
             exists = k_pos >= 0
             v = tl.where(exists[:, None], v, 0.0)
-        qk = tl.dot(q, tl.trans(widened(k, q)), input_precision="ieee")
+        qk = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
         v_scale = scale
         if SCALED:
             base, offsets = places(tile, lanes, pages, ks_b, ks_s, N, PAGE, PAGED)
-            qk = qk * q_scale * tl.load(K_SCALE + base + offsets, mask=ok, other=0).to(tl.float32)[None, :]
+            qk = qk * tl.load(K_SCALE + base + offsets, mask=ok, other=0).to(tl.float32)[None, :]
             base, offsets = places(tile, lanes, pages, vs_b, vs_s, N, PAGE, PAGED)
             v_scale = tl.load(V_SCALE + base + offsets, mask=ok, other=0).to(tl.float32)
             v_scale = tl.where(exists, v_scale, 0.0)
@@ -363,7 +316,7 @@ def decode_kernel(
                 near = near & (back >= 0)
             seen = near
         s = tl.where(seen, s, float("-inf"))
-        acc, total, top = join(s, unit, widened(v, q), v_scale, acc, total, top, True, SCALED)
+        acc, total, top = join(s, unit, v, v_scale, acc, total, top, True, SCALED)
         turn = at + it + 1
         turn += tl.where(turn >= full, n_full, 0)
         tile = tl.where(turn < n_sinks, turn, first_tile + turn - n_sinks)

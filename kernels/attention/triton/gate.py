@@ -47,7 +47,6 @@ SPILL_BUDGETS: dict[str, dict[int, int]] = {
     "d128 globals dkdv": {80: 16, 90: 32},
     "d128 globals always_keys_dkdv": {80: 112},
     "d128 8:1 decode": {90: 8},  # once for a program, outside its loops
-    "d128 int8 4:1 decode": {90: 16},
     "d96 causal dkdv": {80: 752, 90: 256},
     "d256 causal forward": {80: 160},
     "d256 causal dq": {80: 48, 90: 160},
