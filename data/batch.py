@@ -3,8 +3,6 @@
 Legend: B sequences, T tokens each.
 """
 
-# ruff: noqa: N815  (names of fields carry shapes)
-
 from __future__ import annotations
 
 from collections.abc import Callable
