@@ -133,7 +133,7 @@ def test_pairs_of_a_layout_that_does_not_fit_are_refused() -> None:
 
 def test_the_schema_knows_suites_shapes_and_peers() -> None:
     choices = {key.path: key.choices for key in keys(BenchConfig)}
-    assert choices["suite"] == SUITES
+    assert choices["suite"] == (*SUITES, "decode", "generation")  # the last two have cases of their own
     assert choices["shapes"] == get_args(Shapes)
     words = next(key.allowed for key in keys(BenchConfig) if key.path == "peers")
     assert all(name in words for name in PEERS)
