@@ -68,10 +68,11 @@ def run(config: GenerateConfig) -> int:
 def _load(config: GenerateConfig) -> tuple[Decoder, Tokenizer]:
     device = choose_device(config.accelerator, key="accelerator")
     checkpoint = resolve_checkpoint(config.checkpoint)
+    model_config = load_decoder_config(checkpoint)
     tokenizer = Tokenizer.load(checkpoint)
     if imported(checkpoint):
         tokenizer = tokenizer.starting()
-    check_tokenizer(load_decoder_config(checkpoint), tokenizer)
+    check_tokenizer(model_config, tokenizer)
     dtype = torch.bfloat16 if inference_precision(config.precision, device) == "bf16" else torch.float32
     return load_decoder(checkpoint, device=device, dtype=dtype), tokenizer
 
