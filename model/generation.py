@@ -24,10 +24,21 @@ from .conditional import Conditional, Generative, condition
 from .config import DecoderConfig
 from .decoder import Decoder
 from .paging import PagedCache
-from .prompts import Prompts, check_room, check_tokenizer, check_tokens, from_rows, from_sequences, prefill
+from .prompts import (
+    Prompts,
+    check_room,
+    check_special,
+    check_tokenizer,
+    check_tokens,
+    from_rows,
+    from_sequences,
+    prefill,
+)
 from .sampling import Sampling, choose, demanded, log_probabilities, seen_tokens, sequence_seeds
 from .seq2seq import Seq2Seq
 from .step import DecodeStep, recordable
+
+_WORTH_RECORDING = 8  # tokens: recording takes about as long as a few steps
 
 
 def generate(
@@ -239,13 +250,13 @@ def _steps(
         if step + 1 == n_steps or (stops is not None and bool(finished_B.all())):
             return
         if advance is None:
-            advance = _advance(model, memory)
+            advance = _advance(model, memory, n_steps)
         logits_BV = advance(token_B)
 
 
-def _advance(model: Generative, cache: ContiguousCache | PagedCache) -> Callable[[Tensor], Tensor]:
-    """One token of every row -> the next logits; on CUDA recorded as a graph, where nothing in a step waits for it."""
-    if isinstance(model, Decoder) and recordable(model):
+def _advance(model: Generative, cache: ContiguousCache | PagedCache, n_steps: int) -> Callable[[Tensor], Tensor]:
+    """One token of every row -> the next logits; recorded as a CUDA graph where that can be and pays."""
+    if n_steps > _WORTH_RECORDING and isinstance(model, Decoder) and recordable(model, cache):
         return DecodeStep(model, cache)
     return lambda token_B: prefill(model, token_B[:, None], cache)
 
@@ -297,10 +308,7 @@ def _flags(is_global_BT: Tensor | None, tokens_BT: Tensor, mask_BT: Tensor | Non
 def _check(config: DecoderConfig, prompts: Prompts, sampling: Sampling) -> None:
     """What the model and the prompt decide; the rest is Sampling's own."""
     check_tokens(config, prompts.tokens_BT)
-    named = {"pad_token": sampling.pad_token, "first_token": sampling.first_token, "last_token": sampling.last_token}
-    for name, token in named.items():
-        if token is not None and not 0 <= token < config.vocab_size:
-            raise ValueError(f"{name}={token}: a token of the model, 0 … {config.vocab_size - 1}")
+    check_special(config, sampling)
     check_room(config, prompts.longest, sampling.max_new_tokens)
     if sampling.seeds is not None:
         sequence_seeds(sampling, len(prompts.lengths))

@@ -17,6 +17,7 @@ from longspan.kernels.attention.caching import KeyValueCache
 from .completion import TextTokenizer
 from .conditional import Generative
 from .config import DecoderConfig, Seq2SeqConfig
+from .sampling import Sampling
 
 EMPTY = "the prompt is empty: a decoder continues at least one token (an end-of-text token will do)"
 
@@ -105,6 +106,14 @@ def check_tokens(config: DecoderConfig, tokens: Tensor) -> None:
             f"the prompt has token {low if low < 0 else high}, but the model's vocabulary is 0 … "
             f"{config.vocab_size - 1}: it was made by another tokenizer"
         )
+
+
+def check_special(config: DecoderConfig, sampling: Sampling) -> None:
+    """Raises ValueError for tokens of the settings that the model does not have."""
+    named = {"pad_token": sampling.pad_token, "first_token": sampling.first_token, "last_token": sampling.last_token}
+    for name, token in named.items():
+        if token is not None and not 0 <= token < config.vocab_size:
+            raise ValueError(f"{name}={token}: a token of the model, 0 … {config.vocab_size - 1}")
 
 
 def check_room(config: DecoderConfig, prompt: int, max_new_tokens: int) -> None:

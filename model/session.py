@@ -22,8 +22,8 @@ from .cache_layers import free_memory
 from .cache_plan import Storage, pages_for, pool_bytes
 from .completion import Completion, Output, TextTokenizer
 from .decoder import Decoder
-from .paging import OutOfPages, PagedCache, PagePool
-from .prompts import EMPTY, check_room, check_tokenizer, check_tokens, prefill
+from .paging import CachedSequence, OutOfPages, PagedCache, PagePool
+from .prompts import EMPTY, check_room, check_special, check_tokenizer, check_tokens, prefill
 from .sampling import Sampling, choose, demanded, log_probabilities, seen_tokens, sequence_seeds
 from .session_parts import Event, Prefix, Request, RunningRequest
 
@@ -80,19 +80,24 @@ class Session:
         self._waiting: deque[RunningRequest] = deque()
         self._running: list[RunningRequest] = []  # oldest first
         self._decoding: PagedCache | None = None  # of the latest step, for the next one over the same sequences
+        # What an exception between here and there must not lose: events before and after their callback, and answers.
+        self._untold: deque[tuple[Event, Request]] = deque()
+        self._told: list[Event] = []
+        self._done: dict[int, Completion] = {}
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
     @property
     def unfinished(self) -> int:
-        """Requests that wait or run."""
-        return len(self._waiting) + len(self._running)
+        """Requests that wait, run, or have ended without `step` having said so."""
+        pending = (*self._told, *(event for event, _ in self._untold))
+        return len(self._waiting) + len(self._running) + sum(event.completion is not None for event in pending)
 
     def prefill(self, prompt: Sequence[int] | str) -> Prefix:
         """Reads tokens that requests can begin with (`Request.prefix`), and keeps their pages until it is freed.
 
         Raises ValueError for an empty prompt, for more tokens than the model has positions, and when the pages that
-        would be left are too few for a request that was accepted.
+        would be left are too few for a request that was accepted; OutOfPages when somebody else has taken the pages.
         """
         tokens = self._tokens(prompt)
         if not tokens:
@@ -108,20 +113,25 @@ class Session:
             )
         sequence = self.pool.open()
         tokens_1T = torch.tensor([tokens], device=self.pool.device)
-        while True:
-            try:
-                logits_1V = prefill(
-                    self.model, tokens_1T[:, sequence.length :], self.pool.cache([sequence]), chunk=self.prefill_chunk
-                )
-                break
-            except OutOfPages:
-                if not self._running:
-                    sequence.free()
-                    raise
-                self._preempt()
+        try:
+            logits_1V = self._read(sequence, tokens_1T)
+        except BaseException:
+            sequence.free()
+            raise
         prefix = Prefix(tuple(tokens), sequence, logits_1V)
         self._prefixes.append(prefix)
         return prefix
+
+    def _read(self, sequence: CachedSequence, tokens_1T: Tensor) -> Tensor:
+        """Logits [1, V] behind the tokens, preempting for their pages."""
+        while True:
+            try:
+                unread_1T = tokens_1T[:, sequence.length :]
+                return prefill(self.model, unread_1T, self.pool.cache([sequence]), chunk=self.prefill_chunk)
+            except OutOfPages:
+                if not self._running:
+                    raise
+                self._preempt()
 
     def submit(self, request: Request) -> int:
         """Queues a request; its number. Raises ValueError for one that can never be served, with the numbers."""
@@ -147,6 +157,7 @@ class Session:
             seed=sequence_seeds(sampling, 1)[0],
             manner=_manner(sampling),
         )
+        check_special(self.model.config, sampling)
         check_room(self.model.config, sequence.begins + len(tokens), sampling.max_new_tokens)
         own, held, total = self._own_pages(sequence), self._held(), self.pool.allocator.total
         if own + held > total:
@@ -163,42 +174,45 @@ class Session:
         return sequence.number
 
     def run(self, on_event: Callable[[Event], None] | None = None) -> dict[int, Completion]:
-        """Steps until nothing is left to do; what finished meanwhile, by number of the request."""
-        done: dict[int, Completion] = {}
+        """Steps until nothing is left to do; what finished since `run` last returned, by number of the request."""
         while self.unfinished:
-            for event in self.step():
+            events = self.step()
+            self._done.update({each.request: each.completion for each in events if each.completion is not None})
+            for event in events:
                 if on_event is not None:
                     on_event(event)
-                if event.completion is not None:
-                    done[event.request] = event.completion
+        done, self._done = self._done, {}
         return dict(sorted(done.items()))
 
     def step(self) -> list[Event]:
         """Admits, reads a piece of the prompts that are not read yet, and continues every other sequence by a token.
         The tokens that came of it.
 
-        Whatever is raised meanwhile, by a callback or for want of memory, the next step goes on from there.
+        Whatever is raised meanwhile, by a callback or for want of memory, the next step goes on from there, and returns
+        the events that this one could not.
         """
-        happened = self._admit()
+        self._admit()
         self._advance([each for each in self._running if len(each.unread) == 1])
         self._advance(self._next_to_read())
-        happened += self._choose([each for each in self._running if each.logits_1V is not None])
-        for event, request in happened:
+        self._choose([each for each in self._running if each.logits_1V is not None])
+        while self._untold:
+            event, request = self._untold.popleft()
+            self._told.append(event)
             if event.text and request.on_text is not None:
                 request.on_text(event.text)
-        return [event for event, _ in happened]
+        told, self._told = self._told, []
+        return told
 
     # -- scheduling ---------------------------------------------------------------------------------------------------
 
-    def _admit(self) -> list[tuple[Event, Request]]:
+    def _admit(self) -> None:
         """Sequences from the head of the queue, while there is room for all that each has to read."""
-        happened: list[tuple[Event, Request]] = []
         page_size = self.pool.page_size
         promised = sum(map(self._missing_pages, self._running))
         while self._waiting and len(self._running) < self.max_batch:
             head = self._waiting[0]
             if head.output.finish_reason is not None:  # no tokens were asked for
-                happened.append(self._event(head, None, 0.0, ""))
+                self._untold.append(self._event(head, None, 0.0, ""))
                 continue
             unread = [*head.prompt, *head.output.tokens]
             # One more for the first new token: a sequence that could not even have that would be in vain.
@@ -217,7 +231,6 @@ class Session:
             self._running.sort(key=lambda each: each.number)
             if prefix is not None and not unread:
                 head.logits_1V = prefix.logits_1V
-        return happened
 
     def _next_to_read(self) -> list[RunningRequest]:
         """Sequences with prompts to read, oldest first: as many as fit, with padding, into `prefill_chunk` tokens."""
@@ -241,12 +254,17 @@ class Session:
             padded = [piece + [0] * (width - len(piece)) for piece in pieces]
             tokens_BT = torch.tensor(padded, device=self.pool.device)
             lengths = None if min(counts) == width else counts
+            before = [(each.cached, each.cached.length) for each in batch if each.cached is not None]
             try:
                 logits_BV = prefill(self.model, tokens_BT, self._cache(batch), lengths=lengths)
             except OutOfPages:
                 youngest = self._preempt()
                 batch = [each for each in batch if each is not youngest]
                 continue
+            except BaseException:  # the tokens may be in the cache already, and would be read again
+                for sequence, length in before:
+                    sequence.truncate(min(length, sequence.length))
+                raise
             for row, (each, count) in enumerate(zip(batch, counts)):
                 del each.unread[:count]
                 each.logits_1V = None if each.unread else logits_BV[row : row + 1]
@@ -273,7 +291,7 @@ class Session:
         self.preemptions += 1
         return youngest
 
-    def _choose(self, ready: list[RunningRequest]) -> list[tuple[Event, Request]]:
+    def _choose(self, ready: list[RunningRequest]) -> None:
         """The next token of each sequence; those that are chosen alike together."""
         alike: dict[Sampling, list[tuple[RunningRequest, Tensor]]] = {}
         for each in ready:
@@ -295,7 +313,7 @@ class Session:
                 if each.seen_1V is not None:
                     each.seen_1V[0, token] = True
                 happened.append(self._event(each, token, logprob, text))
-        return sorted(happened, key=lambda pair: pair[0].request)
+        self._untold.extend(sorted(happened, key=lambda pair: pair[0].request))
 
     def _event(self, sequence: RunningRequest, token: int | None, logprob: float, text: str) -> tuple[Event, Request]:
         """With the completion of a sequence that is finished, which gives its pages back."""

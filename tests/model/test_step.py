@@ -74,30 +74,34 @@ def test_generation_by_recorded_steps(monkeypatch: pytest.MonkeyPatch, config: D
     kinds: tuple[CacheKind, ...] = ("auto", "contiguous", "paged")
     plain = [text(kind) for kind in kinds]
     steps: list[DecodeStep] = []
-    monkeypatch.setattr(generation, "recordable", lambda model: True)
+    monkeypatch.setattr(generation, "recordable", lambda model, cache: True)
     monkeypatch.setattr(generation, "DecodeStep", lambda *args: steps.append(DecodeStep(*args)) or steps[-1])
     assert all(torch.equal(text(kind), expected) for kind, expected in zip(kinds, plain, strict=True))
     assert len(steps) == 3
 
 
-def test_what_can_be_recorded() -> None:
+def test_what_can_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA: the questions are asked of a model that says so."""
     model = from_config(TINY, seed=0).eval()
-    assert not recordable(model)  # on a CPU
-    on_cuda = SimpleNamespace(is_cuda=True)
-    for decode, block_sparse, training, expected in (
-        ("auto", None, False, True),
-        ("decode", None, False, True),
-        ("sdpa", None, False, False),
-        ("auto", BlockLayout.from_rows([[1]], q_block=64, kv_block=64), False, False),
-        ("auto", None, True, False),
-    ):
-        spec = AttentionSpec(causal=True, block_sparse=block_sparse)
-        asked = from_config(replace(TINY, attention=AttentionPlan(patterns={"full": spec})), device="meta")
-        asked.set_backends(decode=decode)
-        asked.train(training)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(asked), "head_weight", on_cuda)
-            assert recordable(asked) is expected
+    cache = create_cache(model, 1, 8)
+    assert not recordable(model, cache)  # on a CPU
+    weight = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    monkeypatch.setattr(type(model), "head_weight", weight)
+
+    def asked(config: DecoderConfig = TINY, decode: str = "auto", training: bool = False) -> bool:
+        model = from_config(config, device="meta").train(training)
+        model.set_backends(decode=decode)
+        return recordable(model, cache)
+
+    blocks = AttentionSpec(causal=True, block_sparse=BlockLayout.from_rows([[1]], q_block=64, kv_block=64))
+    assert asked()
+    assert asked(WINDOWED, decode="decode")
+    assert not asked(decode="sdpa")
+    assert not asked(training=True)
+    assert not asked(replace(TINY, attention=AttentionPlan(patterns={"full": blocks})))
+    assert not asked(replace(TINY, head_dim=512))  # what the decode backend refuses
+    weight.dtype = torch.float64
+    assert not asked()
 
 
 def test_a_compiled_step_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
