@@ -66,7 +66,10 @@ def load_config(directory: Path | str) -> ModelConfig:
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         found = f"architecture {architecture!r}" if architecture is not None else "no architecture"
         if "model_type" in raw:
-            found = f"a Hugging Face model of type {raw['model_type']!r}"
+            raise CheckpointError(
+                f"{path} describes a Hugging Face model of type {raw['model_type']!r}; make a checkpoint of it first: "
+                f"longspan import source={directory} output=DIR"
+            )
         raise CheckpointError(f"{path} describes {found}; this version reads: {', '.join(ARCHITECTURES)}")
     try:
         return from_dict(raw)

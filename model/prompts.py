@@ -48,6 +48,9 @@ def from_rows(tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Prompts:
 
     Raises ValueError for no tokens, and for masks of another shape or with gaps between a row's tokens.
     """
+    if not isinstance(tokens_BT, Tensor) or tokens_BT.is_floating_point():
+        found = f"{tokens_BT.dtype}" if isinstance(tokens_BT, Tensor) else type(tokens_BT).__name__
+        raise ValueError(f"prompt tokens are an integer tensor [batch, time], not {found}; `complete` takes lists")
     if tokens_BT.dim() != 2:
         raise ValueError(f"prompt tokens have shape {tuple(tokens_BT.shape)}; generation reads [batch, time]")
     if tokens_BT.numel() == 0:
@@ -80,7 +83,10 @@ def from_rows(tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Prompts:
 def from_sequences(
     prompts: Sequence[str] | Sequence[Sequence[int]], tokenizer: TextTokenizer | None, device: torch.device
 ) -> Prompts:
-    """Texts, or lists of token ids. Raises ValueError for none, empty ones, and texts without a tokenizer."""
+    """Texts, or lists of token ids. Raises ValueError for none, empty ones, texts without a tokenizer, and a text that
+    stands for a list of them."""
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts are a list: [{prompts[:40]!r}]; a text would be read letter by letter")
     rows: list[list[int]] = []
     for prompt in prompts:
         if isinstance(prompt, str):

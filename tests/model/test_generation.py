@@ -347,3 +347,13 @@ def test_what_complete_refuses(model: Decoder) -> None:
         complete(model, ["a"], sampling, tokenizer=byte_level())
     with pytest.raises(ValueError, match="3 seeds for 1 sequences"):
         complete(model, [[1]], Sampling(max_new_tokens=2, seeds=(1, 2, 3)))
+
+
+def test_what_is_no_prompt_is_refused() -> None:
+    model = decoder("gpt-tiny")
+    with pytest.raises(ValueError, match=r"prompts are a list: \['hello'\]"):
+        complete(model, "hello", Sampling(max_new_tokens=1))
+    with pytest.raises(ValueError, match=r"an integer tensor \[batch, time\], not list"):
+        generate(model, [[1, 2]], max_new_tokens=1)  # pyright: ignore[reportArgumentType]  # that is the mistake
+    with pytest.raises(ValueError, match=r"not torch\.float32"):
+        generate(model, torch.ones(1, 2), max_new_tokens=1)
