@@ -170,7 +170,10 @@ def test_the_same_command_goes_on_where_it_was_stopped(
     kept = [json.dumps(whole[line], ensure_ascii=False) for line in (3, 1)]
     Path("a.jsonl").write_text("\n".join([*kept, json.dumps(whole[2])[:30]]))
     generate(requests(*lines), *arguments)
-    assert answers() == whole
+    again = answers()
+    for line, answer in whole.items():  # other requests beside it, so other rounding
+        assert again[line].pop("logprobs") == pytest.approx(answer.pop("logprobs"), abs=1e-4)
+    assert again == whole
     assert Path("a.jsonl").read_text().splitlines()[0] == kept[0]
     before = Path("a.jsonl").read_bytes()
     generate(requests(*lines), *arguments)  # nothing left to do
