@@ -72,7 +72,7 @@ def test_sweeps_are_shell_loops(refused: Refused) -> None:
         (["trainer.steps="], "trainer.steps=: expected a whole number, at least 1 (set on the command line)"),
         (["trainer.steps=0"], "trainer.steps=0: expected a whole number, at least 1 (set on the command line)"),
         (["optimizer=adamW"], "optimizer=adamW: optimizer has adamw; did you mean adamw? (set on the command line)"),
-        (["experiment=quikstart"], "experiment=quikstart: experiment has gpt2_small, llama_300m, quickstart, tiny; "
+        (["experiment=quikstart"], "experiment=quikstart: experiment has gpt2_small, llama_300m, masked_longformer, quickstart, tiny; "
                                    "did you mean quickstart? (set on the command line)"),
         (["trainer.steps"], "trainer.steps: expected key=value, with a key like trainer.steps"),
         (["--steps=5"], "--steps=5: longspan takes key=value; did you mean trainer.steps=5?"),
