@@ -42,8 +42,9 @@ quickstart: $(VENV)/.run
 	@echo "The model continues a prompt:  $(BIN)/longspan generate checkpoint=$(RUN) prompt='def main'"
 	@echo "The report:                    $(RUN)/report.html"
 
+# A process for each core (at most 4), one thread each: two threads in each of two processes would wait for each other.
 test: $(VENV)/.dev typing
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: lint types contracts test
 
