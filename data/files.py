@@ -7,10 +7,11 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Protocol, TypeVar, cast
 
 _TEXT = """.txt .text .md .markdown .rst .tex .org .html .xml .csv .log .py .pyi .c .h .cc .cpp .hpp .cu .java .js
     .ts .go .rs .rb .jl .lean .sh .sql .toml .yaml .yml"""
@@ -33,6 +34,31 @@ class Record:
     text: str
     place: str = ""
     prompt: str | None = None
+
+
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Columns(Protocol[R_co]):
+    """Which columns of a table are read, and what becomes of a row.
+
+    `check` raises SourceError where a column is missing. `of_row` gives None for a row that holds nothing, and raises
+    SourceError for one that cannot be used; `where` names the file, `place` the row in it.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def check(self, present: list[str], where: str) -> None: ...
+
+    def of_row(self, row: object, where: str, place: str) -> R_co | None: ...
+
+
+Refuse = Callable[[SourceError], None]  # told of each row that cannot be used; it raises where there were too many
+
+
+def raise_it(error: SourceError) -> None:
+    raise error
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,17 +164,38 @@ def _kind(path: Path) -> str | None:
 
 def read_file(path: Path, columns: TextColumns) -> Iterator[Record]:
     """The documents in a file: one for plain text, one a row otherwise. Raises SourceError."""
-    kind = _kind(path) or "text"
-    if kind == "text" and columns.prompt is not None:
+    if _kind(path) not in ("text", None):
+        yield from read_rows(path, columns)
+        return
+    if columns.prompt is not None:
         raise SourceError(
             f"{path} is plain text, but prompt_field and response_field name columns: use .jsonl or .parquet"
         )
-    try:
-        if kind in ("text", "jsonl"):
+    with _failures_of(path), _open(path) as file:
+        yield from _read_text(path, file)
+
+
+def read_rows(path: Path, columns: Columns[R_co], refuse: Refuse = raise_it) -> Iterator[R_co]:
+    """What `columns` makes of each row of a .jsonl, .parquet or .arrow file.
+
+    A row that cannot be used (not JSON, a column of another type) is handed to `refuse` and left out. Raises
+    SourceError for a file that is of another kind or cannot be read at all.
+    """
+    kind = _kind(path)
+    if kind in ("text", None):
+        raise SourceError(f"{path} has no columns ({', '.join(columns.names)}): use .jsonl, .parquet or .arrow")
+    with _failures_of(path):
+        if kind == "jsonl":
             with _open(path) as file:
-                yield from _read_text(path, file) if kind == "text" else _read_jsonl(path, file, columns)
+                yield from _read_jsonl(path, file, columns, refuse)
         else:
-            yield from _read_table(path, kind, columns)
+            yield from _read_table(path, kind, columns, refuse)
+
+
+@contextmanager
+def _failures_of(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SourceError(f"{path} is not a complete gzip file ({error})") from error
     except PermissionError as error:
@@ -195,24 +242,29 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
         ) from error
 
 
-def _read_jsonl(path: Path, file: BinaryIO, columns: TextColumns) -> Iterator[Record]:
+def _read_jsonl(path: Path, file: BinaryIO, columns: Columns[R_co], refuse: Refuse) -> Iterator[R_co]:
     offset = 0
     for number, line in enumerate(file, start=1):
         if line.strip():
-            text = _decode(line, path, offset).removeprefix("\ufeff" if number == 1 else "")
             try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise SourceError(
-                    f"{path} line {number}: not valid JSON ({error.msg}, column {error.colno})"
-                ) from error
-            record = columns.of_row(row, str(path), f"line {number}")
+                record = columns.of_row(_json_of(line, path, number, offset), str(path), f"line {number}")
+            except SourceError as error:
+                refuse(error)
+                record = None
             if record is not None:
                 yield record
         offset += len(line)
 
 
-def _read_table(path: Path, kind: str, columns: TextColumns) -> Iterator[Record]:
+def _json_of(line: bytes, path: Path, number: int, offset: int) -> object:
+    text = _decode(line, path, offset).removeprefix("\ufeff" if number == 1 else "")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{path} line {number}: not valid JSON ({error.msg}, column {error.colno})") from error
+
+
+def _read_table(path: Path, kind: str | None, columns: Columns[R_co], refuse: Refuse) -> Iterator[R_co]:
     import pyarrow as pa  # comes with datasets; only tables need it
     import pyarrow.parquet as pq
 
@@ -227,7 +279,11 @@ def _read_table(path: Path, kind: str, columns: TextColumns) -> Iterator[Record]
                 batches = _arrow_batches(path, file, columns)
             for batch in batches:
                 for values in batch.select(list(columns.names)).to_pylist():
-                    record = columns.of_row(values, str(path), f"row {row}")
+                    try:
+                        record = columns.of_row(values, str(path), f"row {row}")
+                    except SourceError as error:
+                        refuse(error)
+                        record = None
                     if record is not None:
                         yield record
                     row += 1
@@ -235,7 +291,7 @@ def _read_table(path: Path, kind: str, columns: TextColumns) -> Iterator[Record]
         raise SourceError(f"{path} cannot be read as {kind}: {str(error).splitlines()[0]}") from error
 
 
-def _arrow_batches(path: Path, file: object, columns: TextColumns) -> Iterator:  # of pyarrow.RecordBatch
+def _arrow_batches(path: Path, file: object, columns: Columns[object]) -> Iterator:  # of pyarrow.RecordBatch
     import pyarrow as pa
 
     with path.open("rb") as head:

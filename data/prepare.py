@@ -85,14 +85,24 @@ def prepare(settings: PrepareSettings, *, progress: Progress | None = None) -> P
     if not settings.sources:
         raise StoreError("data.sources is empty: name at least one source, or give data.path=…")
     loaded = Tokenizer.load(settings.tokenizer.path) if settings.tokenizer.path is not None else None
-    directory = Path(settings.cache) / f"{_file_name(settings.name)}-{_key(settings, loaded)}"
+    directory = Path(settings.cache) / f"{file_name(settings.name)}-{_key(settings, loaded)}"
+    built_once(directory, lambda building: _build(directory, building, settings, loaded, progress), progress)
+    store = TokenStore.open(directory)
+    return Prepared(store, store.tokenizer(), directory)
+
+
+def built_once(directory: Path, build: Callable[[Path], None], progress: Progress | None) -> None:
+    """Has `build` make `directory`, unless it is there; work goes on in the directory that `build` is called with.
+
+    Of several processes that want the same directory one builds it and the others wait.
+    """
     building = directory.with_name(directory.name + ".building")
     try:
         if not directory.exists():  # a cache that may only be read serves what it has
             directory.parent.mkdir(parents=True, exist_ok=True)
             with _lock(directory.with_name(directory.name + ".lock"), progress):
                 if not directory.exists():
-                    _build(directory, building, settings, loaded, progress)
+                    build(building)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -101,8 +111,6 @@ def prepare(settings: PrepareSettings, *, progress: Progress | None = None) -> P
         )
         raise OSError(errno.ENOSPC, message) from error
     shutil.rmtree(building, ignore_errors=True)  # of a run that was killed right at its end
-    store = TokenStore.open(directory)
-    return Prepared(store, store.tokenizer(), directory)
 
 
 def _build(
@@ -192,7 +200,7 @@ def _key(settings: PrepareSettings, loaded: Tokenizer | None) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"
 
 

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from .files import FileSet, SourceError, TextColumns, find_files, read_file
+from .files import Columns, FileSet, R_co, Refuse, SourceError, TextColumns, find_files, raise_it, read_file, read_rows
 
 __all__ = [
     "Document",
@@ -29,6 +29,7 @@ __all__ = [
     "fingerprint",
     "from_path",
     "read",
+    "read_table",
     "size_hint",
     "stdlib_files",
 ]
@@ -126,6 +127,16 @@ def read(spec: SourceSpec) -> Iterator[Document]:
         yield document
     if empty:
         raise SourceError(f"{spec.label} holds no text: every document in it is empty")
+
+
+def read_table(spec: SourceSpec, columns: Columns[R_co], refuse: Refuse) -> Iterator[R_co]:
+    """What `columns` makes of each row of a source's files (jsonl, parquet, arrow) or hub data set, in order.
+
+    Rows that cannot be used go to `refuse`. Raises SourceError for what cannot be read at all.
+    """
+    return islice(
+        _hub_rows(spec, columns, refuse) if spec.kind == "hub" else _file_rows(spec, columns, refuse), spec.limit
+    )
 
 
 def fingerprint(spec: SourceSpec) -> dict[str, object]:
@@ -229,7 +240,17 @@ def _read_files(spec: SourceSpec) -> Iterator[Document]:
             yield Document(record.text, spec.label, f"{name}{record.place}", record.prompt)
 
 
+def _file_rows(spec: SourceSpec, columns: Columns[R_co], refuse: Refuse) -> Iterator[R_co]:
+    for path in _file_set(spec).paths:
+        yield from read_rows(path, columns, refuse)
+
+
 def _read_hub(spec: SourceSpec) -> Iterator[Document]:
+    for record in _hub_rows(spec, spec.columns, raise_it):
+        yield Document(record.text, spec.label, f"{spec.path}/{spec.split}{record.place}", record.prompt)
+
+
+def _hub_rows(spec: SourceSpec, columns: Columns[R_co], refuse: Refuse) -> Iterator[R_co]:
     import datasets  # slow to import, and only this source needs it
     from datasets.exceptions import DatasetsError
 
@@ -239,9 +260,13 @@ def _read_hub(spec: SourceSpec) -> Iterator[Document]:
     try:
         rows = load(streaming=True) if spec.streaming else load()
         for number, row in enumerate(rows):
-            record = spec.columns.of_row(row, where, f"row {number}")
+            try:
+                record = columns.of_row(row, where, f"row {number}")
+            except SourceError as error:
+                refuse(error)
+                record = None
             if record is not None:
-                yield Document(record.text, spec.label, f"{name}/{spec.split}:{number}", record.prompt)
+                yield record
     except SourceError:
         raise
     except (OSError, ValueError, DatasetsError) as error:

@@ -128,13 +128,13 @@ class TokenStore:
         Raises StoreError, in one line.
         """
         directory = Path(directory)
-        manifest = _read_manifest(directory)
+        manifest = read_manifest(directory, what="token store", format=FORMAT, version=VERSION)
         if tokenizer_sha256 is not None and manifest["tokenizer_sha256"] != tokenizer_sha256:
             raise StoreError(
                 f"{directory} was written with another tokenizer (sha256 {manifest['tokenizer_sha256'][:12]}…, "
                 f"not {tokenizer_sha256[:12]}…): prepare the data again with this one"
             )
-        _verify(directory, manifest, check)
+        verify_files(directory, manifest, check)
         return cls(directory, manifest)
 
     def documents(self, split: Split) -> Documents:
@@ -160,19 +160,20 @@ class TokenStore:
 _hashed: set[tuple[Path, str]] = set()  # stores whose hashes this process has compared
 
 
-def _read_manifest(directory: Path) -> dict:
+def read_manifest(directory: Path, *, what: str, format: str, version: int) -> dict:
+    """The manifest of a prepared directory. Raises StoreError for a missing, foreign, outdated or changed one."""
     path = directory / "manifest.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise StoreError(f"{directory} is not a token store: it has no manifest.json") from error
+        raise StoreError(f"{directory} is not a {what}: it has no manifest.json") from error
     except ValueError as error:
         raise StoreError(f"{path} is damaged: delete {directory} and prepare the data again") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise StoreError(f"{directory} is not a token store: its manifest.json belongs to something else")
-    if content.get("version") != VERSION:
+    if not isinstance(content, dict) or content.get("format") != format:
+        raise StoreError(f"{directory} is not a {what}: its manifest.json belongs to something else")
+    if content.get("version") != version:
         raise StoreError(
-            f"{directory} has store version {content.get('version')}, this program reads {VERSION}: "
+            f"{directory} has store version {content.get('version')}, this program reads {version}: "
             "prepare the data again"
         )
     if content.get("self_sha256") != self_hash(content):
@@ -180,7 +181,8 @@ def _read_manifest(directory: Path) -> dict:
     return content
 
 
-def _verify(directory: Path, manifest: dict, check: bool | None) -> None:
+def verify_files(directory: Path, manifest: dict, check: bool | None) -> None:
+    """Compares sizes and, as `TokenStore.open` says of `check`, hashes with the manifest. Raises StoreError."""
     files: dict[str, dict] = manifest["files"]
     for name, expected in files.items():
         path = directory / name

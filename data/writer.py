@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,23 +32,48 @@ class SourceCount:
     bytes: int = 0
 
 
+class HashedFiles:
+    """Files of a directory that are hashed as they are written. `opened` closes them."""
+
+    def __init__(self, directory: Path, names: Iterable[str], opened: ExitStack) -> None:
+        self._files = {name: opened.enter_context((directory / name).open("wb")) for name in names}
+        self._hashes = {name: hashlib.sha256() for name in self._files}
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        self._files[name].write(data)
+        self._hashes[name].update(data)
+
+    def seal(self) -> dict[str, dict[str, object]]:
+        """Flush to disk; sizes and hashes for the manifest."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        return {
+            name: {"bytes": file.tell(), "sha256": self._hashes[name].hexdigest()} for name, file in self._files.items()
+        }
+
+
 class SplitWriter:
-    """Appends documents to the files of one split, hashing as it writes. `opened` closes the files."""
+    """Appends documents to the files of one split. `opened` closes the files."""
 
     def __init__(self, directory: Path, split: Split, with_loss: bool, opened: ExitStack) -> None:
-        names = ["tokens.bin", "offsets.bin", "sources.bin", "bytes.bin", "ids.txt"]
-        if with_loss:
-            names.append("loss.bin")
         self._split = split
-        self._files = {name: opened.enter_context((directory / f"{split}.{name}").open("wb")) for name in names}
-        self._hashes = {name: hashlib.sha256() for name in names}
+        self._with_loss = with_loss
+        names = [
+            "tokens.bin",
+            "offsets.bin",
+            "sources.bin",
+            "bytes.bin",
+            "ids.txt",
+            *(["loss.bin"] if with_loss else []),
+        ]
+        self._files = HashedFiles(directory, (f"{split}.{name}" for name in names), opened)
         self._n_tokens = 0
         self.counts: dict[int, SourceCount] = {}
         self.write("offsets.bin", np.zeros(1, ARRAYS["offsets"]).tobytes())
 
     def write(self, name: str, data: bytes | memoryview) -> None:
-        self._files[name].write(data)
-        self._hashes[name].update(data)
+        self._files.write(f"{self._split}.{name}", data)
 
     def append(self, shard: dict[str, np.ndarray], ids: list[str], chosen: np.ndarray) -> None:
         """Add the documents of a shard that the bool array `chosen` names."""
@@ -60,7 +86,7 @@ class SplitWriter:
         self.write("sources.bin", shard["source"][chosen].astype(ARRAYS["sources"]).tobytes())
         self.write("bytes.bin", shard["n_bytes"][chosen].astype(ARRAYS["bytes"]).tobytes())
         self.write("ids.txt", "".join(f"{ids[index]}\n" for index in np.flatnonzero(chosen)).encode())
-        if "loss.bin" in self._files:
+        if self._with_loss:
             starts = np.cumsum(lengths) - lengths
             place = np.arange(len(shard["tokens"]), dtype=np.uint64) - np.repeat(starts, lengths.astype(np.int64))
             carries = place >= np.repeat(shard["prompt_lengths"], lengths.astype(np.int64))
@@ -77,12 +103,7 @@ class SplitWriter:
 
     def seal(self) -> dict[str, dict[str, object]]:
         """Flush to disk; sizes and hashes for the manifest."""
-        entries: dict[str, dict[str, object]] = {}
-        for name, file in self._files.items():
-            file.flush()
-            os.fsync(file.fileno())
-            entries[f"{self._split}.{name}"] = {"bytes": file.tell(), "sha256": self._hashes[name].hexdigest()}
-        return entries
+        return self._files.seal()
 
 
 def assemble(
@@ -107,12 +128,7 @@ def assemble(
             writers["validation"].append(shard, ids, held_out)
         for writer in writers.values():
             files |= writer.seal()
-    tokenizer.save(directory)
-    for path in sorted(directory.glob("tokenizer*.json")):
-        with path.open("rb") as file:
-            content = file.read()
-            os.fsync(file.fileno())
-        files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    files |= save_tokenizer(tokenizer, directory)
     counts = {
         split: {
             str(source["name"]): asdict(writers[split].counts.get(index, SourceCount()))
@@ -133,7 +149,24 @@ def assemble(
         "counts": counts,
         "files": files,
     }
-    manifest["self_sha256"] = self_hash(manifest)
+    return write_manifest(manifest, directory)
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> dict[str, dict[str, object]]:
+    """Writes it; sizes and hashes for the manifest."""
+    tokenizer.save(directory)
+    files: dict[str, dict[str, object]] = {}
+    for path in sorted(directory.glob("tokenizer*.json")):
+        with path.open("rb") as file:
+            content = file.read()
+            os.fsync(file.fileno())
+        files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return files
+
+
+def write_manifest(manifest: dict, directory: Path) -> dict:
+    """The manifest with its own hash, written and flushed; the directory is whole then."""
+    manifest = {**manifest, "self_sha256": self_hash(manifest)}
     with (directory / "manifest.json").open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)
         file.flush()
