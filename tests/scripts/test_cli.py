@@ -24,6 +24,7 @@ from longspan.training.errors import RunFailed, Terminated
 
 Refused = Callable[..., list[str]]
 COMMAND = [sys.executable, "-m", "longspan.scripts.cli"]
+EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/experiment").glob("*.yaml"))
 
 
 # -- the surface -------------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ def test_sweeps_are_shell_loops(refused: Refused) -> None:
         (["trainer.steps="], "trainer.steps=: expected a whole number, at least 1 (set on the command line)"),
         (["trainer.steps=0"], "trainer.steps=0: expected a whole number, at least 1 (set on the command line)"),
         (["optimizer=adamW"], "optimizer=adamW: optimizer has adamw; did you mean adamw? (set on the command line)"),
-        (["experiment=quikstart"], "experiment=quikstart: experiment has gpt2_small, llama_300m, masked_longformer, quickstart, tiny; "
+        (["experiment=quikstart"], f"experiment=quikstart: experiment has {', '.join(EXPERIMENTS)}; "
                                    "did you mean quickstart? (set on the command line)"),
         (["trainer.steps"], "trainer.steps: expected key=value, with a key like trainer.steps"),
         (["--steps=5"], "--steps=5: longspan takes key=value; did you mean trainer.steps=5?"),
