@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from longspan.model.cache import create_cache
 from longspan.model.cache_plan import CacheKind
 from longspan.model.config import AttentionPlan, DecoderConfig
 from longspan.model.decoder import from_config
-from longspan.model.generation import prefill
+from longspan.model.generation import prefill, stream
 from longspan.model.step import DecodeStep
 
 pytestmark = [
@@ -80,3 +82,30 @@ def test_eight_bit_storage_replays() -> None:
             step._taken = -100  # never gets to recording
         seen.append(torch.stack([step(tokens_BT[:, place]).clone() for place in range(20, 40)]))
     assert torch.equal(seen[0], seen[1])
+
+
+def test_a_rotary_table_may_grow_while_a_recorded_stream_lives() -> None:
+    """Another call needs more positions and replaces the table; the recording goes on reading the one it was made
+    with, whose memory nobody may have taken."""
+    model = from_config(replace(config("full"), max_positions=64), seed=0).to("cuda", torch.bfloat16).eval()
+    tokens_BT = torch.randint(100, (2, 20), generator=torch.Generator().manual_seed(0)).cuda()
+
+    def steps() -> Iterator[torch.Tensor]:
+        return stream(model, tokens_BT, max_new_tokens=40, temperature=0)
+
+    expected = torch.stack([token_B.clone() for token_B in steps()])
+    found, garbage = [], []
+    for number, token_B in enumerate(steps()):
+        found.append(token_B.clone())
+        if number == 15:
+            before = model.rotary.table.values if model.rotary is not None else None
+            assert before is not None
+            place, nbytes = before.data_ptr(), before.nbytes
+            del before
+            with torch.no_grad():
+                model(tokens_BT.repeat(1, 20))  # 400 positions
+            assert model.rotary is not None
+            assert model.rotary.table.values.data_ptr() != place
+            garbage = [torch.full((nbytes,), 113, dtype=torch.uint8, device="cuda") for _ in range(200)]
+    assert torch.equal(torch.stack(found), expected)
+    assert garbage

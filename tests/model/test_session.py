@@ -245,11 +245,11 @@ def test_a_callback_that_raises_costs_nobody_a_token() -> None:
 
     for prompt, shared in (("ab", None), ("xyz", None), ("", prefix)):
         session.submit(Request(prompt=prompt, prefix=shared, sampling=greedy(12), on_text=hear))
-    outputs = [each.output for each in session._waiting]
+    done = {}
     while session.unfinished:
         with suppress(RuntimeError):
-            session.step()
-    assert [output.completion().text for output in outputs] == expected
+            done = session.run()
+    assert [completion.text for completion in done.values()] == expected
 
 
 def test_what_follows_a_prefix_begins_no_text() -> None:
