@@ -5,13 +5,49 @@ Legend: B sequences, T tokens each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 IGNORE = -100  # target value that carries no loss (the default of torch's cross entropy)
+
+
+class Batch(Protocol):
+    """What a training step asks of a batch, whatever it holds."""
+
+    @property
+    def indices_B(self) -> Tensor:  # noqa: N802 (shapes are in names)
+        """int64: which sequences of the stream these are (named when a step fails)."""
+        ...
+
+    @property
+    def n_loss_tokens(self) -> Tensor:
+        """What the step's loss is divided by: int64 scalar, at least 0."""
+        ...
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self: ...
+
+    def pin_memory(self) -> Self: ...
+
+
+BatchT_co = TypeVar("BatchT_co", bound=Batch, covariant=True)
+
+
+class BatchSource(Protocol[BatchT_co]):
+    """A stream of sequences, of which the k-th is a pure function of k (and of settings that never change): whoever
+    builds it, in whatever batch, builds the same."""
+
+    @property
+    def n_sequences(self) -> int:
+        """Sequences in one pass."""
+        ...
+
+    def batch(self, indices: Sequence[int]) -> BatchT_co:
+        """Sequences `indices` of the stream as one batch."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True)

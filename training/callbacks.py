@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from . import rng
 from .checkpointing import Best, Checkpoints, best_of
-from .datamodule import PackedData
+from .datamodule import StreamData
 from .errors import RunFailed, Terminated
 from .metrics import MetricsLog, Row
 from .module import LanguageModel, StepResult
@@ -90,7 +90,7 @@ class RunLoop(Callback):
     def __init__(
         self,
         *,
-        data: PackedData,
+        data: StreamData,
         cadence: Cadence,
         throughput: Throughput,
         checkpoints: Checkpoints,

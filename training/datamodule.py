@@ -1,7 +1,7 @@
-"""The LightningDataModule: whole optimizer steps out of a token store, from any place in its stream.
+"""The LightningDataModule: whole optimizer steps out of a stream of sequences, from any place in it.
 
 The place is one number, the sequences consumed by all ranks together. Sequence k of the stream is a pure function of
-the store and the seed, so nothing else is saved, and neither ranks nor loader processes nor the micro-batch size
+what is stored and the seed, so nothing else is saved, and neither ranks nor loader processes nor the micro-batch size
 change which sequences a step reads.
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from longspan.data.batch import TokenBatch
-from longspan.data.loader import PackedDataset, PassSampler, StreamSampler, collate
+from longspan.data.batch import Batch, BatchSource
+from longspan.data.loader import PackedDataset, PassSampler, StreamSampler
 from longspan.data.masking import Masking, TokenMasker
 from longspan.data.store import TokenStore
 
@@ -58,81 +59,55 @@ class StepSampler(Sampler[list[list[int]]]):
             yield [next(micro_batches) for _ in range(self._accumulate)]
 
 
-class _Steps(Dataset[list[TokenBatch]]):
+class _Batches(Dataset[Batch]):
+    """Builds the batch of each list of places that a sampler hands out."""
+
+    def __init__(self, source: BatchSource[Batch]) -> None:
+        self._source = source
+
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        return self._source.batch(indices)
+
+
+class _Steps(Dataset[list[Batch]]):
     """Builds the micro-batches that a StepSampler names."""
 
-    def __init__(self, dataset: PackedDataset) -> None:
-        self._dataset = dataset
+    def __init__(self, source: BatchSource[Batch]) -> None:
+        self._source = source
 
-    def __getitem__(self, micro_batches: Sequence[Sequence[int]]) -> list[TokenBatch]:
-        return [self._dataset.batch(indices) for indices in micro_batches]
+    def __getitem__(self, micro_batches: Sequence[Sequence[int]]) -> list[Batch]:
+        return [self._source.batch(indices) for indices in micro_batches]
 
 
-class PackedData(LightningDataModule):
-    """Training steps and validation batches of one store.
+class StreamData(LightningDataModule):
+    """Training steps and validation batches of two streams.
 
-    weights      share of each source in the stream, by name; None: by what there is
+    validation   a single pass; None: nothing is held out
+    fingerprint  everything that the training stream is a function of, by name, as plain data: a run resumes only where
+                 it is the same
     val_batches  micro-batches that a validation reads at most, over all ranks
+    workers      loader processes
     """
 
     def __init__(
         self,
-        store: TokenStore,
-        config: DataConfig,
+        train: BatchSource[Batch],
+        validation: BatchSource[Batch] | None,
         plan: BatchPlan,
         *,
-        seed: int,
-        weights: Mapping[str, float] | None = None,
+        fingerprint: Mapping[str, object],
         val_batches: int = 20,
+        workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
         super().__init__()
         self.consumed = 0
-        self._config = config
+        self.train, self.validation = train, validation
         self._plan = plan
+        self._fingerprint = {**fingerprint, "global_batch": plan.global_batch}
         self._val_batches = val_batches
+        self._workers = workers
         self._pin_memory = pin_memory
-        self._fingerprint: dict[str, object] = {
-            "store": store.manifest["self_sha256"],
-            "tokenizer": store.tokenizer_sha256,
-            "seed": seed,
-            "weights": dict(weights) if weights is not None else None,
-            "context": config.context,
-            "packing": config.packing,
-            "shuffle": config.shuffle,
-            "document_mask": config.document_mask,
-            "reset_positions": config.reset_positions,
-            "boundary_loss": config.boundary_loss,
-            "masking": None if config.masking is None else asdict(config.masking),
-            "global_batch": plan.global_batch,
-        }
-        masker = _masker(store, config, seed)
-        self._train = PackedDataset(
-            store,
-            "train",
-            context=config.context,
-            packing=config.packing,
-            weights=weights,
-            seed=seed,
-            shuffle=config.shuffle,
-            document_mask=config.document_mask,
-            reset_positions=config.reset_positions,
-            boundary_loss=config.boundary_loss,
-            masker=masker,
-        )
-        self._validation = None
-        if store.n_tokens("validation"):
-            self._validation = PackedDataset(
-                store,
-                "validation",
-                context=config.context,
-                packing=config.packing,
-                single_pass=True,
-                document_mask=config.document_mask,
-                reset_positions=config.reset_positions,
-                boundary_loss=config.boundary_loss,
-                masker=masker,
-            )
 
     @property
     def global_batch(self) -> int:
@@ -141,36 +116,32 @@ class PackedData(LightningDataModule):
 
     @property
     def has_validation(self) -> bool:
-        return self._validation is not None
+        return self.validation is not None
 
-    def documents_per_sequence(self) -> dict[int, float]:
-        """How many documents of each length a training sequence holds on average (data.loader)."""
-        return self._train.documents_per_sequence()
-
-    def train_dataloader(self) -> DataLoader[list[TokenBatch]]:
+    def train_dataloader(self) -> DataLoader[list[Batch]]:
         return DataLoader(
-            _Steps(self._train),
+            _Steps(self.train),
             sampler=StepSampler(self._plan, self.consumed),
             batch_size=None,
-            num_workers=self._config.workers,
+            num_workers=self._workers,
             pin_memory=self._pin_memory,
             generator=_private_generator(),
         )
 
-    def val_dataloader(self) -> DataLoader[TokenBatch]:
+    def val_dataloader(self) -> DataLoader[Batch]:
         """Every rank reads the same number of batches, so that collectives inside a forward pass (FSDP) line up; where
         there are fewer batches than ranks each of them reads all, which leaves the token-weighted mean as it is."""
-        if self._validation is None:
+        if self.validation is None:
             raise ValueError("no documents are held out: data.validation_fraction=0")
         micro_batch, world, rank = self._plan.micro_batch, self._plan.world, self._plan.rank
-        length = min(self._validation.n_sequences, self._val_batches * micro_batch)
+        length = min(self.validation.n_sequences, self._val_batches * micro_batch)
         if world > 1:
             whole = length // (micro_batch * world) * micro_batch * world
             length, world, rank = (whole, world, rank) if whole else (length, 1, 0)
         return DataLoader(
-            self._validation,
-            batch_sampler=PassSampler(length=length, micro_batch=micro_batch, rank=rank, world=world),
-            collate_fn=collate,  # pyright: ignore[reportArgumentType] (the dataset's __getitems__ builds whole batches)
+            _Batches(self.validation),
+            sampler=PassSampler(length=length, micro_batch=micro_batch, rank=rank, world=world),
+            batch_size=None,
             pin_memory=self._pin_memory,
             generator=_private_generator(),
         )
@@ -191,6 +162,55 @@ class PackedData(LightningDataModule):
                 "new run from these weights with checkpoint="
             )
         self.consumed = int(state_dict["consumed"])
+
+
+def packed_data(
+    store: TokenStore,
+    config: DataConfig,
+    plan: BatchPlan,
+    *,
+    seed: int,
+    weights: Mapping[str, float] | None = None,
+    val_batches: int = 20,
+    pin_memory: bool = False,
+) -> StreamData:
+    """Packed sequences of a token store, for decoders and for masked language modelling.
+
+    weights  share of each source in the stream, by name; None: by what there is
+    """
+    masker = _masker(store, config, seed)
+    build = partial(
+        PackedDataset,
+        store,
+        context=config.context,
+        packing=config.packing,
+        document_mask=config.document_mask,
+        reset_positions=config.reset_positions,
+        boundary_loss=config.boundary_loss,
+        masker=masker,
+    )
+    fingerprint: dict[str, object] = {
+        "store": store.manifest["self_sha256"],
+        "tokenizer": store.tokenizer_sha256,
+        "seed": seed,
+        "weights": dict(weights) if weights is not None else None,
+        "context": config.context,
+        "packing": config.packing,
+        "shuffle": config.shuffle,
+        "document_mask": config.document_mask,
+        "reset_positions": config.reset_positions,
+        "boundary_loss": config.boundary_loss,
+        "masking": None if config.masking is None else asdict(config.masking),
+    }
+    return StreamData(
+        build(split="train", weights=weights, seed=seed, shuffle=config.shuffle),
+        build(split="validation", single_pass=True) if store.n_tokens("validation") else None,
+        plan,
+        fingerprint=fingerprint,
+        val_batches=val_batches,
+        workers=config.workers,
+        pin_memory=pin_memory,
+    )
 
 
 def _masker(store: TokenStore, config: DataConfig, seed: int) -> TokenMasker | None:

@@ -17,16 +17,16 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from rich.console import Console
 
-from longspan.model.decoder import Decoder
-from longspan.model.encoder import Encoder
+from longspan.model.build import Model
 
 from . import run_directory as files
 from .callbacks import Cadence, RunLoop, Throughput
 from .checkpointing import Checkpoints
-from .datamodule import PackedData
+from .datamodule import StreamData
 from .errors import RunFailed
 from .metrics import MetricsFile, MetricsLog, open_trackers
 from .module import LanguageModel, NonFinite
+from .objectives import objective_for
 from .plan import Peak, Plan
 from .precision import Arithmetic
 from .progress import ProgressView, choose_style
@@ -60,7 +60,7 @@ class Session:
         return int(self.state["step"]) if self.state is not None else 0
 
 
-def fit(session: Session, model: Decoder | Encoder, data: PackedData, checkpoints: Checkpoints) -> RunLoop:
+def fit(session: Session, model: Model, data: StreamData, checkpoints: Checkpoints) -> RunLoop:
     """Takes the steps that are left, with metrics and progress on the main process.
 
     Raises RunFailed, or Terminated when a signal stopped the run after saving.
@@ -106,7 +106,7 @@ def fit(session: Session, model: Decoder | Encoder, data: PackedData, checkpoint
             loop.adopt(session.state)
             return loop
         module = LanguageModel(
-            model,
+            objective_for(model),
             optimizer=config.optimizer,
             schedule=config.schedule,
             arithmetic=session.arithmetic,

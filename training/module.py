@@ -2,8 +2,6 @@
 
 The loss of a step is  sum of nll / number of loss tokens  over the whole global batch, whatever each micro-batch and
 each rank holds. The count is known before the first backward pass, so every micro-batch is divided by the final number.
-
-Legend: B sequences, T tokens each, N = B·T, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,14 +22,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from longspan.data.batch import IGNORE, TokenBatch
-from longspan.kernels.attention import AttentionContext
-from longspan.kernels.cross_entropy import linear_cross_entropy
-from longspan.model.decoder import Decoder
-from longspan.model.encoder import Encoder
-from longspan.model.heads import MaskedLMHead
+from longspan.data.batch import Batch
+from longspan.model.build import Model
+from longspan.model.seq2seq import Seq2Seq
 
 from .errors import RunFailed
+from .objectives import Objective
 from .optim import Factor, build_optimizer, build_schedule
 from .precision import Arithmetic
 from .schema import OptimizerConfig, ScheduleConfig
@@ -60,61 +56,12 @@ class StepResult:
     skipped: bool
 
 
-class NextTokenLoss(nn.Module):
-    """A model with its loss, so that whatever wraps a forward pass (FSDP's hooks) covers the head as well."""
-
-    def __init__(self, model: Decoder) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: TokenBatch) -> Tensor:
-        """Sum of nll over the loss tokens: fp32 scalar."""
-        hidden_BTD = self.model.hidden(batch.tokens_BT, attention_context(batch), positions_BT=batch.positions_BT)
-        return linear_cross_entropy(
-            hidden_BTD.flatten(0, 1), self.model.head_weight, batch.targets_BT.flatten(), ignore_index=IGNORE
-        )
-
-
-class MaskedTokenLoss(nn.Module):
-    """An encoder with the loss of its masked-LM head, which is applied to the tokens that are asked for alone.
-
-    No token of a batch is global and nothing reads the pooler, so their weights would only hang in the gradient
-    reduction: they are frozen. (Beltagy et al. 2020 copy the local projections over the global ones after this stage.)
-    """
-
-    def __init__(self, model: Encoder) -> None:
-        super().__init__()
-        self.model = model
-        for name, parameter in model.named_parameters():
-            if ".global_attention." in name or name.startswith("pooler."):
-                parameter.requires_grad_(False)
-
-    def forward(self, batch: TokenBatch) -> Tensor:
-        """Sum of nll over the loss tokens: fp32 scalar."""
-        head = self.model.head
-        if not isinstance(head, MaskedLMHead):
-            raise TypeError("masked language modelling trains a masked-LM head, and this model has none")
-        hidden_BTD = self.model.hidden(batch.tokens_BT, attention_context(batch), positions_BT=batch.positions_BT)
-        asked_BT = batch.targets_BT != IGNORE
-        return linear_cross_entropy(
-            head.features(hidden_BTD[asked_BT]),
-            head.matrix(self.model.embedding.weight),
-            batch.targets_BT[asked_BT],
-            bias_V=head.bias,
-        )
-
-
-def attention_context(batch: TokenBatch) -> AttentionContext | None:
-    """What attention must know of a batch: its document ids, where documents are masked from each other."""
-    return None if batch.documents_BT is None else AttentionContext(q_documents=batch.documents_BT)
-
-
 class LanguageModel(LightningModule):
-    """A decoder's training on next tokens, or an encoder's on hidden ones, by manual optimization."""
+    """A model's training on its objective, whatever the two are, by manual optimization."""
 
     def __init__(
         self,
-        model: Decoder | Encoder,
+        objective: Objective[Any],  # of the batches that come
         *,
         optimizer: OptimizerConfig,
         schedule: ScheduleConfig,
@@ -125,7 +72,7 @@ class LanguageModel(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.objective = NextTokenLoss(model) if isinstance(model, Decoder) else MaskedTokenLoss(model)
+        self.objective = objective
         self.skipped = 0
         self.last: StepResult | None = None
         self._optimizer_config = optimizer
@@ -138,7 +85,7 @@ class LanguageModel(LightningModule):
         self._factor: Factor = lambda step: 1.0  # configure_optimizers knows the length of the run
 
     @property
-    def model(self) -> Decoder | Encoder:
+    def model(self) -> Model:
         return self.objective.model
 
     @property
@@ -166,9 +113,9 @@ class LanguageModel(LightningModule):
             return
         policy = MixedPrecisionPolicy(param_dtype=self._arithmetic.autocast, reduce_dtype=torch.float32)
         mesh = self.device_mesh["data_parallel"] if self.device_mesh is not None else None
-        for block in self.model.blocks:
+        for block in blocks_of(self.model):
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(self.objective, mesh=mesh, mp_policy=policy)
+        fully_shard(self.get_submodule("objective"), mesh=mesh, mp_policy=policy)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         self._factor = build_schedule(self._schedule_config, int(self.trainer.estimated_stepping_batches))
@@ -176,7 +123,7 @@ class LanguageModel(LightningModule):
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
-    def training_step(self, micro_batches: Sequence[TokenBatch], batch_idx: int) -> None:
+    def training_step(self, micro_batches: Sequence[Batch], batch_idx: int) -> None:
         optimizer = self.optimizers()  # Lightning's wrapper counts the steps
         if not isinstance(optimizer, LightningOptimizer):
             raise TypeError(f"one optimizer is configured, not {type(optimizer).__name__}")
@@ -210,7 +157,7 @@ class LanguageModel(LightningModule):
         optimizer.zero_grad(set_to_none=True)
         self.last = StepResult(loss_value, norm_value, lr, skipped=not finite)
 
-    def validation_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """[sum of nll, number of loss tokens] of one micro-batch on this rank, fp64."""
         with self._autocast():
             nll = self.objective(batch)
@@ -238,7 +185,7 @@ class LanguageModel(LightningModule):
             return self.trainer.model.no_sync()
         return nullcontext()
 
-    def _on_nonfinite(self, loss: float, norm: float, batches: Sequence[TokenBatch], nlls: Sequence[Tensor]) -> None:
+    def _on_nonfinite(self, loss: float, norm: float, batches: Sequence[Batch], nlls: Sequence[Tensor]) -> None:
         """Counts the step, or ends the run naming it. All ranks agree, because both values are sums over all ranks."""
         self.skipped += 1
         bad = [batch for batch, nll in zip(batches, nlls, strict=True) if not nll.isfinite()] or batches
@@ -261,16 +208,21 @@ class LanguageModel(LightningModule):
         return gathered
 
 
-def checkpoint_activations(model: Decoder | Encoder) -> None:
+def blocks_of(model: Model) -> list[nn.Module]:
+    """The layers of all its stacks, in the order of computation."""
+    return [*model.encoder.blocks, *model.blocks] if isinstance(model, Seq2Seq) else list(model.blocks)
+
+
+def checkpoint_activations(model: Model) -> None:
     """Each block keeps only its input and is run again in the backward pass (Chen et al. 2016, arXiv 1604.06174)."""
-    for block in model.blocks:
+    for block in blocks_of(model):
         forward: Callable[..., Any] = block.forward
         block.forward = partial(checkpoint, forward, use_reentrant=False)
 
 
-def compile_blocks(model: Decoder | Encoder) -> None:
+def compile_blocks(model: Model) -> None:
     """`nn.Module.compile` per block: short compilations shared by equal blocks, and clean names in the state dict."""
-    for block in model.blocks:
+    for block in blocks_of(model):
         block.compile()
 
 

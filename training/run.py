@@ -12,20 +12,20 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from longspan.data.loader import PackedDataset
 from longspan.data.prepare import Prepared, Stage, prepare
 from longspan.data.tokenizer import Tokenizer
 from longspan.evaluation.evaluate import Evaluation
 from longspan.evaluation.report import write_report
 from longspan.model import checkpoint as model_checkpoint
-from longspan.model.config import DecoderConfig, EncoderConfig
-from longspan.model.decoder import Decoder
-from longspan.model.encoder import Encoder
+from longspan.model.build import Model
+from longspan.model.config import DecoderConfig, ModelConfig
 
 from . import run_directory as files
 from .callbacks import RunLoop
 from .checkpointing import Checkpoints, load_state
 from .data_settings import STAGE_WORDS, prepare_settings, skipped_files, source_specs
-from .datamodule import BatchPlan, PackedData
+from .datamodule import BatchPlan, packed_data
 from .errors import RunFailed, Terminated, UserError
 from .finish import evaluate, sample
 from .fit import Session, fit
@@ -97,7 +97,7 @@ def _train(
     )
     _check_vocabulary(prepared.tokenizer, config.model)
     world = config.trainer.devices * config.trainer.nodes
-    data = PackedData(
+    data = packed_data(
         prepared.store,
         config.data,
         BatchPlan(
@@ -120,7 +120,9 @@ def _train(
                 f"give more steps, or start another run from its weights (checkpoint={directory}, with its own output)"
             )
     peak = find_peak(device, arithmetic, world=world)
-    documents = data.documents_per_sequence() if config.data.document_mask else None
+    documents = None
+    if config.data.document_mask and isinstance(data.train, PackedDataset):
+        documents = data.train.documents_per_sequence()
     session = Session(
         config=config,
         directory=directory,
@@ -215,7 +217,7 @@ def _evaluate(session: Session, prepared: Prepared, chosen: Path) -> Evaluation 
 # -- building and checking --------------------------------------------------------------------------------------------
 
 
-def _model(config: RunConfig, origin: Origin, arithmetic: Arithmetic) -> Decoder | Encoder:
+def _model(config: RunConfig, origin: Origin, arithmetic: Arithmetic) -> Model:
     model = fresh_model(config.model, seed=config.seed)
     if origin.checkpoint is not None:
         weights = model_checkpoint.load_weights(origin.checkpoint)
@@ -230,7 +232,7 @@ def _model(config: RunConfig, origin: Origin, arithmetic: Arithmetic) -> Decoder
     return model
 
 
-def _check_vocabulary(tokenizer: Tokenizer, model: DecoderConfig | EncoderConfig) -> None:
+def _check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; raise it to at "

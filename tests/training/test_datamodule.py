@@ -7,7 +7,7 @@ import pytest
 
 from longspan.data.prepare import Prepared, prepare
 from longspan.training.data_settings import prepare_settings, source_specs
-from longspan.training.datamodule import BatchPlan, PackedData
+from longspan.training.datamodule import BatchPlan, StreamData, packed_data
 from longspan.training.errors import UserError
 from longspan.training.schema import DataConfig, SourceConfig, TokenizerConfig
 
@@ -28,12 +28,12 @@ def prepared(config: DataConfig) -> Prepared:
     return prepare(prepare_settings(config))
 
 
-def data(prepared: Prepared, config: DataConfig, *, seed: int = 0, **plan: int) -> PackedData:
+def data(prepared: Prepared, config: DataConfig, *, seed: int = 0, **plan: int) -> StreamData:
     shape = {"global_batch": 8, "micro_batch": 2, **plan}
-    return PackedData(prepared.store, config, BatchPlan(**shape), seed=seed, val_batches=5)
+    return packed_data(prepared.store, config, BatchPlan(**shape), seed=seed, val_batches=5)
 
 
-def read(module: PackedData, steps: int) -> list[list[list[int]]]:
+def read(module: StreamData, steps: int) -> list[list[list[int]]]:
     """Sequence numbers by step and micro-batch."""
     return [[batch.indices_B.tolist() for batch in step] for step in islice(module.train_dataloader(), steps)]
 

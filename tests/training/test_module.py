@@ -19,6 +19,7 @@ from longspan.training.module import (
     checkpoint_activations,
     compile_blocks,
 )
+from longspan.training.objectives import objective_for
 from longspan.training.precision import Arithmetic
 from longspan.training.schema import OptimizerConfig, ScheduleConfig
 
@@ -39,7 +40,7 @@ def batch(first: int, rows: int, *, silent: int = 0, documents: bool = False) ->
 
 def build(model: Decoder | None = None, *, lr: float = 1e-2, **options: object) -> LanguageModel:
     return LanguageModel(
-        zoo.build("llama-tiny", seed=0) if model is None else model,
+        objective_for(zoo.build("llama-tiny", seed=0) if model is None else model),
         optimizer=OptimizerConfig(lr=lr),
         schedule=ScheduleConfig(name="constant", warmup=0),
         arithmetic=options.pop("arithmetic", Arithmetic("fp32", "test")),  # pyright: ignore[reportArgumentType]
