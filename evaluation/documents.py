@@ -125,6 +125,33 @@ def documents_from(
     return [_stored(documents, i, take, decode) for i, take in sorted(chosen)]
 
 
+def in_full_windows(
+    document: EvalDocument, *, window: int, stride: int, first: int, decode: Callable[[Sequence[int]], str]
+) -> EvalDocument | None:
+    """The document as Beltagy et al. 2020 (arXiv 2004.05150, §4.2.2) score it: windows that are full, and of each the
+    last `stride` tokens alone. What comes before the first of them becomes prompt, what the last full window does not
+    reach is cut. None: it is shorter than a window.
+
+    first   the first token that is asked for: 0 where another precedes the document, else 1
+    decode  a tokenizer's, to count the bytes of what is left (a character belongs to the token that completes it)
+    """
+    spare = len(document.tokens) - first - window
+    if spare < 0:
+        return None
+    end = first + window + spare // stride * stride
+    prompt = max(document.prompt, first + window - stride)
+    if prompt >= end:
+        return None
+    before, through = (len(decode(document.tokens[:n].tolist()).rstrip("\ufffd").encode()) for n in (prompt, end))
+    return replace(
+        document,
+        tokens=document.tokens[:end],
+        prompt=prompt,
+        n_bytes=through - before,
+        truncated=document.truncated or end < len(document.tokens),
+    )
+
+
 def _stored(
     documents: StoredDocuments, i: int, take: int, decode: Callable[[Sequence[int]], str] | None
 ) -> EvalDocument:

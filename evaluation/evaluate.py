@@ -5,7 +5,7 @@ A run and a later evaluation of its checkpoint agree to the last digit because b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,10 +14,10 @@ import torch
 from longspan.data.store import Documents
 from longspan.data.tokenizer import Tokenizer
 
-from .documents import SAMPLE_SEED, StoredDocuments, documents_from
+from .documents import SAMPLE_SEED, EvalDocument, StoredDocuments, documents_from, in_full_windows
 from .perplexity import LanguageModel, Precision, score
 from .record import BaselineResult, evaluation_record, finite_or_none, measure_baseline
-from .result import PerplexityResult
+from .result import PerplexityResult, Scored
 
 BASELINE_BYTES = 50_000_000  # of training text: beyond that three bytes have nothing more to learn
 
@@ -25,10 +25,12 @@ BASELINE_BYTES = 50_000_000  # of training text: beyond that three bytes have no
 class Scoring(Protocol):
     """The choices that a user makes (`evaluation.*` of a configuration).
 
-    max_tokens  score at most this many; None: all
-    window      tokens that a forward pass sees; None: the context that the model was trained with
-    stride      new tokens scored per window; None: half the window
-    batch       windows in a forward pass
+    max_tokens     score at most this many; None: all
+    window         tokens that a forward pass sees; None: the context that the model was trained with
+    stride         new tokens scored per window; None: half the window
+    batch          windows in a forward pass
+    scored         every token, or the last `stride` of each full window
+    merge_windows  several windows in one pass, where that changes no number
     """
 
     @property
@@ -39,6 +41,10 @@ class Scoring(Protocol):
     def stride(self) -> int | None: ...
     @property
     def batch(self) -> int: ...
+    @property
+    def scored(self) -> Scored: ...
+    @property
+    def merge_windows(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,40 +88,68 @@ def evaluate_documents(
     train: Documents | None = None,
     limit: int | None = None,
     start: int | None = None,
+    receptive_field: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score a sample of `stored` documents, each preceded by the token that begins one; prompts are read, not scored.
 
-    context   the window where `scoring` names none
-    train     training documents of the same tokenizer, to fit the baseline on; None or empty: no baseline
-    limit     at most this many documents
-    start     that token; None: the end-of-text token
-    progress  called with (tokens scored, tokens in all)
+    context          the window where `scoring` names none
+    train            training documents of the same tokenizer, to fit the baseline on; None or empty: no baseline
+    limit            at most this many documents
+    start            that token; None: the end-of-text token
+    receptive_field  how far back a prediction can see (`DecoderConfig.receptive_field`); None: to the beginning
+    progress         called with (tokens scored, tokens in all)
     Raises ValueError for a request that cannot be met: no documents, a stride beyond the window, foreign tokens.
     """
     documents = documents_from(
         stored, limit=limit, max_tokens=scoring.max_tokens, decode=tokenizer.decode, seed=SAMPLE_SEED
     )
     window = scoring.window or context
+    stride = scoring.stride or max(1, window // 2)
+    drawn = documents
+    if scoring.scored == "full_windows":
+        documents = _in_full_windows(documents, tokenizer, window=window, stride=stride)
     scores = score(
         model,
         documents,
         window=window,
-        stride=scoring.stride or max(1, window // 2),
+        stride=stride,
         bos=tokenizer.eos_id if start is None else start,
         batch=scoring.batch,
         device=device,
         precision=precision,
         progress=progress,
         documents_available=len(stored),
+        reach=receptive_field if scoring.merge_windows else None,
     )
-    protocol = replace(scores.protocol, max_tokens=scoring.max_tokens, sample_seed=SAMPLE_SEED)
+    protocol = replace(scores.protocol, max_tokens=scoring.max_tokens, sample_seed=SAMPLE_SEED, scored=scoring.scored)
+    if scoring.scored == "full_windows":  # its cuts are the protocol's, not the documents'
+        protocol = replace(
+            protocol,
+            truncated=sum(document.truncated for document in drawn),
+            prompts=sum(document.prompt > 0 for document in drawn),
+        )
     baseline = None
     texts = [document.text(tokenizer.decode) for document in documents]
     if train is not None and len(train) and any(texts):
         prompts = [document.prompt_text(tokenizer.decode) for document in documents]
         baseline = measure_baseline(spread_texts(train, tokenizer, BASELINE_BYTES), texts, after=prompts)
     return Evaluation(replace(scores, protocol=protocol).summary(), baseline)
+
+
+def _in_full_windows(
+    documents: Sequence[EvalDocument], tokenizer: Tokenizer, *, window: int, stride: int
+) -> list[EvalDocument]:
+    """What is scored of each, a token before it. Raises ValueError where no document has a full window."""
+    cut = (in_full_windows(each, window=window, stride=stride, first=0, decode=tokenizer.decode) for each in documents)
+    kept = [document for document in cut if document is not None]
+    if not kept:
+        longest = max((len(document.tokens) for document in documents), default=0)
+        raise ValueError(
+            f"evaluation.scored=full_windows: no document fills a window of {window:,} tokens (the longest drawn has "
+            f"{longest:,}); lower evaluation.window, raise evaluation.max_tokens, or score all tokens"
+        )
+    return kept
 
 
 def spread_texts(documents: Documents, tokenizer: Tokenizer, limit: int) -> Iterator[str]:

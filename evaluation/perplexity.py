@@ -11,6 +11,10 @@ documents are averaged first, and perplexity is exp of that mean, never the mean
 The prompt of a document (what training reads without loss) is read and not scored: its predictions are left out of the
 same windows, and nothing else changes.
 
+Where a prediction cannot depend on more than `reach` tokens before its own and every window but the first gives each of
+its new predictions that many, several windows are computed in one pass: the same numbers up to rounding, without
+reading `window` tokens for each `stride` new ones.
+
 Published scripts differ in each of these choices by more than the methods that they compare (docs/evaluation.md).
 
 Legend: B windows in a forward pass, T tokens in the longest of them, N scored predictions, D width, V vocabulary.
@@ -117,6 +121,7 @@ def score(
     precision: Precision = "fp32",
     progress: Callable[[int, int], None] | None = None,
     documents_available: int | None = None,
+    reach: int | None = None,
 ) -> TokenScores:
     """The nll of every token of `documents` under `model`, by the protocol at the top of this file.
 
@@ -128,6 +133,8 @@ def score(
     precision            "bf16": matmuls run in bf16 under autocast; softmax and sums are fp32 either way
     progress             called with (tokens scored, tokens in all) after each forward pass
     documents_available  for the protocol: how many documents these were drawn from
+    reach                how many tokens before its own can change a prediction, wherever in a sequence it stands
+                         (`DecoderConfig.receptive_field`); None: all, or unknown
 
     The model is evaluated in eval mode and returned to the mode that it had. Logits exist a chunk at a time only.
     Raises ValueError when nothing can be scored, or a token id lies outside the model's vocabulary.
@@ -146,23 +153,30 @@ def score(
             + ("" if bos is not None else " with another before it; give bos to score first tokens")
             + (", prompts aside" if unscored_d.any() else "")
         )
-    windows = [
-        piece
-        for document, (target, unscored) in enumerate(zip(targets, unscored_d.tolist()))
-        for piece in windows_of(len(target), window=window, stride=stride, document=document, unscored=unscored)
-    ]
-    windows.sort(key=lambda piece: piece.start - piece.end)  # the longest first; the sort is stable
+
+    def pieces_of(new: int) -> list[Window]:
+        return [
+            piece
+            for document, (target, unscored) in enumerate(zip(targets, unscored_d.tolist()))
+            for piece in windows_of(len(target), window=window, stride=new, document=document, unscored=unscored)
+        ]
+
+    windows = pieces_of(stride)
+    passes = windows if reach is None or stride >= window - reach else pieces_of(window - reach)
 
     nll_N = np.full(n, np.nan, dtype=np.float32)
     context_N = np.zeros(n, dtype=np.int64)
+    for piece in windows:
+        at = starts_d[piece.document]
+        context_N[at + piece.scored : at + piece.end] = np.arange(piece.scored, piece.end) - piece.start + 1
+    passes = sorted(passes, key=lambda piece: piece.start - piece.end)  # the longest first; the sort is stable
     done = 0
     was_training = model.training
     model.train(False)
     try:
-        for first in range(0, len(windows), batch):
-            pieces = windows[first : first + batch]
+        for first in range(0, len(passes), batch):
+            pieces = passes[first : first + batch]
             at_N = np.concatenate([np.arange(p.scored, p.end) + starts_d[p.document] for p in pieces])
-            context_N[at_N] = np.concatenate([np.arange(p.scored, p.end) - p.start + 1 for p in pieces])
             nll_N[at_N] = _score_batch(model, pieces, inputs, targets, device=torch.device(device), precision=precision)
             done += len(at_N)
             if progress is not None:
@@ -186,6 +200,7 @@ def score(
             documents_available=documents_available,
             truncated=sum(document.truncated for document, count in zip(documents, counts_d) if count),
             prompts=sum(document.prompt > 0 for document, count in zip(documents, counts_d) if count),
+            merged=len(passes) < len(windows),
         ),
     )
 

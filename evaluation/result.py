@@ -12,6 +12,8 @@ from typing import Literal
 
 import numpy as np
 
+Scored = Literal["all", "full_windows"]
+
 _BOOTSTRAP_RESAMPLES = 1000
 _BOOTSTRAP_DOCUMENTS = 10  # with fewer, resampling them says little about the documents not seen
 
@@ -27,6 +29,8 @@ class ScoringProtocol:
     max_tokens           the budget that they were drawn for; None: all tokens
     sample_seed          of the draw; None: not stated
     prompts              how many documents have a prompt, which is read and not scored
+    scored               "all": every token; "full_windows": the last `stride` tokens of each window that is full
+    merged               whether windows were computed several at a time, which changes no number
     """
 
     window: int
@@ -40,6 +44,8 @@ class ScoringProtocol:
     sample_seed: int | None = None
     truncated: int = 0
     prompts: int = 0
+    scored: Scored = "all"
+    merged: bool = False
 
     @property
     def words(self) -> str:
@@ -47,10 +53,17 @@ class ScoringProtocol:
         each = "every token but the first" if self.bos is None else f"every token (the first given token {self.bos})"
         if self.prompts:
             each += f", but for {self.prompts:,} prompts, which are only read,"
-        if self.stride == self.window:
+        if self.scored == "full_windows":
+            each = f"the last {self.stride:,} tokens of every full window" + (
+                f", {self.prompts:,} prompts aside," if self.prompts else ""
+            )
+            windows = f"windows of exactly {self.window:,} tokens that advance by {self.stride:,}"
+        elif self.stride == self.window:
             windows = f"disjoint windows of at most {self.window:,} tokens"
         else:
             windows = f"windows of at most {self.window:,} tokens that advance by {self.stride:,}"
+        if self.merged:
+            windows += ", several in one pass (no prediction reaches back to where its window begins)"
         scope = f"{self.documents:,} documents"
         if self.documents_available is not None:
             scope = f"{self.documents:,} of {self.documents_available:,} documents"

@@ -110,6 +110,25 @@ class DecoderConfig:
         """`out_bias`, resolved."""
         return self.bias if self.out_bias is None else self.out_bias
 
+    @property
+    def receptive_field(self) -> int | None:
+        """How many tokens before its own can change a prediction, wherever in a sequence it stands; None: all of them,
+        or it knows where the sequence begins (learned or sinusoidal positions, sink tokens, a block layout, scaling
+        that depends on the length). Each layer reaches a window further (Beltagy et al. 2020, arXiv 2004.05150, §3.1).
+        """
+        if self.positions in ("learned", "sinusoidal"):
+            return None
+        if self.rope_scaling is not None and self.rope_scaling.kind == "dynamic":
+            return None
+        field = 0
+        for layer in range(self.n_layers):
+            specs = [group.spec for group in self.head_groups(layer)]
+            reach = [None if spec.window.left is None else spec.window.left * spec.window.dilation for spec in specs]
+            if any(spec.sink_tokens or spec.block_sparse is not None for spec in specs) or None in reach:
+                return None
+            field += max(keys for keys in reach if keys is not None)
+        return field
+
     def head_groups(self, layer: int) -> tuple[HeadGroup, ...]:
         """The layer's heads by spec, in order: one group where all heads share one."""
         return self.attention.head_groups(layer, self.n_heads)

@@ -51,6 +51,7 @@ def run(config: EvaluateConfig) -> int:
             train=train,
             limit=config.data.limit,
             start=next(iter(reversed(tokenizer.start_ids)), None) if imported(checkpoint) else None,
+            receptive_field=model.config.receptive_field,
             progress=lambda done, total: bars.update(task, completed=done, total=total),
         )
     title = f"Perplexity of {checkpoint}"

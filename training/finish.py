@@ -41,6 +41,7 @@ def evaluate(
         device=device,
         precision=arithmetic.scoring,
         train=prepared.store.documents("train"),
+        receptive_field=model.config.receptive_field,
     )
 
 

@@ -286,6 +286,15 @@ class ProtocolConfig:
     window: int | None = Field(default=None, ge=2, description="tokens a forward pass sees; null: the training context")
     stride: int | None = Field(default=None, ge=1, description="new tokens scored per window; null: half the window")
     batch: Count = Field(default=8, description="windows per forward pass")
+    scored: Literal["all", "full_windows"] = Field(
+        default="all",
+        description="every token once, or only the last `stride` tokens of each window that is full",
+    )
+    merge_windows: bool = Field(
+        default=True,
+        description="compute several windows in one pass where that changes no number: windowed attention that never "
+        "reaches back to where a window begins, and relative positions",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

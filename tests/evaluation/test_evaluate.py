@@ -10,14 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from longspan.data.sources import SourceSpec
 from longspan.data.store import TokenStore, build_store
 from longspan.data.tokenizer import byte_level
-from longspan.evaluation.documents import documents_from
+from longspan.evaluation.documents import documents_from, text_documents
 from longspan.evaluation.evaluate import Evaluation, evaluate_documents, spread_texts
 from longspan.evaluation.ngram import NgramBaseline
-from longspan.model.config import DecoderConfig
+from longspan.evaluation.result import Scored
+from longspan.kernels.attention import AttentionSpec, Window
+from longspan.model.config import AttentionPlan, DecoderConfig
 from longspan.model.decoder import Decoder, from_config
 
 
@@ -27,6 +30,8 @@ class Scoring:
     window: int | None = None
     stride: int | None = None
     batch: int = 4
+    scored: Scored = "all"
+    merge_windows: bool = True
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +86,51 @@ def test_model_and_baseline_are_charged_for_the_same_bytes(evaluate: Evaluate, s
     fitted = NgramBaseline(2).fit([tokenizer.decode(train.tokens(i).tolist()) for i in range(len(train))])
     assert found.result.bytes == sum(len(text.encode()) for text in texts)
     assert found.baseline.bits_per_byte == pytest.approx(fitted.bits_per_byte(texts))
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_bits_per_byte_of_full_windows_by_hand(tmp_path: Path, merge: bool) -> None:
+    """The last 8 of every full window of 40, each from a forward pass of its own over that window alone."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "a.txt").write_text("".join(rng.choice(list("abcd e\n"), 205)))
+    (tmp_path / "b.txt").write_text("too short for a window")
+    tokenizer = byte_level()
+    attention = AttentionPlan(
+        patterns={"near": AttentionSpec(causal=True, window=Window.causal_keys(9))}, layers=("near",)
+    )
+    config = DecoderConfig(
+        vocab_size=257, n_layers=2, d_model=16, n_heads=2, positions="rope", init_std=0.5, attention=attention
+    )
+    model = from_config(config, seed=0)
+    stored = text_documents(SourceSpec(kind="files", path=str(tmp_path)), tokenizer)
+    scoring = Scoring(window=40, stride=8, scored="full_windows", merge_windows=merge)
+    field = model.config.receptive_field
+    assert field == 16
+    found = evaluate_documents(
+        model, tokenizer, stored, scoring, context=8, device="cpu", precision="fp32", receptive_field=field
+    )
+
+    (long,) = (stored.tokens(i).tolist() for i in range(2) if len(stored.tokens(i)) > 40)
+    inputs, nats, n_bytes = [tokenizer.eos_id, *long[:-1]], 0.0, 0  # 205 bytes and the separator
+    for start in range(0, len(long) - 40 + 1, 8):
+        with torch.no_grad():
+            log_probs_TV = model(torch.tensor([inputs[start : start + 40]]))[0].double().log_softmax(-1)
+        for i in range(32, 40):
+            nats -= float(log_probs_TV[i, long[start + i]])
+            n_bytes += 1
+    assert n_bytes == (1 + (206 - 40) // 8) * 8 == 168
+    result = found.result
+    assert (result.tokens, result.bytes, result.documents) == (168, 168, 1)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
+    assert result.protocol.merged == merge
+    assert "the last 8 tokens of every full window" in result.protocol.words
+    assert "windows of exactly 40 tokens that advance by 8" in result.protocol.words
+    assert "1 of 2 documents, none truncated" in result.protocol.words
+
+
+def test_full_windows_that_no_document_fills(evaluate: Evaluate) -> None:
+    with pytest.raises(ValueError, match=r"no document fills a window of 5,000 tokens \(the longest drawn has \d+\)"):
+        evaluate(Scoring(window=5000, stride=8, scored="full_windows"))
 
 
 def test_without_training_documents_there_is_no_baseline(evaluate: Evaluate) -> None:

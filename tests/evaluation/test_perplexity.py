@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from longspan.evaluation.documents import documents_from
+from longspan.evaluation.documents import documents_from, in_full_windows
 from longspan.evaluation.perplexity import EvalDocument, TokenScores, score, windows_of
 from longspan.evaluation.result import position_edges
 from longspan.kernels.attention import AttentionSpec, Window
 from longspan.model import zoo
-from longspan.model.config import AttentionPlan
+from longspan.model.config import AttentionPlan, HeadGroup
+from longspan.model.config_rope import RopeScaling
+from longspan.model.decoder import Decoder
 
 CPU = torch.device("cpu")
 few = settings(max_examples=25, deadline=None)
@@ -25,7 +29,7 @@ few = settings(max_examples=25, deadline=None)
 class ContextCounter(nn.Module):
     """Gives token 1 the nll f(number of tokens seen), so that a loss tells exactly which windows were run."""
 
-    def __init__(self, f=float) -> None:
+    def __init__(self, f: Callable[[int], float] = float) -> None:
         super().__init__()
         self.f = f
         self.head_weight = torch.eye(2)
@@ -433,3 +437,122 @@ def test_decoder_equals_the_naive_loop(name: str, spec: AttentionSpec) -> None:
     scores = run(decoder, docs, window=24, stride=9, bos=60, batch=4)
     expected = [x for doc in docs for x in naive(Alone(), doc, window=24, stride=9, bos=60)]
     np.testing.assert_allclose(scores.nll, expected, rtol=2e-4, atol=2e-4)
+
+
+# -- windows that are computed together ------------------------------------------------------------------------------
+
+
+def windowed(positions: str, **spec: object) -> Decoder:
+    """Two layers that see 6 keys, two heads of the second one every second of them: 5 + 2 · 5 tokens back."""
+    near = AttentionSpec(causal=True, window=Window.causal_keys(6), **spec)  # type: ignore[arg-type]
+    far = replace(near, window=Window(left=5, right=0, dilation=2))
+    patterns = {"near": near, "mixed": (HeadGroup(heads=2, spec=near), HeadGroup(heads=2, spec=far))}
+    model = zoo.build(
+        "gpt-tiny",
+        {"positions": positions, "attention": AttentionPlan(patterns=patterns, layers=("near", "mixed"))},
+        seed=3,
+    )
+    assert isinstance(model, Decoder)
+    return model
+
+
+@pytest.mark.parametrize("positions", ["rope", "alibi", "none"])
+def test_merged_windows_give_the_numbers_of_single_ones(positions: str) -> None:
+    model = windowed(positions)
+    assert model.config.receptive_field == 15
+    docs = random_documents([90, 31, 7, 64], vocabulary=256)
+    plain = run(model, docs, window=24, stride=4, bos=0)
+    merged = run(model, docs, window=24, stride=4, bos=0, reach=15)
+    np.testing.assert_allclose(merged.nll, plain.nll, rtol=0, atol=2e-5)
+    assert merged.context.tolist() == plain.context.tolist()  # the protocol's, not the passes'
+    assert (plain.protocol.merged, merged.protocol.merged) == (False, True)
+    assert "several in one pass" in merged.protocol.words
+    # With a field that is too short the numbers of later windows differ.
+    wrong = run(model, docs, window=24, stride=4, bos=0, reach=8)
+    assert np.abs(wrong.nll - plain.nll).max() > 1e-3
+
+
+def test_merging_reads_less() -> None:
+    plain, merged = ContextCounter(lambda _: 1.0), ContextCounter(lambda _: 1.0)
+    run(plain, ones(1000), window=100, stride=10, batch=1)
+    run(merged, ones(1000), window=100, stride=10, batch=1, reach=20)
+    assert (len(plain.shapes), len(merged.shapes)) == (91, 13)  # 1 + 900 / 10, 1 + 900 / 80
+
+
+@pytest.mark.parametrize(("stride", "reach"), [(4, 21), (24, 0), (4, 20), (4, 100)])
+def test_windows_too_short_for_the_field_stay_single(stride: int, reach: int) -> None:
+    scores = run(RunningMean(), random_documents([90]), window=24, stride=stride, reach=reach)
+    assert not scores.protocol.merged
+    alone = run(RunningMean(), random_documents([90]), window=24, stride=stride)
+    assert scores.nll.tolist() == alone.nll.tolist()
+
+
+@pytest.mark.parametrize(
+    ("positions", "spec"),
+    [("learned", {}), ("sinusoidal", {}), ("rope", {"sink_tokens": 1})],
+)
+def test_a_model_that_knows_where_it_is_has_no_field(positions: str, spec: dict) -> None:
+    assert windowed(positions, **spec).config.receptive_field is None
+    assert zoo.DECODERS["llama-60m"].receptive_field is None  # sees everything
+    dynamic = RopeScaling(kind="dynamic", factor=2.0, original_positions=64)
+    assert replace(windowed("rope").config, rope_scaling=dynamic).receptive_field is None
+
+
+# -- full windows alone ----------------------------------------------------------------------------------------------
+
+
+def ascii_text(ids) -> str:
+    return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
+
+
+def test_the_windows_of_the_paper() -> None:
+    """Beltagy et al. 2020, §4.2.2: 32,256 tokens, 512 new ones each, over a test set of five million characters."""
+    tokens = np.full(5_000_000, 97, dtype=np.uint8)
+    whole = EvalDocument(tokens=tokens, n_bytes=len(tokens))
+    cut = in_full_windows(whole, window=32_256, stride=512, first=0, decode=lambda ids: "a" * len(ids))
+    assert cut is not None
+    pieces = list(windows_of(len(cut.tokens), window=32_256, stride=512, unscored=cut.prompt))
+    assert len(pieces) == 9_703
+    assert {piece.end - piece.start for piece in pieces} == {32_256}
+    assert {piece.end - piece.scored for piece in pieces} == {512}
+    assert sum(piece.end - piece.scored for piece in pieces) == cut.n_bytes == 4_967_936
+    # Ours scores all of the first window, and the tail that fills no window.
+    ours = list(windows_of(len(tokens), window=32_256, stride=512))
+    assert (len(ours), sum(piece.end - piece.scored for piece in ours)) == (9_704, 5_000_000)
+
+
+@pytest.mark.parametrize(("n", "scored"), [(9, None), (10, (7, 10)), (12, (7, 10)), (13, (7, 13)), (20, (7, 19))])
+def test_what_full_windows_score(n: int, scored: tuple[int, int] | None) -> None:
+    whole = document(range(n), n_bytes=n)
+    cut = in_full_windows(whole, window=10, stride=3, first=0, decode=ascii_text)
+    assert (None if cut is None else (cut.prompt, len(cut.tokens))) == scored
+    if cut is not None:
+        scores = run(ContextCounter(), [replace(cut, tokens=np.ones_like(cut.tokens))], window=10, stride=3)
+        assert set(scores.context.tolist()) == {8, 9, 10}
+        assert cut.n_bytes == scores.summary().tokens
+
+
+def test_full_windows_without_a_token_before_the_document() -> None:
+    cut = in_full_windows(document(range(12), n_bytes=12), window=10, stride=3, first=1, decode=ascii_text)
+    assert cut is not None
+    assert (cut.prompt, len(cut.tokens)) == (8, 11)
+    scores = run(ContextCounter(), [replace(cut, tokens=np.ones_like(cut.tokens))], window=10, stride=3, bos=None)
+    assert scores.context.tolist() == [8, 9, 10]
+
+
+def test_bytes_of_characters_that_the_windows_cut() -> None:
+    """é is two bytes; both belong to the token that completes it."""
+    text = "aé" * 8  # 24 bytes
+    whole = EvalDocument(tokens=np.frombuffer(text.encode(), dtype=np.uint8), n_bytes=24)
+    cut = in_full_windows(whole, window=11, stride=3, first=0, decode=ascii_text)
+    assert cut is not None
+    assert (cut.prompt, len(cut.tokens)) == (8, 23)
+    assert cut.n_bytes == 22 - 7  # byte 8 of the text begins inside é, and so does byte 23
+
+
+def test_full_windows_respect_prompts() -> None:
+    whole = replace(document(range(20), n_bytes=20), prompt=12)
+    cut = in_full_windows(whole, window=10, stride=3, first=0, decode=ascii_text)
+    assert cut is not None
+    assert (cut.prompt, len(cut.tokens)) == (12, 19)
+    assert in_full_windows(replace(whole, prompt=19), window=10, stride=3, first=0, decode=ascii_text) is None

@@ -19,6 +19,7 @@ from longspan.evaluation.documents import EvalDocument, documents_from
 from longspan.evaluation.evaluate import evaluate_documents
 from longspan.evaluation.ngram import NgramBaseline
 from longspan.evaluation.perplexity import score
+from longspan.evaluation.result import Scored
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import Decoder, from_config
 
@@ -31,6 +32,8 @@ class Scoring:
     window: int | None = 64
     stride: int | None = None
     batch: int = 4
+    scored: Scored = "all"
+    merge_windows: bool = True
 
 
 @pytest.fixture(scope="module")
