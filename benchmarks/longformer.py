@@ -53,7 +53,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """milliseconds of each repetition; mib: peak memory beyond weights and gradients, NaN on a CPU; failure: in a line"""
+    """milliseconds: of each repetition; mib: peak memory beyond weights and gradients, NaN on a CPU; failure: a line"""
 
     milliseconds: tuple[float, ...] = ()
     mib: float = math.nan
