@@ -92,6 +92,49 @@ class SinglePass:
         return Address(int(self._sources[k]), 0, int(self._indices[k]))
 
 
+class BucketedStream:
+    """An endless stream over items of one source in which neighbours are of like length: for padded batches.
+
+    lengths   of the items
+    bucket    neighbours that belong together: groups of so many items begin at multiples of it in every pass
+    pools     the shuffled items are cut into pools of `pools` groups; each is sorted by length, cut into groups, and
+              the groups are shuffled. More of them: less padding, and less chance in who meets whom
+    seed      None: stored order, and no buckets
+
+    Every pass holds each item once; the last group of a pass, and of a pool there, may be smaller.
+    """
+
+    def __init__(self, lengths: np.ndarray, *, bucket: int, pools: int = 50, seed: int | None) -> None:
+        if len(lengths) < 1 or bucket < 1 or pools < 1:
+            raise ValueError(f"{len(lengths)} items in buckets of {bucket}, {pools} to a pool: each is at least 1")
+        self._lengths, self._bucket, self._pool, self._seed = lengths, bucket, bucket * pools, seed
+        self._held: tuple[tuple[int, int], np.ndarray] | None = None  # the pool asked for last
+
+    def address(self, k: int) -> Address:
+        if k < 0:
+            raise IndexError(f"sequence {k}: a stream starts at 0")
+        epoch, place = divmod(k, len(self._lengths))
+        if self._seed is None:
+            return Address(0, epoch, place)
+        pool, place = divmod(place, self._pool)
+        if self._held is None or self._held[0] != (epoch, pool):
+            self._held = ((epoch, pool), self._ordered(epoch, pool, self._seed))
+        return Address(0, epoch, int(self._held[1][place]))
+
+    def _ordered(self, epoch: int, pool: int, seed: int) -> np.ndarray:
+        """The items of a pool in the order in which they come."""
+        size = len(self._lengths)
+        key = hash_ints(seed, 0, epoch)
+        places = range(pool * self._pool, min((pool + 1) * self._pool, size))
+        items = np.array([permute(place, size, key=key) for place in places])
+        items = items[np.lexsort((items, self._lengths[items]))]
+        whole = len(items) // self._bucket
+        groups = [items[group * self._bucket : (group + 1) * self._bucket] for group in range(whole)]
+        key = hash_ints(seed, 1, epoch, pool)
+        shuffled = [groups[permute(group, whole, key=key)] for group in range(whole)]
+        return np.concatenate([*shuffled, items[whole * self._bucket :]])
+
+
 def permute(index: int, size: int, *, key: int) -> int:
     """Where a pseudo-random permutation of 0 … size-1, chosen by `key`, sends `index`.
 

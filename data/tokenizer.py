@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 class TokenizerError(ValueError):
     """A tokenizer cannot be trained or loaded; the message says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Special tokens around a text: `before` it and `after` it, and `between` two texts that go together."""
+
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    after: tuple[int, ...]
 
 
 class Tokenizer:
@@ -89,6 +99,37 @@ class Tokenizer:
             for (text, _), encoding in zip(group, encodings):
                 parts[text].append(np.array(encoding.ids, dtype=np.uint32))
         return [np.concatenate(part) if part else np.empty(0, dtype=np.uint32) for part in parts]
+
+    def encode_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`encode_arrays`, and for each token the characters [start, end) of the text that it stands for: uint32
+        [T, 2]. The tokens of a character that takes several stand for all of it."""
+        ids: list[list[np.ndarray]] = [[] for _ in texts]
+        places: list[list[np.ndarray]] = [[] for _ in texts]
+        begun = [0] * len(texts)  # characters of each text in the pieces before
+        for group in _grouped(texts, self._cuts_at_lines):
+            encodings = self._tokenizer.encode_batch([piece for _, piece in group], add_special_tokens=False)
+            for (text, piece), encoding in zip(group, encodings):
+                ids[text].append(np.array(encoding.ids, dtype=np.uint32))
+                offsets = np.array(encoding.offsets, dtype=np.uint32).reshape(-1, 2)
+                places[text].append(offsets + np.uint32(begun[text]))
+                begun[text] += len(piece)
+        return [
+            (np.concatenate(mine), np.concatenate(where))
+            if mine
+            else (np.empty(0, np.uint32), np.empty((0, 2), np.uint32))
+            for mine, where in zip(ids, places)
+        ]
+
+    @property
+    def frame(self) -> Frame:
+        """What encoders expect around their texts: this tokenizer's own template for pairs ([CLS] … [SEP] … [SEP],
+        <s> … </s></s> … </s>); where it has none, the token that ends documents stands in each place."""
+        pair = self._tokenizer.encode("a", "b", add_special_tokens=True)
+        texts = [place for place, text in enumerate(pair.sequence_ids) if text is not None]
+        first = [place for place in texts if pair.sequence_ids[place] == 0]
+        second = [place for place in texts if pair.sequence_ids[place] == 1]
+        found = (pair.ids[: first[0]], pair.ids[first[-1] + 1 : second[0]], pair.ids[second[-1] + 1 :])
+        return Frame(*(tuple(ids) or (self.eos_id,) for ids in found))
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of the ids; bytes that are not UTF-8 (a character cut in half) show as U+FFFD."""

@@ -6,11 +6,12 @@ from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.data.order import MixedStream, SinglePass, permute
+from longspan.data.order import BucketedStream, MixedStream, SinglePass, permute
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
@@ -105,3 +106,48 @@ def test_refusals():
         MixedStream([3, 0], [1, 1], 0)
     with pytest.raises(ValueError, match="weight greater than 0"):
         MixedStream([3, 1], [1, 0], 0)
+
+
+class TestBuckets:
+    @given(
+        lengths=st.lists(st.integers(1, 50), min_size=1, max_size=120),
+        bucket=st.integers(1, 9),
+        pools=st.integers(1, 4),
+        seed=st.integers(0, 99),
+    )
+    @settings(max_examples=25, deadline=None)
+    def test_every_pass_is_a_permutation(self, lengths: list[int], bucket: int, pools: int, seed: int):
+        stream = BucketedStream(np.array(lengths), bucket=bucket, pools=pools, seed=seed)
+        for epoch in range(2):
+            addresses = [stream.address(epoch * len(lengths) + k) for k in range(len(lengths))]
+            assert sorted(address.index for address in addresses) == list(range(len(lengths)))
+            assert {address.epoch for address in addresses} == {epoch}
+
+    def test_a_place_does_not_depend_on_how_one_got_there(self):
+        lengths = np.random.default_rng(0).integers(1, 500, 1000)
+        forward = BucketedStream(lengths, bucket=8, pools=5, seed=3)
+        indices = [forward.address(k).index for k in range(2500)]
+        for k in (2499, 3, 1000, 999, 41, 40):
+            assert BucketedStream(lengths, bucket=8, pools=5, seed=3).address(k).index == indices[k]
+            assert forward.address(k).index == indices[k]
+        assert indices[:1000] != indices[1000:2000]
+        assert [BucketedStream(lengths, bucket=8, pools=5, seed=4).address(k).index for k in range(9)] != indices[:9]
+
+    def test_neighbours_are_of_like_length(self):
+        lengths = np.random.default_rng(0).integers(1, 500, 2000)
+        stream = BucketedStream(lengths, bucket=8, pools=50, seed=0)
+        groups = lengths[[stream.address(k).index for k in range(2000)]].reshape(-1, 8)
+        padded, shuffled = 8 * groups.max(1).sum(), 8 * lengths.reshape(-1, 8).max(1).sum()
+        assert padded < 1.03 * lengths.sum() < 1.5 * lengths.sum() < shuffled
+        means = groups.mean(1)  # short and long groups come in no order
+        assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.2
+
+    def test_stored_order(self):
+        stream = BucketedStream(np.array([3, 1, 2]), bucket=2, seed=None)
+        assert [stream.address(k).index for k in range(5)] == [0, 1, 2, 0, 1]
+
+    def test_bad_requests(self):
+        with pytest.raises(ValueError, match="each is at least 1"):
+            BucketedStream(np.array([], dtype=int), bucket=2, seed=0)
+        with pytest.raises(IndexError, match="starts at 0"):
+            BucketedStream(np.array([1]), bucket=2, seed=0).address(-1)
