@@ -62,6 +62,15 @@ VERBS: dict[str, Verb] = {
         "validate_export",
         ("longspan export checkpoint=runs/mine output=DIR", "longspan export checkpoint=DIR output=OUT dtype=bf16"),
     ),
+    "convert": Verb(
+        "surgery on a checkpoint: windows and global tokens, more positions, fewer key/value heads",
+        "ConvertConfig",
+        "validate_convert",
+        (
+            "longspan convert checkpoint=DIR surgery=longformer window=512 output=OUT",
+            "longspan convert checkpoint=DIR surgery=[positions,longformer] max_positions=4096 window=512 output=OUT",
+        ),
+    ),
     "evaluate": Verb(
         "perplexity of a checkpoint, with its protocol, as JSON, Markdown and a curve",
         "EvaluateConfig",

@@ -21,6 +21,7 @@ from longspan.model.config import DecoderConfig
 
 from .config_errors import ConfigError, Problem, assignment, lines
 from .schema import (
+    ConvertConfig,
     DataConfig,
     EstimateConfig,
     EvaluateConfig,
@@ -79,7 +80,7 @@ def _problems(config: object) -> Iterator[Problem]:
             yield from _missing("requests", config.requests, globs=False)
     elif isinstance(config, ImportConfig):
         yield from _missing("source", config.source, globs=False)
-    elif isinstance(config, ExportConfig):
+    elif isinstance(config, ExportConfig | ConvertConfig):
         yield from _no_checkpoint(config.checkpoint)
 
 

@@ -19,8 +19,10 @@ from longspan.model.config import AttentionPlan, DecoderConfig, EncoderConfig, M
 from longspan.model.zoo import configure
 
 from .config_checks import check_data, check_generate, check_protocol, check_run
+from .config_convert import check_convert
 from .config_errors import COMMAND_LINE, ConfigError, Problem, lines, translate, wrong
 from .config_plain import booleans, named, plain, without, written
+from .schema_convert import ConvertConfig
 from .schema_requests import (
     BenchConfig,
     ConformanceConfig,
@@ -66,6 +68,7 @@ __all__ = [
     "BenchConfig",
     "CallbacksConfig",
     "ConformanceConfig",
+    "ConvertConfig",
     "DataConfig",
     "EstimateConfig",
     "EstimateRequest",
@@ -93,6 +96,7 @@ __all__ = [
     "validate",
     "validate_bench",
     "validate_conformance",
+    "validate_convert",
     "validate_estimate",
     "validate_evaluate",
     "validate_explain",
@@ -164,6 +168,12 @@ def validate_export(raw: Raw, *, where: Where | None = None) -> ExportConfig:
     """`longspan export`; as `validate`."""
     config, problems = _parse(ExportConfig, raw)
     return _sound(config, problems, where)
+
+
+def validate_convert(raw: Raw, *, where: Where | None = None) -> ConvertConfig:
+    """`longspan convert`; as `validate`."""
+    config, problems = _parse(ConvertConfig, raw)
+    return _sound(config, [*problems, *(check_convert(config, raw) if config is not None else ())], where)
 
 
 def validate_bench(raw: Raw, *, where: Where | None = None) -> BenchConfig:

@@ -89,8 +89,9 @@ def _read(path: Path, name: str) -> Tensor:
         return file.get_tensor(name).clone()
 
 
-def write_weights(path: Path, weights: Weights) -> None:
-    """Writes a safetensors file of what the readers give, one tensor after the other.
+def write_weights(path: Path, weights: Weights, progress: Callable[[int, int], object] | None = None) -> None:
+    """Writes a safetensors file of what the readers give, one tensor after the other. `progress` is told the bytes of
+    tensors that are written, and of all.
 
     Raises ValueError where a reader gives another shape or type than it promised.
     """
@@ -104,11 +105,15 @@ def write_weights(path: Path, weights: Weights) -> None:
         header[name] = {"dtype": _NAMES[lazy.dtype], "shape": list(lazy.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
+    done = 0
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for name in names:
             _write(file.write, name, weights[name])
+            done += weights[name].nbytes
+            if progress is not None:
+                progress(done, end)
 
 
 def _write(write: Callable[[memoryview], object], name: str, lazy: LazyTensor) -> None:

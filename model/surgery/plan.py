@@ -8,7 +8,7 @@ readers (`lazy`), so that tensors stream from file to file.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from longspan.model.checkpoint import (
     CONFIG,
     LINEAGE,
     WEIGHTS,
+    CheckpointError,
     resolve_checkpoint,
     sha256_of,
     verify,
@@ -163,30 +164,46 @@ def plan_conversion(checkpoint: Path | str, surgeries: Sequence[Surgery]) -> Con
 
 
 def convert_model(
-    checkpoint: Path | str, output: Path | str, surgeries: Sequence[Surgery], *, overwrite: bool = False
+    checkpoint: Path | str,
+    output: Path | str,
+    surgeries: Sequence[Surgery],
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Path:
     """Makes a checkpoint directory from another, or from a run, by surgeries in the order given, and returns it.
+
+    progress  is told after each tensor how many bytes are written, and of how many
 
     Tensors pass one at a time, each in the type that it is stored in. The tokenizer goes along, told of the new length;
     lineage.json is the source's with an entry for each surgery: what it changed, its numbers, and the weights that it
     was given. All of the directory is written or nothing.
     Raises SurgeryError for a surgery that this model cannot have, CheckpointError for a damaged checkpoint and for an
-    `output` that is not empty, unless `overwrite`.
+    `output` that is not empty, unless `overwrite`, or that holds or lies in the checkpoint.
     """
     conversion = plan_conversion(checkpoint, surgeries)
-    source = conversion.checkpoint
+    source, target = conversion.checkpoint, Path(output)
+    _check_apart(source.resolve(), target.resolve())
     verify(source)
 
     def fill(staging: Path) -> None:
         weights, reports = operate(conversion.steps, stored_weights(source / WEIGHTS))
         (staging / CONFIG).write_text(json.dumps(to_dict(conversion.after), indent=2) + "\n")
-        write_weights(staging / WEIGHTS, weights)
+        write_weights(staging / WEIGHTS, weights, progress)
         lineage = _lineage(source, conversion.steps, reports)
         (staging / LINEAGE).write_text(json.dumps(lineage, indent=2, sort_keys=True) + "\n")
         carry(source, staging)
         tell_length(staging, conversion.before, conversion.after)
 
-    return write_directory(Path(output), fill, overwrite=overwrite)
+    return write_directory(target, fill, overwrite=overwrite)
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    """Replacing a run by what is made of one of its checkpoints would take the run with it."""
+    if source.is_relative_to(target) and source != target:
+        raise CheckpointError(f"output={target} holds the checkpoint that is converted; choose another directory")
+    if target.is_relative_to(source) and source != target:
+        raise CheckpointError(f"output={target} lies in the checkpoint that is converted; choose another directory")
 
 
 def _lineage(source: Path, steps: Sequence[Step], reports: Sequence[Report]) -> dict[str, Any]:

@@ -172,7 +172,7 @@ class ExtendPositions:
             problems.append(f"mode: is required for a model with positions=rope: {', '.join(allowed)}")
         elif self.mode is not None and self.mode not in allowed:
             problems.append(
-                f"mode={self.mode}: this model has positions={kind}, for which mode is {' or '.join(allowed)}"
+                f"mode={self.mode}: this model has positions={kind}, for which mode is one of {', '.join(allowed)}"
             )
         if self.mode not in get_args(RopeKind):
             problems += [

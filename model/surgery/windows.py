@@ -26,7 +26,7 @@ from .plan import Report
 class Longformer:
     """`longformer`: windows instead of full attention, of the decoder or of the encoder.
 
-    window              tokens in the window of a layer, for all layers or a list of one each. Of an encoder both sides
+    window              tokens in the window of a layer, for all layers or a list, one each. Of an encoder both sides
                         together without the token itself, so an even number (Hugging Face's `attention_window`, the
                         paper's w); of a decoder the token itself and those before it
     global_tokens       encoders: tokens that a context flags see everything and are seen by all; None: they do
@@ -84,7 +84,7 @@ class Longformer:
 
     def changes(self, before: ModelConfig) -> dict[str, object]:
         after = self.config(before)
-        said: dict[str, object] = {"window": list(self.window) if isinstance(self.window, Sequence) else self.window}
+        said: dict[str, object] = {"window": list(_listed(self.window))}
         if isinstance(before, DecoderConfig) or isinstance(after, DecoderConfig):
             return said | {"sink_tokens": self.sink_tokens or 0, "full_every": self.full_every}
         said |= {
@@ -110,7 +110,8 @@ class Longformer:
         return self._global_tokens if self.global_projections is None else self.global_projections
 
     def _windows(self, n_layers: int) -> tuple[int, ...]:
-        return (self.window,) * n_layers if isinstance(self.window, int) else tuple(self.window)
+        windows = _listed(self.window)
+        return windows * n_layers if len(windows) == 1 else windows
 
     def _symmetric(self, half: EncoderConfig) -> AttentionPlan:
         windows = [Window.symmetric(window // 2) for window in self._windows(half.n_layers)]
@@ -129,7 +130,7 @@ class Longformer:
         if isinstance(before, DecoderConfig):
             of_encoders = ("global_tokens", "global_projections")
             problems = [
-                f"{key}={getattr(self, key)}: is for encoders; a decoder keeps its first tokens in sight by sink_tokens"
+                f"{key}={str(getattr(self, key)).lower()}: is for encoders; a decoder keeps its first tokens in sight by sink_tokens"
                 for key in of_encoders
                 if getattr(self, key) is not None
             ]
@@ -166,12 +167,16 @@ class Longformer:
         return problems + _window_problems("window", self.window, half, even=True) + _plan_problems(half)
 
 
+def _listed(window: int | Sequence[int]) -> tuple[int, ...]:
+    return (window,) if isinstance(window, int) else tuple(window)
+
+
 def _window_problems(
     key: str, window: int | Sequence[int], half: EncoderConfig | DecoderConfig, *, even: bool
 ) -> list[str]:
     """A window, or a list of them, against the stack whose layers get it."""
-    windows = (window,) if isinstance(window, int) else tuple(window)
-    if not isinstance(window, int) and len(windows) != half.n_layers:
+    windows = _listed(window)
+    if len(windows) not in (1, half.n_layers):
         return [f"{key}={list(windows)}: is one number, or one for each of the model's {half.n_layers} layers"]
     problems: list[str] = []
     for each in dict.fromkeys(windows):
