@@ -16,7 +16,7 @@ OPTIONAL_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "longformer": ("global_tokens", "global_projections", "decoder_window", "sink_tokens", "full_every"),
         "positions": ("mode", "factor", "original_positions", "decoder_positions", "seed"),
-        "gqa": ("init", "grouping", "stacks", "seed"),
+        "gqa": ("init", "grouping", "stacks", "seed", "statistics"),
         "copy-global": (),
     }
 )

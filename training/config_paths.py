@@ -80,8 +80,12 @@ def _problems(config: object) -> Iterator[Problem]:
             yield from _missing("requests", config.requests, globs=False)
     elif isinstance(config, ImportConfig):
         yield from _missing("source", config.source, globs=False)
-    elif isinstance(config, ExportConfig | ConvertConfig):
+    elif isinstance(config, ExportConfig):
         yield from _no_checkpoint(config.checkpoint)
+    elif isinstance(config, ConvertConfig):
+        yield from _no_checkpoint(config.checkpoint)
+        if config.statistics is not None:
+            yield from _missing("statistics", config.statistics, globs=False)
 
 
 def _missing(key: str, value: str, *, globs: bool = True) -> Iterator[Problem]:

@@ -16,7 +16,7 @@ from .schema_sections import STRICT, Count
 
 
 def _one_or_several(value: object) -> object:
-    return (value,) if isinstance(value, str | int) else value
+    return (value,) if isinstance(value, str | int) and not isinstance(value, bool) else value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
@@ -80,8 +80,14 @@ class ConvertConfig:
     grouping: Literal["contiguous", "similar"] | None = Field(
         default=None, description="gqa: which heads share one; null: contiguous"
     )
-    stacks: tuple[Literal["encoder", "decoder"], ...] | None = Field(
-        default=None, min_length=1, description="gqa, encoder–decoders: which stacks; null: both"
+    stacks: tuple[Literal["decoder_self", "cross", "encoder"], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="gqa, encoder–decoders: which attentions; null: decoder_self and cross",
+    )
+    statistics: str | None = Field(
+        default=None,
+        description="gqa: a file of what heads compute on a text, to compare them by; null: by their weights",
     )
     seed: int | None = Field(
         default=None, ge=0, description="positions with mode=random, gqa with init=random; null: 0"

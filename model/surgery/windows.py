@@ -130,7 +130,7 @@ class Longformer:
         if isinstance(before, DecoderConfig):
             of_encoders = ("global_tokens", "global_projections")
             problems = [
-                f"{key}={str(getattr(self, key)).lower()}: is for encoders; a decoder keeps its first tokens in sight by sink_tokens"
+                f"{key}={str(getattr(self, key)).lower()}: is for encoders; a decoder keeps tokens in sight by sink_tokens"
                 for key in of_encoders
                 if getattr(self, key) is not None
             ]
