@@ -56,7 +56,7 @@ class Longformer:
         plan = self._symmetric(half)
         projections = before.global_projections or self._projections
         if isinstance(before, EncoderConfig):
-            offset = 1 if _table_starts_at_zero(before) else before.position_offset
+            offset = 1 if projections and _table_starts_at_zero(before) else before.position_offset
             return replace(before, attention=plan, global_projections=projections, position_offset=offset)
         decoder = before.decoder
         if self.decoder_window is not None:
@@ -127,15 +127,12 @@ class Longformer:
     # -- what it cannot do --------------------------------------------------------------------------------------------
 
     def _problems(self, before: ModelConfig) -> list[str]:
+        problems = [
+            f"{key}={str(getattr(self, key)).lower()}: {why}"
+            for key, why in _ELSEWHERE[before.architecture].items()
+            if getattr(self, key) is not None
+        ]
         if isinstance(before, DecoderConfig):
-            of_encoders = ("global_tokens", "global_projections")
-            problems = [
-                f"{key}={str(getattr(self, key)).lower()}: is for encoders; a decoder keeps tokens in sight by sink_tokens"
-                for key in of_encoders
-                if getattr(self, key) is not None
-            ]
-            if self.decoder_window is not None:
-                problems.append(f"decoder_window={self.decoder_window}: is of an encoder–decoder; write window")
             if self.full_every is not None and not 2 <= self.full_every <= before.n_layers:
                 problems.append(
                     f"full_every={self.full_every}: every so many layers one stays full, so it is 2 to the model's "
@@ -143,67 +140,78 @@ class Longformer:
                 )
             if self.sink_tokens is not None and self.sink_tokens < 0:
                 problems.append(f"sink_tokens={self.sink_tokens}: a count of tokens is 0 or more")
-            return problems + _window_problems("window", self.window, before, even=False) + _plan_problems(before)
-        problems = [
-            f"{key}={getattr(self, key)}: is for decoders; {advice}"
-            for key, advice in (
-                ("sink_tokens", "an encoder keeps tokens in sight by global_tokens"),
-                ("full_every", "every layer of an encoder has its window"),
-            )
-            if getattr(self, key) is not None
-        ]
+            return problems + _causal_problems("window", self.window, before) + _pattern_problems(before)
         if self._projections and not self._global_tokens:
-            problems.append(
-                "global_projections=true: without global tokens nobody would use them; set global_tokens=true"
-            )
+            problems.append("global_projections=true: nobody would use them without global_tokens=true")
+        if isinstance(before, Seq2SeqConfig) and self.decoder_window is not None:
+            problems += _causal_problems("decoder_window", self.decoder_window, before.decoder_half)
+            problems += _pattern_problems(before.decoder_half)
         half = before.encoder_half if isinstance(before, Seq2SeqConfig) else before
-        if isinstance(before, Seq2SeqConfig):
-            if self.decoder_window is not None:
-                of_decoder = before.decoder_half
-                problems += _window_problems("decoder_window", self.decoder_window, of_decoder, even=False)
-                problems += _plan_problems(of_decoder)
-        elif self.decoder_window is not None:
-            problems.append(f"decoder_window={self.decoder_window}: is of an encoder–decoder; write window")
-        return problems + _window_problems("window", self.window, half, even=True) + _plan_problems(half)
+        return problems + _symmetric_problems(self.window, half) + _pattern_problems(half)
+
+
+_OF_ENCODERS = "is for encoders; a decoder keeps tokens in sight by sink_tokens"
+_OF_DECODERS = {
+    "sink_tokens": "is for decoders; an encoder keeps tokens in sight by global_tokens",
+    "full_every": "is for decoders; every layer of an encoder has its window",
+}
+_OF_BOTH = {"decoder_window": "is of an encoder–decoder; write window"}
+_ELSEWHERE: Mapping[str, Mapping[str, str]] = {
+    "decoder": {"global_tokens": _OF_ENCODERS, "global_projections": _OF_ENCODERS, **_OF_BOTH},
+    "encoder": {**_OF_DECODERS, **_OF_BOTH},
+    "seq2seq": _OF_DECODERS,
+}
 
 
 def _listed(window: int | Sequence[int]) -> tuple[int, ...]:
     return (window,) if isinstance(window, int) else tuple(window)
 
 
-def _window_problems(
-    key: str, window: int | Sequence[int], half: EncoderConfig | DecoderConfig, *, even: bool
-) -> list[str]:
-    """A window, or a list of them, against the stack whose layers get it."""
-    windows = _listed(window)
-    if len(windows) not in (1, half.n_layers):
-        return [f"{key}={list(windows)}: is one number, or one for each of the model's {half.n_layers} layers"]
-    problems: list[str] = []
-    for each in dict.fromkeys(windows):
-        least, most = (2, 2 * half.max_positions) if even else (1, half.max_positions)
-        if even and each % 2:
-            problems.append(f"{key}={each}: counts both sides of a token together, so it is even; {each + 1} is")
-        elif each < least:
-            problems.append(f"{key}={each}: is at least {least}")
-        elif each > most:
-            sides = f", {each // 2} on either side," if even else ""
+def _symmetric_problems(window: int | Sequence[int], half: EncoderConfig) -> list[str]:
+    problems = _count_problems("window", window, half.n_layers)
+    for each in () if problems else dict.fromkeys(_listed(window)):
+        if each % 2:
+            problems.append(f"window={each}: counts both sides of a token together, so it is even; {each + 1} is")
+        elif each < 2:
+            problems.append(f"window={each}: has a neighbour on either side at least, so it is 2 or more")
+        elif each > 2 * half.max_positions:
             problems.append(
-                f"{key}={each}:{sides} is wider than the model's {half.max_positions} positions; at most {most} here, "
-                "or make positions first: surgery=[positions,longformer]"
+                f"window={each}: reaches {each // 2} to either side, further than the model's {half.max_positions} "
+                f"positions; at most {2 * half.max_positions}, or {_FIRST}"
             )
     return problems
 
 
-def _plan_problems(half: EncoderConfig | DecoderConfig) -> list[str]:
-    return [
-        f"attention.patterns.{name}: its heads differ, and a single window for all would lose that"
-        for name, groups in half.pattern_groups().items()
-        if len(groups) > 1
-    ] + [
-        f"attention.patterns.{name}: its block_sparse layout and a window would exclude each other's keys"
-        for name, groups in half.pattern_groups().items()
-        if any(group.spec.block_sparse is not None for group in groups)
-    ]
+def _causal_problems(key: str, window: int | Sequence[int], half: DecoderConfig) -> list[str]:
+    problems = _count_problems(key, window, half.n_layers)
+    for each in () if problems else dict.fromkeys(_listed(window)):
+        if each < 1:
+            problems.append(f"{key}={each}: the token itself is in it, so it is 1 or more")
+        elif each > half.max_positions:
+            problems.append(
+                f"{key}={each}: is wider than the model's {half.max_positions} positions; at most that, or {_FIRST}"
+            )
+    return problems
+
+
+_FIRST = "more positions first: surgery=[positions,longformer]"
+
+
+def _count_problems(key: str, window: int | Sequence[int], n_layers: int) -> list[str]:
+    windows = _listed(window)
+    if len(windows) in (1, n_layers):
+        return []
+    return [f"{key}={list(windows)}: is one number, or one for each of {n_layers} layers, not {len(windows)}"]
+
+
+def _pattern_problems(half: EncoderConfig | DecoderConfig) -> list[str]:
+    problems: list[str] = []
+    for name, groups in half.pattern_groups().items():
+        if len(groups) > 1:
+            problems.append(f"attention.patterns.{name}: its heads differ, and one window for all would lose that")
+        elif any(group.spec.block_sparse is not None for group in groups):
+            problems.append(f"attention.patterns.{name}: its block_sparse layout thins what a window would see")
+    return problems
 
 
 def _windowed(plan: AttentionPlan, windows: Sequence[Window | None], features: Mapping[str, Any]) -> AttentionPlan:
@@ -224,9 +232,9 @@ def _windowed(plan: AttentionPlan, windows: Sequence[Window | None], features: M
 
 
 def _pattern_name(spec: AttentionSpec) -> str:
-    if spec.window.unlimited:
+    each = spec.window.left
+    if each is None:
         return "full"
-    each = spec.window.left or 0
     return f"window_{each + 1 if spec.causal else 2 * each}"
 
 
