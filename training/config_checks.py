@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from longspan.model.config import EncoderConfig
+from longspan.model.config import EncoderConfig, ModelConfig, Seq2SeqConfig
 
 from .config_errors import Problem, assignment
 
 if TYPE_CHECKING:
     from .schema import DataConfig, GenerateConfig, ProtocolConfig, RunConfig, SourceConfig
 
-_SPECIAL_TOKENS = 1  # the document separator; with data.masking, data's tokenizers add a mask token
+_SPECIAL_TOKENS = 1  # the document separator; with data.masking and data.denoising, a mask token is added
 
 
 def check_run(config: RunConfig) -> Iterator[Problem]:
@@ -35,11 +35,21 @@ def check_run(config: RunConfig) -> Iterator[Problem]:
 
 
 def check_objective(config: RunConfig, *, fixed_by: str | None = None) -> Iterator[Problem]:
-    """An encoder sees the token that follows, so it can only be asked for hidden ones.
+    """An encoder sees the token that follows, so it can only be asked for hidden ones; an encoder–decoder reads one
+    text and writes another.
 
     `fixed_by` names the checkpoint that brings the model.
     """
     model, masking = config.model, config.data.masking
+    if isinstance(model, Seq2SeqConfig):
+        yield from _check_seq2seq(config.data)
+        return
+    if config.data.denoising is not None:
+        yield Problem(
+            ("data.denoising", "model.name"),
+            "data.denoising: makes a source and a target, which an encoder–decoder reads and writes; leave it out, or "
+            "name one as model",
+        )
     if isinstance(model, EncoderConfig):
         if masking is None:
             yield Problem(
@@ -52,13 +62,40 @@ def check_objective(config: RunConfig, *, fixed_by: str | None = None) -> Iterat
             yield _problem(("model.head", model.head), f"train teaches the masked-LM head; {advice}")
     elif masking is not None:
         yield Problem(
-            ("data.masking",),
+            ("data.masking", "model.name"),
             "data.masking: a decoder predicts the next token and has no use for hidden ones; leave it out, or name an "
             "encoder as model",
         )
 
 
+def _check_seq2seq(data: DataConfig) -> Iterator[Problem]:
+    if data.masking is not None:
+        yield Problem(
+            ("data.masking",),
+            "data.masking: asks for tokens where they were hidden; an encoder–decoder writes whole texts, with "
+            "data.denoising",
+        )
+    elif data.denoising is None:
+        yield Problem(
+            ("data.denoising",),
+            "data.denoising=null: an encoder–decoder needs a source and a target; set "
+            "data.denoising={probability: 0.3}",
+        )
+    for name in ("document_mask", "reset_positions"):
+        if getattr(data, name):
+            yield _problem((f"data.{name}", True), "an encoder–decoder reads a sequence as one text; set it to false")
+
+
+def longest_input(model: ModelConfig) -> int:
+    """Tokens that the model is built for; of an encoder–decoder, in either stack."""
+    if isinstance(model, Seq2SeqConfig):
+        return min(model.encoder.max_positions, model.decoder.max_positions)
+    return model.max_positions
+
+
 def check_documents(config: RunConfig) -> Iterator[Problem]:
+    if isinstance(config.model, Seq2SeqConfig):
+        return
     for name, specs in config.model.attention.specs().items():
         if any(spec.documents for spec in specs) and not config.data.document_mask:
             yield _problem(
@@ -84,12 +121,15 @@ def check_data(data: DataConfig) -> Iterator[Problem]:
             f"and data.masking.random={masking.random:g} are shares of the same tokens, more than 1 together",
             "data.masking.random",
         )
-    if masking is not None and data.response_field is not None:
-        yield _problem(
-            ("data.response_field", data.response_field),
-            "says which tokens are asked for, and so does data.masking; give one of them",
-            "data.masking",
-        )
+    for name in ("masking", "denoising"):
+        if getattr(data, name) is not None and data.response_field is not None:
+            yield _problem(
+                ("data.response_field", data.response_field),
+                f"says which tokens are asked for, and so does data.{name}; give one of them",
+                f"data.{name}",
+            )
+    if masking is not None and data.denoising is not None:
+        yield Problem(("data.masking", "data.denoising"), "data.masking and data.denoising: give one of them")
     if not data.sources and data.path is None:
         yield _problem(("data.sources", []), "names no source; give data.path or at least one source")
     tokenizer = data.tokenizer
@@ -194,7 +234,7 @@ def _check_source(source: SourceConfig, path: str) -> Iterator[Problem]:
 
 def check_vocabulary(config: RunConfig) -> Iterator[Problem]:
     tokenizer = config.data.tokenizer
-    special = _SPECIAL_TOKENS + (config.data.masking is not None)
+    special = _SPECIAL_TOKENS + (config.data.masking is not None or config.data.denoising is not None)
     needed = {"bpe": tokenizer.vocab_size, "bytes": 256 + special, "file": 0}[tokenizer.kind]
     if needed > config.model.vocab_size:
         key = ("data.tokenizer.vocab_size", needed) if tokenizer.kind == "bpe" else ("data.tokenizer.kind", "bytes")
@@ -211,6 +251,9 @@ def check_lengths(config: RunConfig, *, fixed_by: str | None = None) -> Iterator
     `fixed_by` names the checkpoint that brings the model, whose table cannot be made longer.
     """
     model = config.model
+    if isinstance(model, Seq2SeqConfig):
+        yield from _check_stack_lengths(config.data, model, fixed_by)
+        return
     if model.positions != "learned":
         return
     rows = model.max_positions
@@ -223,6 +266,16 @@ def check_lengths(config: RunConfig, *, fixed_by: str | None = None) -> Iterator
     window = config.evaluation.window
     if window is not None and window > rows:
         yield _problem(("evaluation.window", window), f"is longer than {advice}", "model.max_positions")
+
+
+def _check_stack_lengths(data: DataConfig, model: Seq2SeqConfig, fixed_by: str | None) -> Iterator[Problem]:
+    for name in ("encoder", "decoder"):
+        rows, key = getattr(model, name).max_positions, f"model.{name}.max_positions"
+        advice = f"{key}={rows} learned positions; raise it or lower this"
+        if fixed_by is not None:
+            advice = f"the {rows} learned positions of the {name} of {fixed_by}; lower it"
+        if data.context > rows:
+            yield _problem(("data.context", data.context), f"is longer than {advice}", key)
 
 
 def _check_trainer(config: RunConfig) -> Iterator[Problem]:

@@ -128,10 +128,12 @@ def nearest(schema: type, path: str) -> str | None:
     """The known key that `path` most likely meant: the same section first, then the same name in any section."""
     parent, _, leaf = path.rpartition(".")
     known = [key for key in keys(schema) if "<" not in key.path.rpartition(".")[2]]
-    elsewhere = _ELSEWHERE.get(leaf.lower())
-    if elsewhere is not None and any(key.path == elsewhere for key in known):
-        return elsewhere
     pattern = (section(schema, parent) or parent) if parent else ""
+    elsewhere = _ELSEWHERE.get(leaf.lower(), "")
+    name = elsewhere.rpartition(".")[2]
+    for there, candidate in ((f"{pattern}.{name}", f"{parent}.{name}"), (elsewhere, elsewhere)):
+        if any(key.path == there for key in known):
+            return candidate
     best, best_score = None, _CLOSE
     for key in known:
         home = key.path.rpartition(".")[0]

@@ -36,7 +36,7 @@ def prepare_settings(data: DataConfig, *, tokenizer: Path | None = None) -> Prep
         vocab_size=data.tokenizer.vocab_size,
         path=data.tokenizer.path,
         train_bytes=data.tokenizer.train_bytes,
-        mask=data.masking is not None and data.tokenizer.kind != "file",
+        mask=(data.masking is not None or data.denoising is not None) and data.tokenizer.kind != "file",
     )
     if tokenizer is not None:
         chosen = TokenizerSettings(kind="file", path=str(tokenizer))

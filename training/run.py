@@ -18,7 +18,7 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.evaluation.evaluate import Evaluation
 from longspan.evaluation.report import write_report
 from longspan.model import checkpoint as model_checkpoint
-from longspan.model.build import Model
+from longspan.model.build import Model, build_from
 from longspan.model.config import DecoderConfig, ModelConfig
 
 from . import run_directory as files
@@ -36,7 +36,7 @@ from .precision import Arithmetic, choose_arithmetic, choose_device
 from .progress import logging_to
 from .records import RunResult, closing_words, open_directory, result_of, summary_of
 from .schema import RunConfig
-from .start import Origin, check_attention, find_directory, find_origin, fresh_model, set_backends, settle, tokenizer_of
+from .start import Origin, check_attention, find_directory, find_origin, set_backends, settle, tokenizer_of
 
 __all__ = ["RunResult", "plan", "train"]
 
@@ -218,7 +218,7 @@ def _evaluate(session: Session, prepared: Prepared, chosen: Path) -> Evaluation 
 
 
 def _model(config: RunConfig, origin: Origin, arithmetic: Arithmetic) -> Model:
-    model = fresh_model(config.model, seed=config.seed)
+    model = build_from(config.model, seed=config.seed)
     if origin.checkpoint is not None:
         weights = model_checkpoint.load_weights(origin.checkpoint)
         model_checkpoint.check_weights(model, weights, asked_by=str(origin.checkpoint))

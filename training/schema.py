@@ -15,14 +15,23 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from longspan.model.config import AttentionPlan, DecoderConfig, EncoderConfig, ModelConfigError, from_dict
+from longspan.model.config import (
+    AttentionPlan,
+    DecoderConfig,
+    ModelConfigError,
+    Seq2SeqConfig,
+    StackConfig,
+    from_dict,
+)
+from longspan.model.config import ModelConfig as BuiltModel
 from longspan.model.zoo import configure
 
-from .config_checks import check_data, check_generate, check_protocol, check_run
+from .config_checks import check_data, check_generate, check_protocol, check_run, longest_input
 from .config_convert import check_convert
 from .config_errors import COMMAND_LINE, ConfigError, Problem, lines, translate, wrong
 from .config_plain import booleans, named, plain, without, written
 from .schema_convert import ConvertConfig
+from .schema_model import BACKENDS, AttentionConfig, AttentionPlanConfig, BackendPlan, ModelConfig, StackSection
 from .schema_requests import (
     BenchConfig,
     ConformanceConfig,
@@ -39,17 +48,13 @@ from .schema_requests import (
     RunRequest,
 )
 from .schema_sections import (
-    BACKENDS,
     DEFAULT_NEW_TOKENS,
     Accelerator,
-    AttentionConfig,
-    BackendPlan,
     CallbacksConfig,
     DataConfig,
     EvaluationConfig,
     EvaluationDataConfig,
     LoggerConfig,
-    ModelConfig,
     OptimizerConfig,
     ProtocolConfig,
     SampleConfig,
@@ -192,7 +197,13 @@ def as_request(config: RunConfig | ExplainConfig) -> dict[str, Any]:
     """The config as plain data in the form that a user writes: `validate(as_request(config))` gives it back."""
     sections = plain(config)
     model, backend = sections.pop("model"), sections.pop("attention_backend")
-    plan = model.pop("attention")
+    plan = {}
+    if isinstance(config.model, Seq2SeqConfig):
+        for half in (model["encoder"], model["decoder"]):
+            if half["attention"] is None:  # where nothing is said it is full
+                del half["attention"]
+    else:
+        plan = model.pop("attention")
     if sections["model_name"] is not None:
         del model["architecture"]  # the name says it
     if sections.get("context_open"):
@@ -209,7 +220,7 @@ def _validate_run(request_type: type[RunRequest], config_type: type[R], raw: Raw
         config = _resolved(config_type, request, model or DecoderConfig())
         if "context" not in written(raw, "data"):
             if config.checkpoint is None:
-                fitting = min(config.data.context, config.model.max_positions)
+                fitting = min(config.data.context, longest_input(config.model))
                 config = replace(config, data=replace(config.data, context=fitting))
             config = replace(config, context_open=config.checkpoint is not None or config.resume is not None)
         problems += _independent(refused, problems)
@@ -242,44 +253,89 @@ def _parse(schema: type[T], raw: Raw) -> tuple[T | None, list[Problem]]:
         return None, problems  # it says nothing that the first one did not
 
 
-def _model(request: Any, raw: Raw) -> tuple[DecoderConfig | EncoderConfig | None, list[Problem]]:
+def _model(request: Any, raw: Raw) -> tuple[BuiltModel | None, list[Problem]]:
     """`model` and `attention` of a request as one config."""
     typed = written(raw, "model")
-    known = {field.name for field in fields(ModelConfig)} - {"name"}
-    overrides = {name: getattr(request.model, name) for name in typed if name in known}
-    # A key whose value was wrong holds its place-holder None by now; a null that was written is meant.
-    overrides = {name: value for name, value in overrides.items() if value is not None or typed[name] is None}
-    patterns, layers = request.attention.patterns, request.attention.layers
     try:
+        overrides = _overrides(request.model, typed)
         start = configure(request.model.name, overrides) if request.model.name else from_dict(overrides)
-        if not isinstance(start, DecoderConfig | EncoderConfig):
-            raise ModelConfigError([f"name={request.model.name}: is a {start.architecture}; this takes another model"])
-        if patterns is None:
-            plan = start.attention if layers is None else replace(start.attention, layers=layers)
-        elif layers is None and len(patterns) != 1:
-            names = ", ".join(patterns)
-            raise ValueError(f"attention.layers: is required: which of {names} each layer has, repeated cyclically")
-        else:
-            plan = AttentionPlan(patterns=patterns, layers=layers or tuple(patterns))
-        model = replace(start, attention=plan)
+        if isinstance(start, Seq2SeqConfig):
+            return _of_two_stacks(start, request, typed)
+        plan, unused = _plan(start.attention, request.attention, "attention")
+        return replace(start, attention=plan), unused
     except ModelConfigError as error:
         return None, [_of_model(problem) for problem in error.problems]
     except ValueError as error:
         return None, [_of_model(str(error))]
+
+
+def _overrides(section: Any, typed: Raw) -> dict[str, Any]:
+    """What a user wrote of a section and its stacks, without their attention."""
+    overrides: dict[str, Any] = {}
+    for name in typed:
+        value = getattr(section, name, None)
+        if isinstance(value, StackSection):
+            overrides[name] = _overrides(value, written(typed, name))
+        # A key whose value was wrong holds its place-holder None by now; a null that was written is meant.
+        elif (
+            name not in ("name", "attention") and hasattr(section, name) and (value is not None or typed[name] is None)
+        ):
+            overrides[name] = value
+    return overrides
+
+
+def _of_two_stacks(start: Seq2SeqConfig, request: Any, typed: Raw) -> tuple[BuiltModel, list[Problem]]:
+    problems = [
+        Problem(
+            (f"attention.{key}",),
+            f"attention.{key}: an encoder–decoder has two stacks; give model.encoder.attention.{key} or "
+            f"model.decoder.attention.{key}",
+        )
+        for key in ("patterns", "layers")
+        if getattr(request.attention, key) is not None
+    ]
+    built = start
+    halves = {"encoder": start.encoder_half.attention, "decoder": start.decoder_half.attention}
+    for name, attention in halves.items():
+        asked = getattr(request.model, name).attention
+        if written(typed, name).get("attention") is not None:
+            plan, unused = _plan(attention, asked, f"model.{name}.attention")
+            built = replace(built, **{name: replace(getattr(built, name), attention=plan)})
+            problems += unused
+    return built, problems
+
+
+def _plan(start: AttentionPlan, asked: AttentionPlanConfig, where: str) -> tuple[AttentionPlan, list[Problem]]:
+    """A stack's attention, and the patterns that none of its layers has. Raises ValueError, as AttentionPlan does."""
+    patterns, layers = asked.patterns, asked.layers
+    if patterns is None:
+        plan = start if layers is None else replace(start, layers=layers)
+    elif layers is None and len(patterns) != 1:
+        names = ", ".join(patterns)
+        raise ValueError(f"{where}.layers: is required: which of {names} each layer has, repeated cyclically")
+    else:
+        plan = AttentionPlan(patterns=patterns, layers=layers or tuple(patterns))
     used = ", ".join(dict.fromkeys(plan.layers))
-    unused = [f"attention.patterns.{name}" for name in plan.patterns if name not in plan.layers]
-    return model, [Problem((key,), f"{key}: no layer has it; attention.layers names {used}") for key in unused]
+    unused = [f"{where}.patterns.{name}" for name in plan.patterns if name not in plan.layers]
+    return plan, [Problem((key,), f"{key}: no layer has it; {where}.layers names {used}") for key in unused]
 
 
 def _of_model(sentence: str) -> Problem:
     """A sentence of model/config.py as a problem of the section that a user sees."""
+    half, colon, inner = sentence.partition(": ")
+    if colon and half in ("encoder", "decoder"):
+        leaf = re.match(r"\w*", inner)
+        if leaf and leaf[0] in StackConfig.__dataclass_fields__:
+            sentence = f"{half}.{inner}"
     head = re.match(r"[\w.]*", sentence)
     key = head[0] if head else ""
-    if key.startswith("attention"):
+    if key in StackConfig.__dataclass_fields__ and sentence.startswith(f"{key}: unknown key"):
+        sentence = f"{key}: unknown key; an encoder–decoder has model.encoder.{key} and model.decoder.{key}"
+    if key.startswith(("attention", "model.")):
         return Problem((key,), sentence)
     known = {field.name for field in fields(ModelConfig)}
     mentioned = [f"model.{name}" for name in re.findall(r"\b(\w+)=", sentence) if name in known]
-    if key in known:
+    if key.partition(".")[0] in known:
         return Problem((f"model.{key}", *mentioned), f"model.{sentence}")
     return Problem(("model.name", *mentioned), f"model: {sentence}")
 
@@ -293,7 +349,7 @@ def _independent(refused: list[Problem], problems: list[Problem]) -> list[Proble
     return [problem for problem in refused if not (attention and problem.keys[0].startswith("attention"))]
 
 
-def _resolved(schema: Callable[..., T], request: Any, model: DecoderConfig | EncoderConfig) -> T:
+def _resolved(schema: Callable[..., T], request: Any, model: BuiltModel) -> T:
     rest = {field.name: getattr(request, field.name) for field in fields(request)}
     del rest["model"]
     backend = rest.pop("attention").backend

@@ -10,15 +10,13 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from longspan.model.config import DecoderConfig, EncoderConfig
+from longspan.model.config import ModelConfig as BuiltModel
 
+from .schema_model import AttentionConfig, BackendName, BackendPlan, ModelConfig
 from .schema_sections import (
     DEFAULT_NEW_TOKENS,
     STRICT,
     Accelerator,
-    AttentionConfig,
-    BackendName,
-    BackendPlan,
     CallbacksConfig,
     Count,
     DataConfig,
@@ -26,7 +24,6 @@ from .schema_sections import (
     EvaluationDataConfig,
     InferencePrecision,
     LoggerConfig,
-    ModelConfig,
     OptimizerConfig,
     ProtocolConfig,
     SampleConfig,
@@ -74,7 +71,7 @@ class RunRequest(_RunSections):
 class RunConfig(_RunSections):
     """A run as the code reads it: `model` is complete, its attention included."""
 
-    model: DecoderConfig | EncoderConfig
+    model: BuiltModel
     model_name: str | None = Field(default=None, description="the named size that the model started from")
     attention_backend: BackendPlan = Field(default=BackendPlan())
     context_open: bool = Field(
@@ -238,7 +235,7 @@ class ExplainRequest(_ExplainKeys):
 class ExplainConfig(_ExplainKeys):
     """`longspan attention` as the code reads it"""
 
-    model: DecoderConfig | EncoderConfig
+    model: BuiltModel
     model_name: str | None = Field(default=None)
     attention_backend: BackendPlan = Field(default=BackendPlan())
 

@@ -1,88 +1,19 @@
-"""The sections of a config: each key with its type, default, meaning and limits. (`schema` says how they are used.)"""
+"""The sections of a config but for the model: each key with its type, default, meaning and limits. (`schema` says how
+they are used, and schema_model.py has the model and its attention.)"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields, make_dataclass
-from difflib import get_close_matches
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from longspan.kernels.attention.spec import AttentionSpec
-from longspan.model.config import DecoderConfig, EncoderConfig, HeadGroup
-from longspan.model.zoo import DECODERS, ENCODERS
-
-from .config_keys import documented
-
 DEFAULT_NEW_TOKENS = 200
-BACKENDS = ("reference", "sdpa", "flex", "triton")  # what kernels.attention registers; to ask it would import torch
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
-
-
-def _branch(value: object) -> str:
-    return "<list>" if isinstance(value, list | tuple) else "<one>"
-
-
-def _every_phase(value: object) -> object:
-    """`backend: sdpa` and `backend: [flex, reference]` mean all phases."""
-    if not isinstance(value, str | list) or not value:
-        return value
-    for name in [value] if isinstance(value, str) else value:
-        if isinstance(name, str):  # wrong names once, not once a phase
-            _known_backend(name)
-    if isinstance(value, list):
-        _alternatives(tuple(value))
-    return dict.fromkeys(("train", "prefill", "decode"), value)
-
-
-def _known_backend(name: str) -> str:
-    """The names that are built in, told before torch is imported. A backend that others register is known only at run
-    time: a dot in its name (`lab.sparse`) says that it is one of those, and then the registry is asked, not this list.
-    """
-    if name in ("auto", *BACKENDS) or "." in name:
-        return name
-    near = get_close_matches(name, ["auto", *BACKENDS], 1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    known = ", ".join(BACKENDS)
-    raise ValueError(f"no backend is called {name!r}; {hint}there are auto, {known}, and registered names with a dot")
-
-
-def _alternatives(names: tuple[str, ...]) -> tuple[str, ...]:
-    if "auto" in names:
-        raise ValueError("auto chooses by itself and stands alone, not in a list")
-    return names
-
-
-# The branch of a union is told by the value's shape, so that an error speaks of the branch that was meant.
-BackendName = Annotated[str, AfterValidator(_known_backend)]
-Backend = Annotated[
-    Annotated[BackendName, Tag("<one>")]
-    | Annotated[tuple[BackendName, ...], Field(min_length=1), AfterValidator(_alternatives), Tag("<list>")],
-    Discriminator(_branch),
-]
-Pattern = Annotated[
-    Annotated[AttentionSpec, Tag("<one>")] | Annotated[tuple[HeadGroup, ...], Tag("<list>"), Field(min_length=1)],
-    Discriminator(_branch),
-]
 Count = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Accelerator = Literal["auto", "cpu", "gpu"]
 InferencePrecision = Literal["auto", "fp32", "bf16"]
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class BackendPlan:
-    """attention.backend: who computes attention in each phase: a name, `auto`, or a list tried in order."""
-
-    train: Backend = Field(
-        default="auto",
-        description="backend of training and evaluation: auto, triton, sdpa, flex, reference, or a list to try; a "
-        "backend that others register has a dot in its name",
-    )
-    prefill: Backend = Field(default="auto", description="backend that reads a prompt into the cache")
-    decode: Backend = Field(default="auto", description="backend that generates token by token")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -139,6 +70,19 @@ class MaskingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class DenoisingConfig:
+    """data.denoising: texts that an encoder–decoder reads damaged and writes whole (BART: Lewis et al. 2019)"""
+
+    probability: float = Field(default=0.3, ge=0, lt=1, description="share of tokens that are hidden, in spans")
+    mean_span: float = Field(
+        default=3.0,
+        ge=1,
+        description="mean length of a span (Poisson); one mask token stands for each, and a span may be empty",
+    )
+    permute_sentences: bool = Field(default=True, description="put the sentences of a sequence in random order")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
     """data: documents -> tokens -> packed sequences"""
 
@@ -169,6 +113,11 @@ class DataConfig:
         default=None,
         description="null: every token is asked for the next one, as decoders are trained; otherwise hidden tokens are "
         "asked for, as encoders are; see data.masking.*",
+    )
+    denoising: DenoisingConfig | None = Field(
+        default=None,
+        description="not null: texts are read damaged and written whole, as encoder–decoders are trained; a sequence's "
+        "first and last token are the text's ends; see data.denoising.*",
     )
     validation_fraction: Probability = Field(
         default=0.01, description="share of documents held out, chosen by a hash of their text"
@@ -344,51 +293,7 @@ class SampleConfig(SamplingConfig):
     max_new_tokens: Count = Field(
         default=DEFAULT_NEW_TOKENS, description="tokens to generate, at most what learned positions have room for"
     )
-    prompt: str = Field(default="def ", description="what the sample continues; empty: no sample")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class AttentionConfig:
-    """attention: what each layer attends to, and who computes it"""
-
-    patterns: Mapping[str, Pattern] | None = Field(
-        default=None,
-        description="kinds of attention by name: an attention spec each, or a list of {heads, spec} where the heads of "
-        "a layer differ; null: those of model.name",
+    prompt: str = Field(
+        default="def ",
+        description="what the sample continues (an encoder–decoder reads a held-out source instead); empty: no sample",
     )
-    layers: tuple[str, ...] | None = Field(
-        default=None,
-        description="the pattern of each layer, repeated cyclically over the stack; null: the only pattern there is",
-    )
-    backend: Annotated[BackendPlan, BeforeValidator(_every_phase)] = Field(
-        default=BackendPlan(), description="see attention.backend.*; a name or a list alone means every phase"
-    )
-
-
-def _model_section() -> type:
-    """`model.*`: a named size, and every field of DecoderConfig and EncoderConfig as an override of it."""
-    kinds = (EncoderConfig, DecoderConfig)  # what both have is the decoder's: its positions may be sinusoidal too
-    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-    meanings = {name: meaning for kind in kinds for name, meaning in documented(kind).items()}
-    own = [field.name for field in fields(EncoderConfig) if field.name not in DecoderConfig.__dataclass_fields__]
-    meanings |= {name: f"encoders: {meanings[name]}" for name in own}
-    named = (
-        "name",
-        Literal[(*DECODERS, *ENCODERS)] | None,  # pyright: ignore[reportOperatorIssue]: the names are known at run time
-        Field(default=None, description="named size to start from; null: the keys below alone"),
-    )
-    architecture = (
-        "architecture",
-        Literal["decoder", "encoder"] | None,
-        Field(default=None, description="where there is no name: decoder or encoder; null: decoder"),
-    )
-    overrides = [
-        (name, hints[name], Field(default=None, description=meanings.get(name, "")))
-        for name in (*(field.name for field in fields(DecoderConfig)), *own)
-        if name not in ("architecture", "attention")  # above; a section of its own
-    ]
-    plain = make_dataclass("ModelConfig", [named, architecture, *overrides], frozen=True, kw_only=True)
-    return dataclass(frozen=True, kw_only=True, config=STRICT)(plain)
-
-
-ModelConfig = _model_section()

@@ -12,14 +12,20 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.kernels.attention import Phase
 from longspan.kernels.attention.spec import AttentionSpec
 from longspan.model import checkpoint as model_checkpoint
-from longspan.model import decoder, encoder
-from longspan.model.config import AttentionPlan, DecoderConfig, EncoderConfig, HeadGroup
-from longspan.model.decoder import Decoder
+from longspan.model.build import Model, build_from
+from longspan.model.config import AttentionPlan, HeadGroup, ModelConfig, Seq2SeqConfig
 from longspan.model.encoder import Encoder
 
 from . import run_directory as files
 from .checkpointing import newest
-from .config_checks import check_documents, check_lengths, check_objective, check_protocol, check_vocabulary
+from .config_checks import (
+    check_documents,
+    check_lengths,
+    check_objective,
+    check_protocol,
+    check_vocabulary,
+    longest_input,
+)
 from .config_errors import ConfigError, lines
 from .errors import UserError
 from .precision import Arithmetic
@@ -116,7 +122,7 @@ def settle(config: RunConfig, origin: Origin, directory: Path) -> RunConfig:
     return config
 
 
-def _open_context(origin: Origin, directory: Path, model: DecoderConfig | EncoderConfig) -> int:
+def _open_context(origin: Origin, directory: Path, model: ModelConfig) -> int:
     """What the resumed run has; for a new one, as much of the default as the model is built for."""
     saved = directory / files.CONFIG
     if origin.resumes and saved.is_file():
@@ -126,17 +132,15 @@ def _open_context(origin: Origin, directory: Path, model: DecoderConfig | Encode
             raise UserError(
                 f"{saved}: does not say data.context, which the resumed run has; give data.context"
             ) from error
-    return min(DataConfig().context, model.max_positions)
+    return min(DataConfig().context, longest_input(model))
 
 
-def model_of(config: RunConfig, origin: Origin) -> DecoderConfig | EncoderConfig:
+def model_of(config: RunConfig, origin: Origin) -> ModelConfig:
     """The configured model; the checkpoint's where the run starts (or once started) from given weights."""
     wanted = resolved_model(config)
     if origin.checkpoint is None:
         return wanted
     found = model_checkpoint.load_config(origin.checkpoint)
-    if not isinstance(found, DecoderConfig | EncoderConfig):
-        raise UserError(f"{origin.checkpoint} holds a {found.architecture}; train takes a decoder or an encoder")
     differing = _differences(wanted, found)
     if origin.parent is not None:
         if differing:
@@ -147,12 +151,14 @@ def model_of(config: RunConfig, origin: Origin) -> DecoderConfig | EncoderConfig
     return found
 
 
-def _differences(wanted: DecoderConfig | EncoderConfig, found: DecoderConfig | EncoderConfig) -> str:
+def _differences(wanted: ModelConfig, found: ModelConfig) -> str:
     if type(wanted) is not type(found):
         return f"architecture={found.architecture}, not {wanted.architecture}"
     names = [field.name for field in fields(wanted) if getattr(wanted, field.name) != getattr(found, field.name)]
     return ", ".join(
-        "attention differs" if name == "attention" else f"{name}={getattr(found, name)}, not {getattr(wanted, name)}"
+        f"{name} differs"
+        if name in ("attention", "encoder", "decoder")
+        else f"{name}={getattr(found, name)}, not {getattr(wanted, name)}"
         for name in names
     )
 
@@ -178,15 +184,7 @@ def tokenizer_of(config: RunConfig, origin: Origin) -> Path | None:
     return origin.checkpoint
 
 
-def fresh_model(
-    config: DecoderConfig | EncoderConfig, *, seed: int | None = None, device: str = "cpu"
-) -> Decoder | Encoder:
-    if isinstance(config, DecoderConfig):
-        return decoder.from_config(config, seed=seed, device=device)
-    return encoder.from_config(config, seed=seed, device=device)
-
-
-def set_backends(model: Decoder | Encoder, config: RunConfig) -> None:
+def set_backends(model: Model, config: RunConfig) -> None:
     backend = config.attention_backend
     if isinstance(model, Encoder):
         model.set_backend(backend.train)
@@ -199,7 +197,7 @@ def check_attention(config: RunConfig, device: torch.device, arithmetic: Arithme
 
     `device` need not be here: a cluster's jobs are planned on laptops.
     """
-    model = fresh_model(config.model, device="meta")
+    model = build_from(config.model, device="meta")
     set_backends(model, config)
     dtype, context = arithmetic.compute, config.data.context
     if isinstance(model, Encoder):
@@ -213,9 +211,9 @@ def check_attention(config: RunConfig, device: torch.device, arithmetic: Arithme
             model.check_attention(device=device, dtype=arithmetic.parameters, phase=phase, needs_grad=False)
 
 
-def resolved_model(config: RunConfig) -> DecoderConfig | EncoderConfig:
+def resolved_model(config: RunConfig) -> ModelConfig:
     """The model with `data.document_mask` in every attention pattern, so that checkpoints say what was used."""
-    if not config.data.document_mask:
+    if not config.data.document_mask or isinstance(config.model, Seq2SeqConfig):
         return config.model
 
     def masked(pattern: AttentionSpec | tuple[HeadGroup, ...]) -> AttentionSpec | tuple[HeadGroup, ...]:

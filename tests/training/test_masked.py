@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from longspan.data.tokenizer import Tokenizer
+from longspan.model.build import build_from
 from longspan.model.checkpoint import load_model
 from longspan.model.config import EncoderConfig
 from longspan.model.encoder import Encoder
@@ -68,7 +69,7 @@ def test_a_run_learns_and_leaves_what_it_does_not_train(text: Path) -> None:
     assert isinstance(model, Encoder)
     tokenizer = Tokenizer.load(result.directory / "checkpoints/step-00000030")
     assert tokenizer.mask_id == 257
-    fresh = run.fresh_model(config.model, seed=config.seed).state_dict()
+    fresh = build_from(config.model, seed=config.seed).state_dict()
     moved = {name: not torch.equal(tensor, fresh[name]) for name, tensor in model.state_dict().items()}
     # Biases of keys change no softmax; what moves them is the optimizer's noise alone.
     assert all(moved[name] for name in moved if "global_attention" not in name and "k_proj.bias" not in name)
