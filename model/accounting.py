@@ -114,7 +114,7 @@ def _seq2seq_parameters(config: Seq2SeqConfig) -> ParameterCount:
     half = config.decoder_half
     source, target = parameters(config.encoder_half), parameters(half)
     D, norm = config.d_model, 2 * config.d_model
-    q_width, kv_width = half.n_heads * half.dim_per_head, half.kv_heads * half.dim_per_head
+    q_width, kv_width = half.n_heads * half.dim_per_head, config.cross_heads * half.dim_per_head
     crossing = (D + 1) * (q_width + 2 * kv_width) + (q_width + 1) * D
     return ParameterCount(
         embedding=source.embedding,
@@ -176,7 +176,7 @@ def seq2seq_forward_flops(config: Seq2SeqConfig, *, source: int, target: int, n_
     """FLOPs of one forward pass over a source of `source` tokens and a target of `target`, head included. The first
     `n_global` tokens of the source are global, where the encoder has global tokens."""
     half = config.decoder_half
-    q_width, kv_width = half.n_heads * half.dim_per_head, half.kv_heads * half.dim_per_head
+    q_width, kv_width = half.n_heads * half.dim_per_head, config.cross_heads * half.dim_per_head
     crossing = 2 * config.d_model * (2 * target * q_width + 2 * source * kv_width) + 4 * q_width * source * target
     encoder = forward_flops(config.encoder_half, length=source, n_global=n_global)
     return encoder + forward_flops(half, length=target) + half.n_layers * crossing

@@ -175,7 +175,7 @@ def cross_cache_bytes(
     """Bytes of what every decoder layer keeps of `batch` sources of `length` tokens, however many targets read them:
     Σ layers  2 · B · length · G · K · bytes of an element, and 8 · B for the lengths of `padded` ones."""
     half = config.decoder_half
-    heads = 2 * half.n_layers * batch * length * half.kv_heads
+    heads = 2 * half.n_layers * batch * length * config.cross_heads
     return CacheBytes(heads * half.dim_per_head * bytes_of(dtype), bookkeeping=batch * INDEX_BYTES * padded)
 
 

@@ -18,7 +18,7 @@ class StackConfig:
 
     n_layers       blocks
     n_heads        query heads in a layer
-    n_kv_heads     key/value heads, of the decoder's cross-attention too; None: n_heads
+    n_kv_heads     key/value heads; None: n_heads
     head_dim       None: d_model // n_heads
     d_ff           hidden width of the MLP
     max_positions  longest input of this stack, in tokens
@@ -50,6 +50,7 @@ class Seq2SeqConfig:
     dropout              on embeddings and residual branches (attention's own dropout is in its specs)
     init_std             standard deviation of normal initialisation
     cross_attention      of every decoder layer, over the whole source: its dropout, scale and softcap may be set
+    cross_kv_heads       its key/value heads; None: as many as in the decoder's self-attention
     global_projections   encoder layers whose spec has global_tokens read and answer global tokens' queries through
                          projections of their own (Beltagy et al. 2020, arXiv 2004.05150, §3.1)
     decoder_start_token  what stands before every target
@@ -73,6 +74,7 @@ class Seq2SeqConfig:
     dropout: float = 0.0
     init_std: float = 0.02
     cross_attention: AttentionSpec = field(default_factory=lambda: AttentionSpec(causal=False))
+    cross_kv_heads: int | None = None
     global_projections: bool = False
     decoder_start_token: int = 2
     forced_bos_token: int | None = None
@@ -126,6 +128,11 @@ class Seq2SeqConfig:
             attention=_full(causal=True) if stack.attention is None else stack.attention,
         )
 
+    @property
+    def cross_heads(self) -> int:
+        """`cross_kv_heads`, resolved."""
+        return self.decoder_half.kv_heads if self.cross_kv_heads is None else self.cross_kv_heads
+
 
 def _full(*, causal: bool) -> AttentionPlan:
     return AttentionPlan(patterns={"full": AttentionSpec(causal=causal)}, layers=("full",))
@@ -137,6 +144,11 @@ def _problems(config: Seq2SeqConfig) -> list[str]:
     found = shared + [f"{half}: {text}" for half, texts in halves.items() for text in texts if text not in shared]
     if replace(config.cross_attention, dropout=0.0, scale=None, softcap=None) != AttentionSpec(causal=False):
         found.append("cross_attention: it sees the whole source; only dropout, scale and softcap can be set")
+    if (cross := config.cross_kv_heads) is not None and (cross < 1 or config.decoder.n_heads % cross):
+        found.append(
+            f"cross_kv_heads={cross}: decoder.n_heads={config.decoder.n_heads} is not a multiple of it: "
+            "each key/value head serves the same number of query heads"
+        )
     for name in ("decoder_start_token", "forced_bos_token", "forced_eos_token"):
         token = getattr(config, name)
         if token is not None and not 0 <= token < config.vocab_size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,12 @@ def draw_weights(model: nn.Module, seed: int, std_of: Callable[[str], float]) ->
         elif owner.endswith("norm"):
             tensor.fill_(1.0)
         else:
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            # Drawn in fp32 on the CPU whatever the model is, so that the same seed means the same model.
-            drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu")
-            tensor.copy_(drawn * std_of(owner))
+            tensor.copy_(drawn(name, tensor.shape, seed) * std_of(owner))
+
+
+def drawn(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """Standard normal numbers of a tensor's own generator: fp32 on the CPU whatever the model is, so that the same seed
+    means the same model."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")

@@ -350,7 +350,7 @@ def _assemble(config: Seq2SeqConfig, fused_qkv: bool) -> Seq2Seq:
             spec=config.cross_attention,
             d_model=config.d_model,
             n_heads=half.n_heads,
-            n_kv_heads=half.kv_heads,
+            n_kv_heads=config.cross_heads,
             head_dim=half.dim_per_head,
             bias=True,
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from .calibration import save_moments, second_moments
 from .copy_global import CopyGlobal
 from .errors import SurgeryError
+from .gqa import GroupedQuery
 from .lazy import LazyTensor, Weights
 from .plan import Conversion, Cost, Step, Surgery, convert_model, cost, operate, plan_conversion, plan_steps
 from .positions import ExtendPositions
@@ -16,6 +18,7 @@ __all__ = [
     "CopyGlobal",
     "Cost",
     "ExtendPositions",
+    "GroupedQuery",
     "LazyTensor",
     "Longformer",
     "Step",
@@ -28,4 +31,6 @@ __all__ = [
     "operate",
     "plan_conversion",
     "plan_steps",
+    "save_moments",
+    "second_moments",
 ]

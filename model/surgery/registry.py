@@ -13,6 +13,7 @@ from longspan.model.config_surgery import REQUIRED_KEYS, keys_of
 
 from .copy_global import CopyGlobal
 from .errors import SurgeryError
+from .gqa import GroupedQuery
 from .plan import Surgery
 from .positions import ExtendPositions
 from .windows import Longformer
@@ -20,6 +21,7 @@ from .windows import Longformer
 SURGERIES: Mapping[str, type[Surgery]] = {
     "longformer": Longformer,
     "positions": ExtendPositions,
+    "gqa": GroupedQuery,
     "copy-global": CopyGlobal,
 }
 
