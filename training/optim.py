@@ -73,7 +73,7 @@ def build_schedule(config: ScheduleConfig, steps: int) -> Factor:
     """The schedule of a run of `steps` optimizer steps.
 
     Warm-up over w steps: step s has the factor (s + 1) / w, so step w - 1 is the first at the peak. The last step
-    (steps - 1) has exactly `final_ratio` (1 for `constant`); steps past the end keep it.
+    (steps - 1) has exactly `final_ratio` (1 for `constant`; `rsqrt` has no end); steps past the end keep it.
     Raises ValueError when warm-up (and decay) do not fit into the run.
     """
     warmup = in_steps(config.warmup, steps)
@@ -94,6 +94,8 @@ def build_schedule(config: ScheduleConfig, steps: int) -> Factor:
                 f"steps, together more than trainer.steps={steps}"
             )
         return lambda step: _warm(step, warmup, lambda s: warmup_stable_decay(s, steps, decay, final))
+    if config.name == "rsqrt":
+        return lambda step: _warm(step, warmup, lambda s: inverse_square_root(s, config.offset))
     return lambda step: _warm(step, warmup, lambda _: 1.0)
 
 
@@ -110,6 +112,12 @@ def cosine(progress: float, final: float) -> float:
 def linear(progress: float, final: float) -> float:
     """A straight line from 1 to `final`."""
     return 1 - (1 - final) * progress
+
+
+def inverse_square_root(step: int, offset: int) -> float:
+    """1/sqrt of the step, which has no end (Raffel et al. 2020, arXiv 1910.10683, §3.1.2), as a share of its value at
+    step `offset`, where the run goes on."""
+    return math.sqrt(offset / (offset + step))
 
 
 def warmup_stable_decay(step: int, steps: int, decay: int, final: float) -> float:

@@ -153,13 +153,17 @@ class OptimizerConfig:
 class ScheduleConfig:
     """schedule: the learning rate over optimizer steps"""
 
-    name: Literal["cosine", "linear", "wsd", "constant"] = Field(
+    name: Literal["cosine", "linear", "wsd", "rsqrt", "constant"] = Field(
         default="cosine", description="shape after the warm-up"
     )
     warmup: float = Field(default=0.02, ge=0, description="below 1: share of the run; otherwise a number of steps")
     final_ratio: float = Field(default=0.1, ge=0, le=1, description="last learning rate, as a share of the peak")
     decay: float = Field(
         default=0.2, gt=0, description="wsd: length of the final decay, a share of the run or a number of steps"
+    )
+    offset: Count = Field(
+        default=10_000,
+        description="rsqrt: steps that count as taken already: step s has sqrt(offset / (offset + s)) of the peak",
     )
 
 

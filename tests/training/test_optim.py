@@ -70,6 +70,14 @@ def test_constant_and_no_warm_up() -> None:
     assert factors(1, name="cosine", warmup=0, final_ratio=0.1)[0] == pytest.approx(0.1)
 
 
+def test_rsqrt_goes_on_from_where_the_offset_says() -> None:
+    # T5's 1/sqrt(n), from step 100 on: 1/10, 1/sqrt(101), …, whatever the number of steps.
+    for steps in (4, 50):
+        got = factors(steps, name="rsqrt", warmup=0, offset=100)
+        assert got[:5] == pytest.approx([10 / math.sqrt(n) for n in (100, 101, 102, 103, 104)])
+    assert factors(4, name="rsqrt", warmup=2, offset=300)[:3] == pytest.approx([0.5, 1.0, math.sqrt(300 / 302)])
+
+
 def test_shares_and_step_counts() -> None:
     assert in_steps(0.25, 200) == 50
     assert in_steps(1, 200) == 1
@@ -84,7 +92,7 @@ def test_shares_and_step_counts() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    name=st.sampled_from(["cosine", "linear", "wsd", "constant"]),
+    name=st.sampled_from(["cosine", "linear", "wsd", "rsqrt", "constant"]),
     steps=st.integers(1, 60),
     warmup=st.integers(0, 20),
     decay=st.floats(0.05, 0.5),
@@ -97,5 +105,5 @@ def test_schedules_rise_then_never_rise_again(name: str, steps: int, warmup: int
     rising, falling = got[:warmup], got[max(warmup - 1, 0) :]
     assert rising == sorted(rising)
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(falling))
-    if name != "constant" and steps > warmup and (name != "wsd" or in_steps(decay, steps)):
+    if name not in ("constant", "rsqrt") and steps > warmup and (name != "wsd" or in_steps(decay, steps)):
         assert got[steps - 1] == pytest.approx(final)

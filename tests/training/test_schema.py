@@ -109,7 +109,7 @@ def test_what_is_written_down_reads_back_the_same(name: str) -> None:
         ({"logger": {"tags": "x"}}, "logger.tags=x: expected a list of names"),
         (
             {"schedule": {"name": "cosin"}},
-            "schedule.name=cosin: expected one of cosine, linear, wsd, constant; did you mean cosine?",
+            "schedule.name=cosin: expected one of cosine, linear, wsd, rsqrt, constant; did you mean cosine?",
         ),
         ({"model": {"name": "lama-tiny"}}, "did you mean llama-tiny?"),
         ({"model": {"positions": "ropes"}}, "expected one of learned, sinusoidal, rope, alibi, none; did you mean rope?"),
