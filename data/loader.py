@@ -137,6 +137,13 @@ class PackedDataset(Dataset[TokenBatch]):
         )
         return batch if self._masker is None else self._masker(batch)
 
+    def tokens(self, k: int) -> np.ndarray:
+        """The token ids of sequence k alone, int64, without padding."""
+        spans = ((self._documents.tokens(span.document), span) for span in self.spans(k))
+        return np.concatenate([tokens[span.start : span.start + span.length] for tokens, span in spans]).astype(
+            np.int64
+        )
+
     def sequence(self, k: int) -> TokenBatch:
         """Sequence k alone: a batch of one."""
         return self.batch([k])

@@ -1,0 +1,93 @@
+"""Sources and targets for encoder–decoders, as training data: denoised texts of a token store, or pairs of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+
+from longspan.data.denoising import DenoisedDataset, Denoiser, Denoising
+from longspan.data.loader import PackedDataset
+from longspan.data.seq2seq import PairFrame, pair_frame
+from longspan.data.store import TokenStore
+from longspan.data.tokenizer import Tokenizer
+from longspan.model.config import Seq2SeqConfig
+
+from .datamodule import BatchPlan, StreamData
+from .errors import UserError
+from .schema import DataConfig
+
+
+def denoising_data(
+    store: TokenStore,
+    config: DataConfig,
+    model: Seq2SeqConfig,
+    plan: BatchPlan,
+    *,
+    seed: int,
+    weights: Mapping[str, float] | None = None,
+    val_batches: int = 20,
+    pin_memory: bool = False,
+) -> StreamData:
+    """Packed sequences of a token store that are read damaged and written whole; arguments as of `packed_data`. A
+    source or target has at most `config.context` tokens, its special ones included.
+
+    Raises UserError for a tokenizer without a mask token, or one that a model's start token is a text of.
+    """
+    if config.denoising is None:
+        raise ValueError("data.denoising=null: there is nothing to write whole")
+    chosen = Denoising(
+        probability=config.denoising.probability,
+        mean_span=config.denoising.mean_span,
+        permute_sentences=config.denoising.permute_sentences,
+    )
+    tokenizer = store.tokenizer()
+    if tokenizer.mask_id is None:
+        raise UserError(
+            "data.denoising: the tokenizer has no mask token (looked for <|mask|>, [MASK], <mask>); use one that has, "
+            "or let data.tokenizer.kind=bpe make one"
+        )
+    frame = frame_for(tokenizer, model)
+    text = config.context - max(frame.around_source, frame.around_target)
+    if text < 1:
+        raise UserError(f"data.context={config.context}: special tokens fill it; raise it")
+    packed = partial(PackedDataset, store, context=text, packing=config.packing)
+    train = packed(split="train", weights=weights, seed=seed, shuffle=config.shuffle)
+    validation = packed(split="validation", single_pass=True) if store.n_tokens("validation") else None
+    damaged = partial(DenoisedDataset, denoiser=Denoiser(chosen, tokenizer, seed=seed), frame=frame)
+    return StreamData(
+        damaged(train),
+        None if validation is None else damaged(validation),
+        plan,
+        fingerprint={
+            "store": store.manifest["self_sha256"],
+            "tokenizer": store.tokenizer_sha256,
+            "seed": seed,
+            "weights": dict(weights) if weights is not None else None,
+            "context": config.context,
+            "packing": config.packing,
+            "shuffle": config.shuffle,
+            "denoising": asdict(chosen),
+            "frame": asdict(frame),
+        },
+        val_batches=val_batches,
+        workers=config.workers,
+        pin_memory=pin_memory,
+    )
+
+
+def frame_for(tokenizer: Tokenizer, model: Seq2SeqConfig) -> PairFrame:
+    """How this tokenizer's texts are framed for this model. Raises UserError where they don't fit."""
+    start = model.decoder_start_token
+    if start not in tokenizer.special_ids:
+        raise UserError(
+            f"model.decoder_start_token={start}: is a piece of text in this tokenizer ({tokenizer.decode([start])!r}); "
+            f"set model.decoder_start_token={tokenizer.eos_id}, the token that ends its texts"
+        )
+    return pair_frame(tokenizer, start=start, is_global=has_globals(model))
+
+
+def has_globals(model: Seq2SeqConfig) -> bool:
+    """Whether some layer of the encoder has global tokens."""
+    specs = model.encoder_half.attention.specs().values()
+    return any(spec.global_tokens for of_pattern in specs for spec in of_pattern)
