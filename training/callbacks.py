@@ -40,7 +40,7 @@ logger = logging.getLogger("longspan.training")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cadence:
-    """How many optimizer steps the run has, and after how many each thing happens."""
+    """At which optimizer step the stage (of a plain run: the run) ends, and after how many each thing happens."""
 
     steps: int
     log_every: int
@@ -53,17 +53,40 @@ class Cadence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """A part of a run."""
+
+    steps: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Throughput:
-    """What turns seconds into tokens per second and MFU.
+    """What turns steps into tokens, and seconds into tokens per second, MFU and the time that is left.
 
     tokens_per_step  of the global batch
     flops_per_token  forward and backward
     peak_flops       of all devices together; None: unknown, and then there is no MFU
+    before, after    (steps, tokens, FLOPs) of the run's stages before this one and after it
     """
 
     tokens_per_step: int
     flops_per_token: float
     peak_flops: float | None
+    before: Share = Share()
+    after: Share = Share()
+
+    def tokens(self, step: int) -> int:
+        """Read up to a step of this stage."""
+        return self.before.tokens + (step - self.before.steps) * self.tokens_per_step
+
+    def seconds_left(self, step: int, last_step: int, seconds: float) -> float | None:
+        """What is left of the run after a step of this stage, at the FLOP/s of its `seconds` so far."""
+        flops_per_step = self.tokens_per_step * self.flops_per_token
+        done = self.before.flops + (step - self.before.steps) * flops_per_step
+        left = (last_step - step) * flops_per_step + self.after.flops
+        return seconds * left / done if done else None
 
 
 class _Stopwatch:
@@ -99,6 +122,7 @@ class RunLoop(Callback):
         view: ProgressView | None = None,
         resume: dict[str, Any] | None = None,
         advice: str = "resume=auto",
+        stage: str | None = None,
     ) -> None:
         self.best: Best | None = None
         self.validation_loss: float | None = None
@@ -112,6 +136,7 @@ class RunLoop(Callback):
         self._view = view
         self._resume = resume
         self._advice = advice
+        self._stage = stage
         self._validated_step = 0
         self._last_row: tuple[int, float] = (0, 0.0)  # (step, seconds) of the row before
         self._last_view: tuple[int, float] = (0, 0.0)
@@ -165,8 +190,9 @@ class RunLoop(Callback):
         configured = [
             {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
         ]
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(module.model, optimizer, state["optimizer"], options=options)
+        if state["optimizer"] is not None:  # a stage may begin without
+            options = StateDictOptions(full_state_dict=True)
+            set_optimizer_state_dict(module.model, optimizer, state["optimizer"], options=options)
         for group, values in zip(optimizer.param_groups, configured, strict=True):
             group.update(values)
         module.last = StepResult(**state["last"]) if state["last"] is not None else None
@@ -253,7 +279,7 @@ class RunLoop(Callback):
         last = module.last
         return Row(
             step=step,
-            tokens=step * self._throughput.tokens_per_step,
+            tokens=self._throughput.tokens(step),
             loss=last.loss if last is not None else None,
             validation_loss=self.validation_loss if self._validated_step == step else None,
             lr=last.lr if last is not None else None,
@@ -262,6 +288,7 @@ class RunLoop(Callback):
             mfu=speed * self._throughput.flops_per_token / peak if speed is not None and peak else None,
             seconds=seconds,
             skipped=module.skipped,
+            stage=self._stage,
         )
 
     def _write_row(self, trainer: Trainer, module: LanguageModel) -> None:
@@ -278,8 +305,7 @@ class RunLoop(Callback):
         if not (line or self._view.live):
             return
         row = self._row(trainer, module, self._last_view)
-        rate = row.seconds / step if step else None
-        eta = (self._cadence.steps - step) * rate if rate is not None else None
+        eta = self._throughput.seconds_left(step, self._cadence.steps, row.seconds)
         self._view.show(row, memory_bytes=_memory_bytes(module.device), eta_seconds=eta, line=line)
         if line:
             self._last_view = (step, row.seconds)

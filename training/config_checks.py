@@ -24,12 +24,12 @@ def check_run(config: RunConfig) -> Iterator[Problem]:
         yield from check_vocabulary(config)
         yield from check_lengths(config)
     yield from check_protocol(config.evaluation, default_window=None if config.context_open else config.data.context)
-    yield from _check_trainer(config)
+    yield from check_trainer(config)
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         yield _problem(
             ("optimizer.betas", list(config.optimizer.betas)), "expected two numbers, each at least 0 and below 1"
         )
-    yield from _check_schedule(config)
+    yield from check_schedule(config)
     yield from _check_directories(config)
     yield from check_documents(config)
 
@@ -278,7 +278,7 @@ def _check_stack_lengths(data: DataConfig, model: Seq2SeqConfig, fixed_by: str |
             yield _problem(("data.context", data.context), f"is longer than {advice}", key)
 
 
-def _check_trainer(config: RunConfig) -> Iterator[Problem]:
+def check_trainer(config: RunConfig) -> Iterator[Problem]:
     trainer = config.trainer
     world = trainer.devices * trainer.nodes
     per_pass = trainer.micro_batch * world
@@ -304,7 +304,7 @@ def _check_trainer(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _check_schedule(config: RunConfig) -> Iterator[Problem]:
+def check_schedule(config: RunConfig) -> Iterator[Problem]:
     schedule, steps = config.schedule, config.trainer.steps
     warmup, decay = (amount * steps if amount < 1 else amount for amount in (schedule.warmup, schedule.decay))
     for name, amount in (("warmup", schedule.warmup), ("decay", schedule.decay)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +20,20 @@ from rich.console import Console
 from longspan.model.build import Model
 
 from . import run_directory as files
-from .callbacks import Cadence, RunLoop, Throughput
+from .callbacks import Cadence, RunLoop, Share, Throughput
 from .checkpointing import Checkpoints
 from .datamodule import StreamData
 from .errors import RunFailed
 from .metrics import MetricsFile, MetricsLog, open_trackers
 from .module import LanguageModel, NonFinite
 from .objectives import objective_for
-from .plan import Peak, Plan
+from .optim import stage_schedule
+from .plan import Peak, Plan, StagePlan
 from .precision import Arithmetic
 from .progress import ProgressView, choose_style
 from .schema import RunConfig, as_request
 from .signals import SignalFlag
+from .stages import Stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,35 +62,44 @@ class Session:
         return int(self.state["step"]) if self.state is not None else 0
 
 
-def fit(session: Session, model: Model, data: StreamData, checkpoints: Checkpoints) -> RunLoop:
-    """Takes the steps that are left, with metrics and progress on the main process.
+def fit(
+    session: Session, stage: Stage, model: Model, data: StreamData, checkpoints: Checkpoints, signals: SignalFlag
+) -> RunLoop:
+    """Takes the steps that are left of a stage, with metrics and progress on the main process.
 
     Raises RunFailed, or Terminated when a signal stopped the run after saving.
     """
-    config = session.config
+    config = session.config  # the whole run's; what the stage changes is in model, data and costs
     trainer_config = config.trainer
-    steps = trainer_config.steps
-    tenth = max(1, steps // 10)
-    signals = SignalFlag()
+    costs = session.costs.stages[stage.number - 1].plan if session.costs.stages else session.costs
+    tenth = max(1, trainer_config.steps // 10)
     with ExitStack() as stack:
         view = None
         if session.is_main:
             quiet = Console(quiet=True)
             style = choose_style(config.callbacks.progress, session.console or quiet)
-            view = ProgressView(style, session.console or quiet, steps=steps, seconds=config.callbacks.progress_seconds)
+            view = ProgressView(
+                style,
+                session.console or quiet,
+                steps=trainer_config.steps,
+                seconds=config.callbacks.progress_seconds,
+                stage=stage,
+            )
             stack.enter_context(view)
         loop = RunLoop(
             data=data,
             cadence=Cadence(
-                steps=steps,
+                steps=stage.end,
                 log_every=trainer_config.log_every,
                 val_every=trainer_config.val_every or tenth,
                 save_every=trainer_config.save_every or tenth,
             ),
             throughput=Throughput(
-                tokens_per_step=session.costs.tokens_per_step,
-                flops_per_token=session.costs.flops_per_token,
+                tokens_per_step=costs.tokens_per_step,
+                flops_per_token=costs.flops_per_token,
                 peak_flops=session.peak.flops,
+                before=_share(session.costs.stages[: stage.number - 1]),
+                after=_share(session.costs.stages[stage.number :]),
             ),
             checkpoints=checkpoints,
             signals=signals,
@@ -97,32 +108,32 @@ def fit(session: Session, model: Model, data: StreamData, checkpoints: Checkpoin
             resume=session.state,
             # A run that started from weights continues without naming them again.
             advice="resume=auto" if config.checkpoint is None else "resume=auto instead of checkpoint=",
+            stage=stage.name,
         )
         if session.is_main:
             # A row that is still owed may be there already, from a session that was killed before it could save.
             kept = session.step - 1 if loop.owes_validation else session.step
             loop.metrics = stack.enter_context(_metrics(config, session.directory, resumed_step=kept))
-        if session.state is not None and session.step >= steps and not loop.owes_validation:
+        if session.state is not None and session.step >= stage.end and not loop.owes_validation:
             loop.adopt(session.state)
             return loop
         module = LanguageModel(
             objective_for(model),
             optimizer=config.optimizer,
-            schedule=config.schedule,
+            factor=stage_schedule(stage),
             arithmetic=session.arithmetic,
             clip=trainer_config.clip,
             nonfinite=trainer_config.nonfinite,
             shard=trainer_config.strategy == "fsdp",
         )
         stack.enter_context(quiet_lightning())
-        stack.enter_context(signals.installed())
         trainer = Trainer(
             accelerator="gpu" if session.device.type == "cuda" else "cpu",
             devices=trainer_config.devices,
             num_nodes=trainer_config.nodes,
             strategy=_strategy(config),
             precision="32-true",  # autocast is the module's: it must not cover backward passes
-            max_steps=steps,
+            max_steps=stage.end,
             max_epochs=-1,
             callbacks=[loop],
             limit_val_batches=0,  # RunLoop validates
@@ -144,6 +155,15 @@ def fit(session: Session, model: Model, data: StreamData, checkpoints: Checkpoin
                 raise KeyboardInterrupt from None
             raise
     return loop
+
+
+def _share(costs: Sequence[StagePlan]) -> Share:
+    plans = [each.plan for each in costs]
+    return Share(
+        steps=sum(plan.steps for plan in plans),
+        tokens=sum(plan.tokens for plan in plans),
+        flops=sum(plan.flops for plan in plans),
+    )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ _PRECISIONS: Mapping[str, AskedPrecision] = {name: name for name in get_args(Ask
 
 @dataclass(frozen=True, slots=True)
 class TrainedWith:
-    """context    tokens per training sequence; None where the checkpoint lies in no run
+    """context    tokens per training sequence, in the stage that wrote the checkpoint; None where that lies in no run
     precision  `trainer.precision` of the run; auto where it lies in none
     """
 
@@ -33,7 +33,9 @@ def trained_with(checkpoint: Path) -> TrainedWith:
     if checkpoint.resolve().parent.name != "checkpoints" or not config.is_file():
         return TrainedWith()
     content = _json(config)
-    context = _section(content, "data").get("context")
+    lineage = checkpoint / "lineage.json"
+    stage = _section(_json(lineage), "stage") if lineage.is_file() else {}
+    context = stage.get("context", _section(content, "data").get("context"))
     precision = _section(content, "trainer").get("precision")
     return TrainedWith(
         context=context if isinstance(context, int) else None,

@@ -32,6 +32,7 @@ class Row:
     mfu                share of the hardware's peak FLOP/s, likewise; None where no peak is known
     seconds            wall-clock seconds of training so far, over all sessions
     skipped            steps skipped so far because of a non-finite loss or gradient
+    stage              name of the stage that took the step; None in a run without stages
     """
 
     step: int
@@ -44,6 +45,7 @@ class Row:
     mfu: float | None = None
     seconds: float = 0.0
     skipped: int = 0
+    stage: str | None = None
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -67,9 +69,7 @@ class MetricsFile:
         self._file = path.open("a", newline="")
 
     def append(self, row: Row) -> None:
-        # repr() keeps every bit of a float
-        values = (getattr(row, name) for name in COLUMNS)
-        self._file.write(_line(["" if value is None else repr(value) for value in values]))
+        self._file.write(_line([_cell(getattr(row, name)) for name in COLUMNS]))
         self._file.flush()
 
     def close(self) -> None:
@@ -93,9 +93,16 @@ def read_rows(path: Path) -> list[Row]:
                 mfu=_number(record["mfu"]),
                 seconds=float(record["seconds"]),
                 skipped=int(record["skipped"]),
+                stage=record["stage"] or None,
             )
         )
     return rows
+
+
+def _cell(value: float | str | None) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else repr(value)  # repr() keeps every bit of a float
 
 
 def _number(text: str) -> float | None:
@@ -125,6 +132,8 @@ def _line(values: list[str] | tuple[str, ...]) -> str:
 def format_row(row: Row, *, steps: int, memory_bytes: int | None, eta_seconds: float | None) -> str:
     """`step 120/10000 loss 3.210 lr 3e-04 tok/s 41k mfu 0.31 mem 31.0G eta 02:11`; what is unknown is left out."""
     parts = [f"step {row.step}/{steps}"]
+    if row.stage is not None:
+        parts.append(row.stage)
     if row.loss is not None:
         parts.append(f"loss {row.loss:.3f}")
     if row.validation_loss is not None:

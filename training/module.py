@@ -28,9 +28,9 @@ from longspan.model.seq2seq import Seq2Seq
 
 from .errors import RunFailed
 from .objectives import Objective
-from .optim import Factor, build_optimizer, build_schedule
+from .optim import Factor, build_optimizer
 from .precision import Arithmetic
-from .schema import OptimizerConfig, ScheduleConfig
+from .schema import OptimizerConfig
 
 # A run whose every step is skipped learns nothing and says nothing; this many in a row end it.
 MAX_SKIPS_IN_A_ROW = 50
@@ -64,7 +64,7 @@ class LanguageModel(LightningModule):
         objective: Objective[Any],  # of the batches that come
         *,
         optimizer: OptimizerConfig,
-        schedule: ScheduleConfig,
+        factor: Factor,
         arithmetic: Arithmetic,
         clip: float | None = 1.0,
         nonfinite: Literal["stop", "skip"] = "stop",
@@ -76,13 +76,12 @@ class LanguageModel(LightningModule):
         self.skipped = 0
         self.last: StepResult | None = None
         self._optimizer_config = optimizer
-        self._schedule_config = schedule
         self._arithmetic = arithmetic
         self._clip = clip
         self._nonfinite = nonfinite
         self._shard = shard
         self.skips_in_a_row = 0
-        self._factor: Factor = lambda step: 1.0  # configure_optimizers knows the length of the run
+        self._factor = factor
 
     @property
     def model(self) -> Model:
@@ -118,7 +117,6 @@ class LanguageModel(LightningModule):
         fully_shard(self.get_submodule("objective"), mesh=mesh, mp_policy=policy)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        self._factor = build_schedule(self._schedule_config, int(self.trainer.estimated_stepping_batches))
         return build_optimizer(self.model, self._optimizer_config)
 
     # -- a step --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .schema import OptimizerConfig, ScheduleConfig
+from .stages import Stage
 
 Factor = Callable[[int], float]  # step (0-based) -> learning rate as a share of the peak
 
@@ -97,6 +98,13 @@ def build_schedule(config: ScheduleConfig, steps: int) -> Factor:
     if config.name == "rsqrt":
         return lambda step: _warm(step, warmup, lambda s: inverse_square_root(s, config.offset))
     return lambda step: _warm(step, warmup, lambda _: 1.0)
+
+
+def stage_schedule(stage: Stage) -> Factor:
+    """The schedule of a stage over the steps of its run: its own shape from its first step to its last, times its
+    share of the peak."""
+    factor = build_schedule(stage.config.schedule, stage.steps)
+    return lambda step: stage.lr_factor * factor(step - stage.start)
 
 
 def in_steps(amount: float, steps: int) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -16,7 +16,8 @@ from .errors import UserError
 from .metrics import clock, short_count
 from .precision import Arithmetic, choose_arithmetic, choose_device, measured_matmul_flops
 from .schema import RunConfig
-from .start import check_attention, find_directory, find_origin, settle
+from .stages import Stage, stages_of, windows_in_words
+from .start import check_every_stage, find_directory, find_origin, settle
 
 # Shares of the peak that a training step reaches: rules of thumb between few measurements, not predictions. On one H100
 # with trainer=gpu, gpt2-small at length 1024 reached 0.33 and llama-300m at 4096 0.39 of the dense bf16 peak; on two
@@ -49,6 +50,8 @@ class Plan:
     kv_bytes_per_token  the same for each token, in layers that keep all
     seconds          of training alone; None where no rate is known
     basis            how `seconds` came about, in words
+    stages           the costs of each; empty: the run has none. Tokens per step and FLOPs per token are then their
+                     means, memory that of the stage that needs most, and the cache the last one's
     """
 
     model: DecoderConfig | EncoderConfig
@@ -66,10 +69,12 @@ class Plan:
     precision: str
     seconds: float | None
     basis: str
+    stages: tuple[StagePlan, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Plain data, as accounting.json has it."""
-        return {
+        stages: dict[str, object] = {"stages": [each.to_dict() for each in self.stages]} if self.stages else {}
+        return stages | {
             "parameters": {**asdict(self.parameters), "total": self.parameters.total},
             "memory": {**asdict(self.memory), "total": self.memory.total},
             "tokens": self.tokens,
@@ -94,7 +99,8 @@ class Plan:
         time = "unknown" if self.seconds is None else f"about {clock(self.seconds)}"
         lines = [
             f"parameters  {count.total:,} ({count.non_embedding:,} without embeddings)",
-            f"tokens      {self.tokens:,} = {self.steps:,} steps × {self.tokens_per_step:,}",
+            f"tokens      {self.tokens:,} "
+            + (f"in {self.steps:,} steps" if self.stages else f"= {self.steps:,} steps × {self.tokens_per_step:,}"),
             f"FLOPs       {self.flops:.3g} ({self.flops_per_token:.3g} per token, forward and backward{note})",
             f"memory      {memory.total / 2**30:.2f} GiB per device ({parts})",
             f"device      {self.device}, {self.precision}",
@@ -104,7 +110,46 @@ class Plan:
             lines.insert(
                 4, f"kv cache    {short_count(self.kv_cache_bytes)}B for a sequence of data.context tokens, in bf16"
             )
-        return lines
+        return lines + (stage_table(self.stages) if self.stages else [])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """A stage and the costs of it alone."""
+
+    stage: Stage
+    plan: Plan
+
+    def to_dict(self) -> dict[str, object]:
+        plan = self.plan
+        return self.stage.to_dict() | {
+            "training_flops": plan.flops,
+            "memory": plan.memory.total,
+            "estimated_seconds": plan.seconds,
+        }
+
+
+def stage_table(stages: Sequence[StagePlan]) -> list[str]:
+    """A line for each stage under a line of headings, in columns."""
+    rows = [("stage", "steps", "context", "windows", "lr", "batch", "tokens", "FLOPs", "memory", "time")]
+    for each in stages:
+        stage, plan, trainer = each.stage, each.plan, each.stage.config.trainer
+        rows.append(
+            (
+                str(stage.name),
+                f"{stage.steps:,}",
+                f"{stage.config.data.context:,}",
+                windows_in_words(stage.config.model),
+                f"{stage.config.optimizer.lr * stage.lr_factor:.3g}",
+                f"{trainer.global_batch} / {trainer.micro_batch}",
+                f"{plan.tokens:,}",
+                f"{plan.flops:.3g}",
+                f"{plan.memory.total / 2**30:.2f} GiB",
+                "unknown" if plan.seconds is None else clock(plan.seconds),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 def plan(config: RunConfig, *, hardware: str | None = None) -> Plan:
@@ -122,7 +167,7 @@ def plan(config: RunConfig, *, hardware: str | None = None) -> Plan:
         return _plan_elsewhere(config, hardware)
     device = choose_device(config.trainer.accelerator, config.trainer.devices)
     arithmetic = choose_arithmetic(config.trainer.precision, device)
-    check_attention(config, device, arithmetic)
+    check_every_stage(config, device, arithmetic)
     peak = find_peak(device, arithmetic, world=config.trainer.devices * config.trainer.nodes)
     return plan_for(config, device, arithmetic, peak)
 
@@ -130,7 +175,7 @@ def plan(config: RunConfig, *, hardware: str | None = None) -> Plan:
 def _plan_elsewhere(config: RunConfig, hardware: str) -> Plan:
     device = torch.device("cuda")
     arithmetic = choose_arithmetic(config.trainer.precision, device)
-    check_attention(config, device, arithmetic)
+    check_every_stage(config, device, arithmetic)
     flops = accounting.peak_flops(hardware, arithmetic.compute)
     if flops is None:
         known = ", ".join(accounting.PEAK_FLOPS)
@@ -147,14 +192,48 @@ def plan_for(
     peak: Peak,
     *,
     name: str | None = None,
-    documents: Mapping[int, float] | None = None,
+    documents: Sequence[Mapping[int, float] | None] = (),
 ) -> Plan:
     """The plan where device, arithmetic and config are settled already.
 
     name       of a device that is not here
-    documents  how many documents of each length a training sequence holds on average, once the data is there: with
-               data.document_mask they make the FLOPs exact, and without them the FLOPs are an upper bound
+    documents  how many documents of each length a training sequence holds on average, for each stage, once the data is
+               there: with data.document_mask they make the FLOPs exact, and without them the FLOPs are an upper bound
     """
+    stages = stages_of(config)
+    counted = documents or (None,) * len(stages)
+    plans = [
+        _plan_of(stage.config, device, arithmetic, peak, name=name, documents=each)
+        for stage, each in zip(stages, counted, strict=True)
+    ]
+    if not config.stages:
+        return plans[0]
+    seconds = [each.seconds for each in plans if each.seconds is not None]
+    steps, tokens = sum(each.steps for each in plans), sum(each.tokens for each in plans)
+    flops = sum(each.flops for each in plans)
+    return replace(
+        plans[-1],
+        steps=steps,
+        tokens=tokens,
+        tokens_per_step=round(tokens / steps),
+        flops=flops,
+        flops_per_token=flops / tokens,
+        memory=max((each.memory for each in plans), key=lambda memory: memory.total),
+        seconds=sum(seconds) if len(seconds) == len(plans) else None,
+        stages=tuple(StagePlan(stage=stage, plan=each) for stage, each in zip(stages, plans)),
+    )
+
+
+def _plan_of(
+    config: RunConfig,
+    device: torch.device,
+    arithmetic: Arithmetic,
+    peak: Peak,
+    *,
+    name: str | None,
+    documents: Mapping[int, float] | None,
+) -> Plan:
+    """Of a run without stages, or of one stage."""
     model, trainer, context = config.model, config.trainer, config.data.context
     tokens_per_step = trainer.global_batch * context
     tokens = trainer.steps * tokens_per_step

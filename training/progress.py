@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from .metrics import Row, clock, format_row, short_count
+from .stages import Stage
 
 logger = logging.getLogger("longspan.training")
 
@@ -71,15 +72,23 @@ def logging_to(path: Path | None, console: Console | None) -> Iterator[None]:
 
 
 class ProgressView:
-    """Shows each step as the style asks. Whatever the style, train.log gets the lines."""
+    """Shows each step as the style asks. Whatever the style, train.log gets the lines.
 
-    def __init__(self, style: Style, console: Console, *, steps: int, seconds: float) -> None:
+    steps  of the whole run
+    stage  which part of them is taken: with a name it has a bar of its own above the run's, which goes when it ends
+    """
+
+    def __init__(
+        self, style: Style, console: Console, *, steps: int, seconds: float, stage: Stage | None = None
+    ) -> None:
         self._style: Style = style
         self._steps = steps
+        self._stage = stage if stage is not None and stage.name is not None else None
         self._seconds = seconds
         self._last_line = 0.0
         self._bar = _bar(console) if style == "bar" else None
-        self._task: TaskID | None = None
+        self._run: TaskID | None = None
+        self._part: TaskID | None = None
         self._stack = ExitStack()
         self._file_only = style != "lines"
 
@@ -91,6 +100,10 @@ class ProgressView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._bar is not None and self._run is not None and self._stage is not None:
+            last = self._stage.number == self._stage.of
+            if error is None and not last:
+                self._bar.remove_task(self._run)
         self._stack.close()
 
     @property
@@ -105,20 +118,28 @@ class ProgressView:
     def show(self, row: Row, *, memory_bytes: int | None, eta_seconds: float | None, line: bool) -> None:
         """The state after a step; `line` asks for a log line now."""
         if self._bar is not None:
-            if self._task is None:
-                self._task = self._bar.add_task("train", total=self._steps, loss="", speed="", mfu="", eta="")
-            self._bar.update(
-                self._task,
-                completed=row.step,
-                loss="" if row.loss is None else f"loss {row.loss:.3f}",
-                speed="" if row.tokens_per_second is None else f"{short_count(row.tokens_per_second)} tok/s",
-                mfu="" if row.mfu is None else f"mfu {row.mfu:.2f}",
-                eta="" if eta_seconds is None else f"eta {clock(eta_seconds)}",
-            )
+            self._move(self._bar, row, eta_seconds)
         if line:
             self._last_line = time.monotonic()
             text = format_row(row, steps=self._steps, memory_bytes=memory_bytes, eta_seconds=eta_seconds)
             logger.info(text, extra={"file_only": self._file_only})
+
+    def _move(self, bar: Progress, row: Row, eta_seconds: float | None) -> None:
+        if self._run is None:
+            if self._stage is not None:
+                name = f"{self._stage.number}/{self._stage.of} {self._stage.name}"
+                self._part = bar.add_task(name, total=self._stage.steps, words="")
+            self._run = bar.add_task("train", total=self._steps, words="")
+        loss = "" if row.loss is None else f"loss {row.loss:.3f}"
+        speed = "" if row.tokens_per_second is None else f"{short_count(row.tokens_per_second)} tok/s"
+        mfu = "" if row.mfu is None else f"mfu {row.mfu:.2f}"
+        eta = "" if eta_seconds is None else f"eta {clock(eta_seconds)}"
+        now = " ".join(word for word in (loss, speed, mfu) if word)
+        if self._stage is None or self._part is None:
+            bar.update(self._run, completed=row.step, words=f"{now} {eta}".strip())
+            return
+        bar.update(self._part, completed=row.step - self._stage.start, words=now)
+        bar.update(self._run, completed=row.step, words=eta)
 
 
 def _bar(console: Console) -> Progress:
@@ -126,10 +147,7 @@ def _bar(console: Console) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[speed]}"),
-        TextColumn("{task.fields[mfu]}"),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[eta]}"),
+        TextColumn("{task.fields[words]}"),
         console=console,
     )

@@ -16,6 +16,7 @@ from .checkpointing import Checkpoints, best_of
 from .data_settings import skipped_files
 from .fit import Session
 from .schema import as_request
+from .stages import stages_of
 from .start import Origin
 
 
@@ -47,6 +48,8 @@ def open_directory(session: Session, origin: Origin, prepared: Prepared) -> dict
         Checkpoints(directory, keep=config.trainer.keep).sweep(after=session.step, best=best_of(state))
     else:
         files.clear(directory)
+    if config.stages:
+        lineage["stages"] = [stage.to_dict() for stage in stages_of(config)]
     sessions = lineage.setdefault("sessions", [])
     if isinstance(sessions, list):
         sessions.append({"started": files.now(), "step": session.step, "command": files.command()})

@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from longspan.data.loader import PackedDataset
-from longspan.data.prepare import Prepared, Stage, prepare
+from longspan.data.prepare import Prepared, prepare
+from longspan.data.prepare import Stage as PreparationStage
 from longspan.data.tokenizer import Tokenizer
 from longspan.evaluation.evaluate import Evaluation
 from longspan.evaluation.report import write_report
@@ -25,18 +27,20 @@ from . import run_directory as files
 from .callbacks import RunLoop
 from .checkpointing import Checkpoints, load_state
 from .data_settings import STAGE_WORDS, prepare_settings, skipped_files, source_specs
-from .datamodule import BatchPlan, packed_data
+from .datamodule import BatchPlan, StreamData, packed_data
 from .errors import RunFailed, Terminated, UserError
 from .finish import evaluate, sample
 from .fit import Session, fit
 from .module import checkpoint_activations, compile_blocks
-from .optim import build_schedule
+from .optim import stage_schedule
 from .plan import find_peak, plan, plan_for
 from .precision import Arithmetic, choose_arithmetic, choose_device
 from .progress import logging_to
 from .records import RunResult, closing_words, open_directory, result_of, summary_of
 from .schema import RunConfig
-from .start import Origin, check_attention, find_directory, find_origin, set_backends, settle, tokenizer_of
+from .signals import SignalFlag
+from .stages import Stage, stage_at, stages_of
+from .start import Origin, check_every_stage, find_directory, find_origin, set_backends, settle, tokenizer_of
 
 __all__ = ["RunResult", "plan", "train"]
 
@@ -56,7 +60,8 @@ def train(config: RunConfig) -> RunResult:
         torch.set_num_threads(config.trainer.threads)
         os.environ["OMP_NUM_THREADS"] = str(config.trainer.threads)  # for the other processes of this run
     try:
-        build_schedule(config.schedule, config.trainer.steps)
+        for stage in stages_of(config):
+            stage_schedule(stage)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -91,50 +96,34 @@ def _train(
 ) -> RunResult:
     origin = find_origin(config, directory)
     config = settle(config, origin, directory)
-    check_attention(config, device, arithmetic)
+    stages = stages_of(config)
+    check_every_stage(config, device, arithmetic)
     prepared = prepare(
         prepare_settings(config.data, tokenizer=tokenizer_of(config, origin)), progress=_Stages() if is_main else None
     )
     _check_vocabulary(prepared.tokenizer, config.model)
-    world = config.trainer.devices * config.trainer.nodes
-    data = packed_data(
-        prepared.store,
-        config.data,
-        BatchPlan(
-            global_batch=config.trainer.global_batch,
-            micro_batch=config.trainer.micro_batch,
-            world=world,
-            rank=process_rank(config),
-        ),
-        seed=config.seed,
-        weights=dict(zip(prepared.store.sources, (spec.weight for spec in source_specs(config.data)), strict=True)),
-        val_batches=config.trainer.val_batches,
-        pin_memory=device.type == "cuda",
-    )
+    streams = [_stream(stage.config, prepared, pin_memory=device.type == "cuda") for stage in stages]
     state = load_state(origin.checkpoint) if origin.resumes and origin.checkpoint is not None else None
     if state is not None:
-        data.load_state_dict(state["data"])
         if state["step"] > config.trainer.steps:
             raise UserError(
                 f"trainer.steps={config.trainer.steps}: the run in {directory} is at step {state['step']} already; "
                 f"give more steps, or start another run from its weights (checkpoint={directory}, with its own output)"
             )
-    peak = find_peak(device, arithmetic, world=world)
-    documents = None
-    if config.data.document_mask and isinstance(data.train, PackedDataset):
-        documents = data.train.documents_per_sequence()
+        streams[stage_at(stages, state["step"]).number - 1].load_state_dict(state["data"])
+    peak = find_peak(device, arithmetic, world=config.trainer.devices * config.trainer.nodes)
     session = Session(
         config=config,
         directory=directory,
         device=device,
         arithmetic=arithmetic,
-        costs=plan_for(config, device, arithmetic, peak, documents=documents),
+        costs=plan_for(config, device, arithmetic, peak, documents=[_documents(data, config) for data in streams]),
         peak=peak,
         state=state,
         console=console,
         is_main=is_main,
     )
-    model = _model(config, origin, arithmetic)
+    model = _model(stage_at(stages, session.step).config, origin, arithmetic)
 
     # From here on the request is known to be sound, and the run directory is written.
     lineage: dict[str, object] = {}
@@ -144,9 +133,66 @@ def _train(
             lineage = open_directory(session, origin, prepared)
         stack.enter_context(logging_to(directory / files.LOG if is_main else None, None))
         _log_start(session, origin, prepared)
-        checkpoints = Checkpoints(directory, keep=config.trainer.keep, tokenizer=prepared.tokenizer, lineage=lineage)
-        loop = fit(session, model, data, checkpoints)
+        loop = _take(session, list(zip(stages, streams)), model, prepared.tokenizer, lineage)
         return _finish(session, loop, prepared) if is_main else result_of(session, loop, None)
+
+
+def _take(
+    session: Session,
+    stages: Sequence[tuple[Stage, StreamData]],
+    model: Model,
+    tokenizer: Tokenizer,
+    lineage: Mapping[str, object],
+) -> RunLoop:
+    """The stages that are left. Each but the first begins as a run does that was killed where the one before ended, so
+    a run that is killed there has nothing to make up for."""
+    config = session.config
+    first = stage_at([stage for stage, _ in stages], session.step)
+
+    def checkpoints(stage: Stage) -> Checkpoints:
+        of_stage = lineage if stage.name is None else {**lineage, "stage": stage.to_dict()}
+        return Checkpoints(session.directory, keep=config.trainer.keep, tokenizer=tokenizer, lineage=of_stage)
+
+    with SignalFlag().installed() as signals:
+        if first.name is not None and session.step < first.end:
+            logger.info("%s", first.words)
+        loop = fit(session, first, model, stages[first.number - 1][1], checkpoints(first), signals)
+        for stage, data in stages[first.number :]:
+            logger.info("%s", stage.words)
+            before = checkpoints(stage).path(stage.start)
+            state = load_state(before)
+            state |= {"best": None, "optimizer": state["optimizer"] if stage.optimizer == "kept" else None}
+            data.consumed = stage.place
+            if config.trainer.compile:
+                torch.compiler.reset()  # what was compiled knows the windows of the stage before
+            model = _model(stage.config, Origin(checkpoint=before, resumes=True), session.arithmetic)
+            loop = fit(replace(session, state=state), stage, model, data, checkpoints(stage), signals)
+    return loop
+
+
+def _stream(config: RunConfig, prepared: Prepared, *, pin_memory: bool) -> StreamData:
+    """What a stage reads."""
+    trainer = config.trainer
+    return packed_data(
+        prepared.store,
+        config.data,
+        BatchPlan(
+            global_batch=trainer.global_batch,
+            micro_batch=trainer.micro_batch,
+            world=trainer.devices * trainer.nodes,
+            rank=process_rank(config),
+        ),
+        seed=config.seed,
+        weights=dict(zip(prepared.store.sources, (spec.weight for spec in source_specs(config.data)), strict=True)),
+        val_batches=trainer.val_batches,
+        pin_memory=pin_memory,
+    )
+
+
+def _documents(data: StreamData, config: RunConfig) -> dict[int, float] | None:
+    if config.data.document_mask and isinstance(data.train, PackedDataset):
+        return data.train.documents_per_sequence()
+    return None
 
 
 def _log_start(session: Session, origin: Origin, prepared: Prepared) -> None:
@@ -205,7 +251,7 @@ def _evaluate(session: Session, prepared: Prepared, chosen: Path) -> Evaluation 
             model,
             prepared,
             config.evaluation,
-            context=config.data.context,
+            context=stages_of(config)[-1].config.data.context,
             arithmetic=session.arithmetic,
             device=session.device,
         )
@@ -246,7 +292,7 @@ class _Stages:
     def __init__(self) -> None:
         self._said: set[str] = set()
 
-    def __call__(self, stage: Stage, done: int, total: int | None) -> None:
+    def __call__(self, stage: PreparationStage, done: int, total: int | None) -> None:
         if stage not in self._said:
             self._said.add(stage)
             logger.info("data: %s%s", STAGE_WORDS[stage], f" {total / 1e6:.0f} MB" if total else "")

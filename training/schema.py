@@ -63,6 +63,9 @@ from .schema_sections import (
     TokenizerConfig,
     TrainerConfig,
 )
+from .schema_stages import StageConfig, StageSeries
+from .stage_checks import check_stages
+from .stages import total_steps
 
 __all__ = [
     "BACKENDS",
@@ -95,6 +98,8 @@ __all__ = [
     "SampleConfig",
     "ScheduleConfig",
     "SourceConfig",
+    "StageConfig",
+    "StageSeries",
     "TokenizerConfig",
     "TrainerConfig",
     "as_request",
@@ -223,15 +228,25 @@ def _validate_run(request_type: type[RunRequest], config_type: type[R], raw: Raw
                 fitting = min(config.data.context, longest_input(config.model))
                 config = replace(config, data=replace(config.data, context=fitting))
             config = replace(config, context_open=config.checkpoint is not None or config.resume is not None)
+        if config.stages:
+            total = total_steps(config.stages)
+            if "steps" in written(raw, "trainer") and config.trainer.steps != total:
+                text = f"trainer.steps={config.trainer.steps}: the stages take {total} steps together; leave it out"
+                problems.append(Problem(("trainer.steps", "stages"), text))
+            config = replace(config, trainer=replace(config.trainer, steps=total))
         problems += _independent(refused, problems)
         failed = {key for problem in problems for key in problem.keys}
         problems += [
             problem
-            for problem in check_run(config)
+            for problem in (*check_run(config), *(_of_stages(config) if model is not None else ()))
             if failed.isdisjoint(problem.keys)
             and (model is not None or not any(key.startswith("model.") for key in problem.keys))
         ]
     return _sound(config, problems, where)
+
+
+def _of_stages(config: RunConfig) -> Iterable[Problem]:
+    return check_stages(config, lengths=config.checkpoint is None and config.resume is None)
 
 
 def _parse(schema: type[T], raw: Raw) -> tuple[T | None, list[Problem]]:

@@ -31,6 +31,7 @@ from .schema_sections import (
     ScheduleConfig,
     TrainerConfig,
 )
+from .schema_stages import Stages
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -39,6 +40,11 @@ class _RunSections:
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="see optimizer.*")
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="see schedule.*")
     trainer: TrainerConfig = Field(default=TrainerConfig(), description="see trainer.*")
+    stages: Stages = Field(
+        default=(),
+        description="parts of the run, each with its own context, windows, learning rate and batch: a list of them "
+        "(stages[i].*), or a series where each follows from the one before; []: one part",
+    )
     logger: LoggerConfig = Field(default=LoggerConfig(), description="see logger.*")
     callbacks: CallbacksConfig = Field(default=CallbacksConfig(), description="see callbacks.*")
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="see evaluation.*")

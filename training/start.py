@@ -29,7 +29,9 @@ from .config_checks import (
 from .config_errors import ConfigError, lines
 from .errors import UserError
 from .precision import Arithmetic
-from .schema import DataConfig, RunConfig
+from .schema import DataConfig, RunConfig, validate
+from .stage_checks import check_stages
+from .stages import Stage, stage_at, stages_of
 
 logger = logging.getLogger("longspan.training")
 
@@ -104,22 +106,36 @@ def settle(config: RunConfig, origin: Origin, directory: Path) -> RunConfig:
 
     Makes the checks that the schema could not make without knowing the model; raises ConfigError.
     """
-    model = model_of(config, origin)
+    model = model_of(config, origin, directory)
     config = replace(config, model=model, model_name=None if origin.parent is not None else config.model_name)
     if config.context_open:
         data = replace(config.data, context=_open_context(origin, directory, model))
         config = replace(config, data=data, context_open=False)
     problems = [
         *check_lengths(config, fixed_by=None if origin.checkpoint is None else str(origin.checkpoint)),
-        *check_protocol(config.evaluation, default_window=config.data.context),
+        *check_stages(config, fixed_by=None if origin.checkpoint is None else str(origin.checkpoint)),
         *check_documents(config),
         *check_objective(config, fixed_by=None if origin.checkpoint is None else str(origin.checkpoint)),
     ]
     if origin.parent is None:  # otherwise the weights bring their tokenizer
         problems += check_vocabulary(config)
+    if not problems:
+        stages = stages_of(config)
+        problems += check_protocol(config.evaluation, default_window=stages[-1].config.data.context)
+        if origin.resumes and origin.checkpoint is not None:
+            _check_stage(stages, origin.checkpoint)
     if problems:
         raise ConfigError(lines(problems, {}))
     return config
+
+
+def _check_stage(stages: tuple[Stage, ...], checkpoint: Path) -> None:
+    """Refuses to continue a run from a model that the stage at its step does not have."""
+    stage = stage_at(stages, int(files.read_json(checkpoint / files.LINEAGE)["step"]))
+    differing = _differences(stage.config.model, model_checkpoint.load_config(checkpoint))
+    if differing:
+        within = f" in {stage.name}" if stage.name is not None else ""
+        raise UserError(f"resume: the configured model{within} is not the one that {checkpoint} holds: {differing}")
 
 
 def _open_context(origin: Origin, directory: Path, model: ModelConfig) -> int:
@@ -135,20 +151,19 @@ def _open_context(origin: Origin, directory: Path, model: ModelConfig) -> int:
     return min(DataConfig().context, longest_input(model))
 
 
-def model_of(config: RunConfig, origin: Origin) -> ModelConfig:
-    """The configured model; the checkpoint's where the run starts (or once started) from given weights."""
+def model_of(config: RunConfig, origin: Origin, directory: Path) -> ModelConfig:
+    """The configured model; the checkpoint's where the run starts (or once started) from given weights. Of a run in
+    stages it is the one that they are made of, and `settle` checks that it is the checkpoint's."""
     wanted = resolved_model(config)
-    if origin.checkpoint is None:
+    if origin.checkpoint is None or (origin.resumes and origin.parent is None):
         return wanted
+    if origin.resumes and config.stages:  # the checkpoint's has the windows of its stage by now
+        return validate(files.read_json(directory / files.CONFIG)).model
     found = model_checkpoint.load_config(origin.checkpoint)
     differing = _differences(wanted, found)
-    if origin.parent is not None:
-        if differing:
-            logger.info("the model is the checkpoint's: %s", differing)
-        return resolved_model(replace(config, model=found))
     if differing:
-        raise UserError(f"resume: the configured model is not the one that {origin.checkpoint} holds: {differing}")
-    return found
+        logger.info("the model is the checkpoint's: %s", differing)
+    return resolved_model(replace(config, model=found))
 
 
 def _differences(wanted: ModelConfig, found: ModelConfig) -> str:
@@ -209,6 +224,12 @@ def check_attention(config: RunConfig, device: torch.device, arithmetic: Arithme
     if config.sample.prompt:
         for phase in (Phase.PREFILL, Phase.DECODE):
             model.check_attention(device=device, dtype=arithmetic.parameters, phase=phase, needs_grad=False)
+
+
+def check_every_stage(config: RunConfig, device: torch.device, arithmetic: Arithmetic) -> None:
+    """`check_attention` for each stage of a settled run."""
+    for stage in stages_of(config):
+        check_attention(stage.config, device, arithmetic)
 
 
 def resolved_model(config: RunConfig) -> ModelConfig:

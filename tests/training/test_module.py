@@ -21,7 +21,7 @@ from longspan.training.module import (
 )
 from longspan.training.objectives import objective_for
 from longspan.training.precision import Arithmetic
-from longspan.training.schema import OptimizerConfig, ScheduleConfig
+from longspan.training.schema import OptimizerConfig
 
 T = 12
 
@@ -42,7 +42,7 @@ def build(model: Decoder | None = None, *, lr: float = 1e-2, **options: object) 
     return LanguageModel(
         objective_for(zoo.build("llama-tiny", seed=0) if model is None else model),
         optimizer=OptimizerConfig(lr=lr),
-        schedule=ScheduleConfig(name="constant", warmup=0),
+        factor=lambda step: 1.0,
         arithmetic=options.pop("arithmetic", Arithmetic("fp32", "test")),  # pyright: ignore[reportArgumentType]
         **options,  # pyright: ignore[reportArgumentType]
     )
