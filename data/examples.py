@@ -98,6 +98,11 @@ class ExampleStore:
         first, last = self._spans[record].tolist()
         return None if first < 0 else (first, last)
 
+    @property
+    def has_unanswered(self) -> bool:
+        """Whether some record has no answer."""
+        return self._spans is not None and bool((self._spans[:, 0] < 0).any())
+
     def chars(self, record: int) -> np.ndarray:
         """Characters [start, end) that each token of the answered text stands for, uint32 [tokens, 2]."""
         if self._chars is None or self.answered is None:

@@ -83,8 +83,60 @@ class DenoisingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExamplesConfig:
+    """data.examples: labelled records, which replace documents: what an encoder is fine-tuned on"""
+
+    kind: Literal["classification", "qa"] = Field(
+        description="classification: which class a text has; qa: where in a text the answer to a question stands"
+    )
+    path: str | None = Field(
+        default=None, description="a file, directory or glob of .jsonl(.gz) .parquet .arrow, or hub:<name>"
+    )
+    made: Literal["packages", "parameters"] | None = Field(
+        default=None,
+        description="instead of path, to try things out: examples made of the running Python's own library: which "
+        "package a piece of source is from (classification), what parameters a function has (qa)",
+    )
+    validation_path: str | None = Field(
+        default=None, description="held-out records, like path; null: data.validation_fraction of path's"
+    )
+    split: str = Field(default="train", description="hub: which split path is")
+    validation_split: str = Field(default="validation", description="hub: which split validation_path is")
+    limit: int | None = Field(default=None, ge=1, description="read at most this many records of path")
+    validation_limit: int | None = Field(default=None, ge=1, description="and of validation_path")
+    text_field: str = Field(default="text", description="classification: column of the text")
+    label_field: str = Field(
+        default="label", description="classification: column of the class, one of model.labels: text or a whole number"
+    )
+    question_field: str = Field(default="question", description="qa: column of the question")
+    context_field: str = Field(default="context", description="qa: column of the text that holds the answer")
+    answer_field: str = Field(
+        default="answers",
+        description="qa: column of the answer: a text, a list of texts (the first is learned, each counts as right; "
+        "none: the text has no answer), or an object with text and answer_start",
+    )
+    answer_start_field: str | None = Field(
+        default=None, description="qa: column of the answer's first character; null: its first occurrence"
+    )
+    group_field: str | None = Field(
+        default=None,
+        description="column whose equal values are held out together; null: equal texts are (qa: equal contexts)",
+    )
+    tolerance: float = Field(
+        default=0.01, ge=0, lt=1, description="share of records that may be unusable; they are counted and named"
+    )
+    overlap: int | None = Field(
+        default=None,
+        ge=0,
+        description="qa: tokens that neighbouring windows of a long text share; null: a quarter of data.context, at "
+        "most 128",
+    )
+    max_answer_tokens: Count = Field(default=30, description="qa: longest answer that is looked for")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
-    """data: documents -> tokens -> packed sequences"""
+    """data: documents -> tokens -> packed sequences, or records -> tokens -> labelled rows"""
 
     name: str = Field(default="data", description="label in reports; names the token store under data.cache")
     path: str | None = Field(
@@ -118,6 +170,9 @@ class DataConfig:
         default=None,
         description="not null: texts are read damaged and written whole, as encoder–decoders are trained; a sequence's "
         "first and last token are the text's ends; see data.denoising.*",
+    )
+    examples: ExamplesConfig | None = Field(
+        default=None, description="not null: labelled records are read, and no documents; see data.examples.*"
     )
     validation_fraction: Probability = Field(
         default=0.01, description="share of documents held out, chosen by a hash of their text"
