@@ -16,7 +16,7 @@ from .output import as_yaml, refuse_occupied
 
 def run(config: ExportConfig) -> int:
     checkpoint = resolve_checkpoint(config.checkpoint)
-    translation = plan_export(checkpoint, model_type=config.model_type)
+    translation = plan_export(checkpoint, model_type=config.model_type, repeat_kv=config.repeat_kv)
     if config.dry_run:
         asked = {**plain(config), "model_type": translation.model_type}
         print(as_yaml({**asked, "config.json": translation.config}), end="")
@@ -31,6 +31,7 @@ def run(config: ExportConfig) -> int:
         dtype=STORED[config.dtype],
         eos_token_id=Tokenizer.load(checkpoint).eos_id if has_tokenizer else None,
         shard_bytes=config.shard_bytes,
+        repeat_kv=config.repeat_kv,
         overwrite=config.overwrite,
     )
     print(f"exported as {translation.model_type} to {written}/")

@@ -217,6 +217,11 @@ class ExportConfig:
     )
     dtype: StoredType = Field(default="stored", description="type of the weights; stored: as they are")
     shard_bytes: int = Field(default=5_000_000_000, ge=1, description="largest file of weights; beyond, they are split")
+    repeat_kv: bool = Field(
+        default=False,
+        description="write shared key/value heads as often as they are read, for model types that know none (gpt2, "
+        "bert, longformer, bart, led): the same outputs, but without what sharing saves",
+    )
     overwrite: bool = Field(default=False, description="replace what is in a non-empty output directory")
     dry_run: bool = Field(default=False, description="print the config.json that would be written; do nothing")
 

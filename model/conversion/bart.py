@@ -12,6 +12,7 @@ from longspan.model.config import AttentionPlan, Seq2SeqConfig, StackConfig
 from .decoders import refuse
 from .encoders import ACTIVATIONS
 from .hf import ConversionError
+from .repeat import REMEDY
 from .translate import CONFIG, Family, Field, Tensors, irrelevant, only, translated
 
 NORM_EPS = 1e-5  # transformers builds every LayerNorm of both models with torch's default
@@ -123,9 +124,13 @@ def to_theirs(config: Seq2SeqConfig) -> tuple[dict[str, Any], list[str]]:
     stacks: dict[str, StackConfig] = {"encoder": config.encoder, "decoder": config.decoder}
     for name, stack in stacks.items():
         if stack.n_kv_heads not in (None, stack.n_heads):
-            problems.append(f"{name}.n_kv_heads={stack.n_kv_heads} of {name}.n_heads={stack.n_heads}")
+            problems.append(f"{name}.n_kv_heads={stack.n_kv_heads} of {name}.n_heads={stack.n_heads} ({REMEDY})")
         if stack.head_dim not in (None, config.d_model // stack.n_heads):
             problems.append(f"{name}.head_dim={stack.head_dim}, which is not d_model / {name}.n_heads")
+    if config.cross_kv_heads not in (None, config.decoder.n_heads):
+        problems.append(
+            f"cross_kv_heads={config.cross_kv_heads} of decoder.n_heads={config.decoder.n_heads} ({REMEDY})"
+        )
     dropout, half = config.cross_attention.dropout, config.decoder_half
     if not _is(config.cross_attention, AttentionSpec(causal=False, dropout=dropout), half.dim_per_head):
         problems.append("cross_attention with a scale or a softcap of its own")

@@ -9,6 +9,7 @@ from typing import Any
 from longspan.model.config import EncoderConfig
 
 from .hf import ConversionError
+from .repeat import REMEDY
 from .translate import CONFIG, Field, Tensors, irrelevant, only, translated
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
@@ -152,7 +153,7 @@ def to_theirs(config: EncoderConfig, names: Names) -> tuple[dict[str, Any], list
     if config.mlp not in activations:
         problems.append(f"mlp={config.mlp}")
     if config.kv_heads != config.n_heads:
-        problems.append(f"n_kv_heads={config.kv_heads} of n_heads={config.n_heads}")
+        problems.append(f"n_kv_heads={config.kv_heads} of n_heads={config.n_heads} ({REMEDY})")
     if config.n_heads * config.dim_per_head != config.d_model:
         problems.append(f"head_dim={config.head_dim}, which is not d_model / n_heads")
     if config.n_types == 0:

@@ -10,6 +10,7 @@ from longspan.model.config import DecoderConfig
 
 from .decoders import attention_of, refuse, same
 from .hf import ConversionError
+from .repeat import REMEDY
 from .translate import Family, Tensors, irrelevant, only, translated
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu"}
@@ -85,7 +86,7 @@ def _to_theirs(config: DecoderConfig) -> dict[str, Any]:
     if config.mlp not in ("gelu", "gelu_tanh"):
         problems.append(f"mlp={config.mlp}")
     if config.kv_heads != config.n_heads:
-        problems.append(f"n_kv_heads={config.kv_heads} of n_heads={config.n_heads}")
+        problems.append(f"n_kv_heads={config.kv_heads} of n_heads={config.n_heads} ({REMEDY})")
     if config.n_heads * config.dim_per_head != config.d_model:
         problems.append(f"head_dim={config.head_dim}, which is not d_model / n_heads")
     if any(window is not None for window in attention.windows):

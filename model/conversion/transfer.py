@@ -38,6 +38,7 @@ from .hf import (
     write_weights,
 )
 from .registry import config_from, config_to, family_of
+from .repeat import repeated_config, repeated_weights
 from .translate import export_tensors, import_tensors
 
 logger = logging.getLogger("longspan.model")
@@ -122,6 +123,7 @@ def export_model(
     dtype: torch.dtype | None = None,
     eos_token_id: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    repeat_kv: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Makes a Hugging Face directory from a checkpoint directory or a run, and returns it.
@@ -129,16 +131,20 @@ def export_model(
     model_type    which family says it; None: the first that can
     dtype         what weights are stored as; None: as they are
     eos_token_id  for generation_config.json where the checkpoint brings none
+    repeat_kv     write shared key/value heads as often as they are read: for families that know none
 
     config.json spells what transformers 4 and 5 and vLLM look for; lineage.json goes along.
     Raises ConversionError for a model that no family can say, with the fields that are in the way; CheckpointError for
     a damaged checkpoint and for an `output` that is not empty.
     """
     checkpoint = resolve_checkpoint(checkpoint)
-    config = load_config(checkpoint)
+    stored_config = load_config(checkpoint)
+    config = repeated_config(stored_config) if repeat_kv else stored_config
     family, fields = config_to(config, model_type)
     verify(checkpoint)
     weights = load_weights(checkpoint)
+    if repeat_kv:
+        weights = repeated_weights(stored_config, weights)
     if dtype is not None:
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     tensors = export_tensors(family, config, weights)
@@ -177,8 +183,8 @@ def plan_import(source: Path | str) -> Translation:
     return Translation(raw["model_type"], to_dict(config_from(raw)))
 
 
-def plan_export(checkpoint: Path | str, *, model_type: str | None = None) -> Translation:
+def plan_export(checkpoint: Path | str, *, model_type: str | None = None, repeat_kv: bool = False) -> Translation:
     """The config.json that `export_model` would write; weights are not read. Raises like it."""
     config = load_config(resolve_checkpoint(checkpoint))
-    family, fields = config_to(config, model_type)
+    family, fields = config_to(repeated_config(config) if repeat_kv else config, model_type)
     return Translation(family.model_type, fields)

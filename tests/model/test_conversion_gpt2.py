@@ -145,7 +145,7 @@ def test_every_field_of_transformers_is_known() -> None:
         ({"norm": "rmsnorm"}, "norm=rmsnorm"),
         ({"mlp": "swiglu"}, "mlp=swiglu"),
         ({"bias": False}, "bias=False"),
-        ({"n_kv_heads": 2}, "n_kv_heads=2 of n_heads=4"),
+        ({"n_kv_heads": 2}, "n_kv_heads=2 of n_heads=4 (repeat_kv=true writes each as often as it is read)"),
         ({"qk_norm": True}, "qk_norm=True"),
         ({"head_dim": 32}, "head_dim=32, which is not d_model / n_heads"),
         ({"attention": {"patterns": {"p": {"causal": True, "window": {"left": 3}}}, "layers": ["p"]}}, "windows"),
