@@ -117,23 +117,22 @@ class ExtendPositions:
     # -- rotations ----------------------------------------------------------------------------------------------------
 
     def _scaling(self, before: DecoderConfig) -> RopeScaling:
-        """Raises SurgeryError for a factor that no scaling can have."""
+        """A model that is scaled already goes on from there: by the same kind, and by a factor of the length that it
+        had in the beginning. Raises SurgeryError for a factor that no scaling can have."""
         scaled = before.rope_scaling
-        kind = next(kind for kind in get_args(RopeKind) if kind == self.mode)
-        original = self.original_positions or (before.max_positions if scaled is None else scaled.original_positions)
-        longer = self.max_positions / before.max_positions
+        original = self.original_positions or (scaled.original_positions if scaled is not None else None)
         factor = self.factor
-        if factor is None:
-            factor = (
-                longer * scaled.factor
-                if scaled is not None
-                else self.max_positions / (original or before.max_positions)
-            )
+        if factor is None and scaled is not None and self.original_positions is None:
+            factor = scaled.factor * self.max_positions / before.max_positions
+        elif factor is None:
+            factor = self.max_positions / (original or before.max_positions)
         try:
             if scaled is not None:
-                return replace(scaled, factor=factor, original_positions=original)
-            asks = kind in ("dynamic", "yarn", "llama3")
-            return RopeScaling(kind=kind, factor=factor, original_positions=original if asks else None)
+                return replace(scaled, factor=factor)
+            (kind,) = (kind for kind in get_args(RopeKind) if kind == self.mode)
+            if kind in _WITHOUT_ORIGINAL:
+                return RopeScaling(kind=kind, factor=factor)
+            return RopeScaling(kind=kind, factor=factor, original_positions=original or before.max_positions)
         except ValueError as error:
             raise SurgeryError(str(error)) from error
 
@@ -181,15 +180,31 @@ class ExtendPositions:
                 if getattr(self, key) is not None
             ]
         elif isinstance(before, DecoderConfig) and not problems:
-            scaled = before.rope_scaling
-            if scaled is not None and scaled.kind != self.mode:
-                problems.append(
-                    f"mode={self.mode}: this model's rotation is scaled already ({scaled.kind} by {scaled.factor:g}); "
-                    f"mode is {scaled.kind}, which goes on from there, or keep"
-                )
+            problems += self._scaling_problems(before.rope_scaling)
         if self.seed is not None and self.mode != "random":
             problems.append(f"seed={self.seed}: only mode=random draws numbers")
         return problems
+
+    def _scaling_problems(self, scaled: RopeScaling | None) -> list[str]:
+        original = self.original_positions
+        if scaled is not None and scaled.kind != self.mode:
+            return [
+                f"mode={self.mode}: this model's rotation is scaled already ({scaled.kind} by {scaled.factor:g}); mode "
+                f"is {scaled.kind}, which goes on from there, or keep"
+            ]
+        if original is None:
+            return []
+        if scaled is not None and scaled.original_positions not in (None, original):
+            return [
+                f"original_positions={original}: this model's scaling starts from {scaled.original_positions} already; "
+                "leave it out"
+            ]
+        if self.mode in _WITHOUT_ORIGINAL and self.factor is not None:
+            return [f"original_positions={original}: mode={self.mode} asks for the factor alone; give one of them"]
+        return []
+
+
+_WITHOUT_ORIGINAL = ("linear", "ntk")  # a factor says it all
 
 
 def _positions(config: ModelConfig) -> str:
