@@ -318,17 +318,10 @@ def training_memory(
                  V * D * (4 + c), the head's gradient in fp32 and the head in the compute dtype; N * D * c, the gradient
                  of the hidden states
     """
-    if precision not in _PRECISION:
-        raise ValueError(f"precision={precision!r}: it is one of {', '.join(_PRECISION)}")
-    c = bytes_of(_PRECISION[precision])
-    r = 2 if precision == "bf16-true" else 4
-    D, F, H = config.d_model, config.d_ff, config.n_heads
-    q_width, kv_width = H * config.dim_per_head, config.kv_heads * config.dim_per_head
+    r, c = precision_bytes(precision)
+    D = config.d_model
     n_tokens, n_parameters = micro_batch * length, parameters(config).total
-    layer = 2 * D * (r + c) + (2 * q_width + 2 * kv_width) * c + 4 * H
-    layer += (q_width + kv_width) * c if isinstance(config, DecoderConfig) and config.qk_norm else 0
-    layer += (4 if config.mlp == "swiglu" else 2) * F * c
-    layer += 2 * D if config.dropout else 0
+    layer = layer_activations(config, r, c)
     stack = config.n_layers * r * D + layer if activation_checkpointing else config.n_layers * layer
     return MemoryEstimate(
         weights=n_parameters * (r + 2 if precision == "bf16-mixed" else r),
@@ -339,6 +332,23 @@ def training_memory(
         + config.vocab_size * D * (4 + c)
         + n_tokens * D * c,
     )
+
+
+def precision_bytes(precision: str) -> tuple[int, int]:
+    """(r, c): bytes of a weight and of the residual stream, and of the dtype that products are computed in."""
+    if precision not in _PRECISION:
+        raise ValueError(f"precision={precision!r}: it is one of {', '.join(_PRECISION)}")
+    return (2 if precision == "bf16-true" else 4), bytes_of(_PRECISION[precision])
+
+
+def layer_activations(config: DecoderConfig | EncoderConfig, r: int, c: int) -> int:
+    """Bytes that backward reads, per token of one layer; see `training_memory`."""
+    D, F, H = config.d_model, config.d_ff, config.n_heads
+    q_width, kv_width = H * config.dim_per_head, config.kv_heads * config.dim_per_head
+    layer = 2 * D * (r + c) + (2 * q_width + 2 * kv_width) * c + 4 * H
+    layer += (q_width + kv_width) * c if isinstance(config, DecoderConfig) and config.qk_norm else 0
+    layer += (4 if config.mlp == "swiglu" else 2) * F * c
+    return layer + (2 * D if config.dropout else 0)
 
 
 # -- peak rates -------------------------------------------------------------------------------------------------------

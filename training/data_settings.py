@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from longspan.data.denoising import Denoising
 from longspan.data.prepare import PrepareSettings, Stage, TokenizerSettings
 from longspan.data.sources import SourceSpec, from_path
 from longspan.data.store import TokenStore
@@ -48,6 +49,16 @@ def prepare_settings(data: DataConfig, *, tokenizer: Path | None = None) -> Prep
         cache=data.cache,
         validation_fraction=data.validation_fraction,
         workers=data.tokenize_workers,
+    )
+
+
+def denoising_of(data: DataConfig) -> Denoising | None:
+    """How texts are damaged; None: not at all."""
+    asked = data.denoising
+    if asked is None:
+        return None
+    return Denoising(
+        probability=asked.probability, mean_span=asked.mean_span, permute_sentences=asked.permute_sentences
     )
 
 

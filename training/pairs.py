@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 
-from longspan.data.denoising import DenoisedDataset, Denoiser, Denoising
+from longspan.data.denoising import DenoisedDataset, Denoiser
 from longspan.data.loader import PackedDataset
 from longspan.data.seq2seq import PairFrame, pair_frame
 from longspan.data.store import TokenStore
 from longspan.data.tokenizer import Tokenizer
 from longspan.model.config import Seq2SeqConfig
 
+from .data_settings import denoising_of
 from .datamodule import BatchPlan, StreamData
 from .errors import UserError
 from .schema import DataConfig
@@ -34,13 +35,9 @@ def denoising_data(
 
     Raises UserError for a tokenizer without a mask token, or one that a model's start token is a text of.
     """
-    if config.denoising is None:
+    chosen = denoising_of(config)
+    if chosen is None:
         raise ValueError("data.denoising=null: there is nothing to write whole")
-    chosen = Denoising(
-        probability=config.denoising.probability,
-        mean_span=config.denoising.mean_span,
-        permute_sentences=config.denoising.permute_sentences,
-    )
     tokenizer = store.tokenizer()
     if tokenizer.mask_id is None:
         raise UserError(

@@ -9,9 +9,9 @@ import torch
 
 from longspan.model import accounting
 from longspan.model.accounting import MemoryEstimate, ParameterCount
-from longspan.model.cache_plan import cache_bytes
-from longspan.model.config import DecoderConfig, EncoderConfig
+from longspan.model.config import ModelConfig
 
+from .costs import sequence_costs
 from .errors import UserError
 from .metrics import clock, short_count
 from .precision import Arithmetic, choose_arithmetic, choose_device, measured_matmul_flops
@@ -25,9 +25,6 @@ from .start import check_every_stage, find_directory, find_origin, settle
 GPU_EFFICIENCY = 0.35
 CPU_EFFICIENCY = 0.3
 ABSENT_GPU = "H100"
-# With data.document_mask attention skips what lies in other documents. Their lengths are known once the data is there.
-UPPER_BOUND = "an upper bound: attention is counted as if each sequence were one document"
-PACKED = "the mean over the packed sequences of the training stream, attention counted inside documents"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +41,9 @@ class Plan:
 
     tokens           that training reads
     flops_per_token  forward and backward, exact for the attention pattern
-    flops_note       how the document mask is counted, in words; empty: there is none
+    flops_note       how sequences are counted, in words; empty: each as a whole context
     memory           at the peak of a step, on one device, in bytes
-    kv_cache_bytes   a decoder's cache for one sequence of the training context, in bf16; None: an encoder has none
+    kv_cache_bytes   what generation keeps of one training sequence, in bf16; None: an encoder generates nothing
     kv_bytes_per_token  the same for each token, in layers that keep all
     seconds          of training alone; None where no rate is known
     basis            how `seconds` came about, in words
@@ -54,7 +51,7 @@ class Plan:
                      means, memory that of the stage that needs most, and the cache the last one's
     """
 
-    model: DecoderConfig | EncoderConfig
+    model: ModelConfig
     parameters: ParameterCount
     steps: int
     tokens_per_step: int
@@ -234,52 +231,33 @@ def _plan_of(
     documents: Mapping[int, float] | None,
 ) -> Plan:
     """Of a run without stages, or of one stage."""
-    model, trainer, context = config.model, config.trainer, config.data.context
-    tokens_per_step = trainer.global_batch * context
+    trainer = config.trainer
+    tokens_per_step = trainer.global_batch * config.data.context
     tokens = trainer.steps * tokens_per_step
-    per_token, note = _flops_per_token(config, documents)
+    costs = sequence_costs(config, arithmetic.precision, documents)
     name = name or device_name(device)
     seconds, basis = None, f"no peak rate is known for {name}"
     if peak.flops is not None:
         efficiency = GPU_EFFICIENCY if device.type == "cuda" else CPU_EFFICIENCY
-        seconds = tokens * per_token / (peak.flops * efficiency)
+        seconds = tokens * costs.flops_per_token / (peak.flops * efficiency)
         basis = f"at {efficiency:.0%} of {peak.flops / 1e12:.3g} TFLOP/s, {peak.basis}"
     return Plan(
-        model=model,
-        parameters=accounting.parameters(model),
+        model=config.model,
+        parameters=accounting.parameters(config.model),
         steps=trainer.steps,
         tokens_per_step=tokens_per_step,
         tokens=tokens,
-        flops_per_token=per_token,
-        flops_note=note,
-        flops=tokens * per_token,
-        memory=accounting.training_memory(
-            model,
-            micro_batch=trainer.micro_batch,
-            length=context,
-            precision=arithmetic.precision,
-            optimizer=config.optimizer.name,
-            activation_checkpointing=trainer.activation_checkpointing,
-        ),
-        kv_cache_bytes=cache_bytes(model, 1, context, "bfloat16").total if isinstance(model, DecoderConfig) else None,
-        kv_bytes_per_token=accounting.kv_bytes_per_token(model) if isinstance(model, DecoderConfig) else None,
+        flops_per_token=costs.flops_per_token,
+        flops_note=costs.note,
+        flops=tokens * costs.flops_per_token,
+        memory=costs.memory,
+        kv_cache_bytes=costs.kv_cache_bytes,
+        kv_bytes_per_token=costs.kv_bytes_per_token,
         device=name,
         precision=f"{arithmetic.precision} ({arithmetic.reason})",
         seconds=seconds,
         basis=basis,
     )
-
-
-def _flops_per_token(config: RunConfig, documents: Mapping[int, float] | None) -> tuple[float, str]:
-    """Forward and backward, and how the document mask is counted."""
-    model, context, masking = config.model, config.data.context, config.data.masking
-    predicted = 1.0 if masking is None else masking.probability
-    if not config.data.document_mask:
-        return accounting.training_flops_per_token(model, length=context, predicted=predicted), ""
-    if documents is None or not accounting.countable_when_packed(model):
-        return accounting.training_flops_per_token(model, length=context, predicted=predicted), UPPER_BOUND
-    flops = accounting.packed_training_flops_per_token(model, length=context, documents=documents, predicted=predicted)
-    return flops, PACKED
 
 
 def find_peak(device: torch.device, arithmetic: Arithmetic, *, world: int) -> Peak:
