@@ -92,6 +92,7 @@ def summary_of(
     summary: dict[str, object] = {
         "name": config.name,
         "model": config.model_name or config.model.architecture,
+        "architecture": config.model.architecture,
         "parameters": costs.parameters.total,
         "steps": result.final_step,
         "tokens": costs.tokens,
