@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .result import PositionBucket
-from .run_files import Series
+from .run_files import Series, StageSpan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,8 +53,10 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def loss_curves(metrics: Mapping[str, Series], *, width: float = NARROW) -> Figure | None:
-    """Training and validation loss over steps; None when neither was measured."""
+def loss_curves(
+    metrics: Mapping[str, Series], *, width: float = NARROW, stages: Sequence[StageSpan] = ()
+) -> Figure | None:
+    """Training and validation loss over steps, with a line where a stage begins; None when neither was measured."""
     train, validation = metrics.get("loss"), metrics.get("validation_loss")
     if train is None and validation is None:
         return None
@@ -78,8 +80,33 @@ def loss_curves(metrics: Mapping[str, Series], *, width: float = NARROW) -> Figu
         axes.set_ylabel("loss (nats per token)")
         values = np.concatenate([series.value for series in (train, validation) if series is not None])
         _clip_outliers(axes, values)
+        _boundaries(axes, stages)
         axes.legend(loc="upper right")
     return figure
+
+
+def _boundaries(axes: Axes, stages: Sequence[StageSpan]) -> None:
+    """Where stages meet, and the name of each above its part; names that would run into the next are numbers."""
+    if not stages:
+        return
+    inches = axes.get_figure(root=True).get_size_inches()[0]  # pyright: ignore[reportOptionalMemberAccess] (they are in one)
+    total = max(stages[-1].last_step, 1)
+    room = [0.11 * inches * 72 * (stage.last_step - stage.first_step + 1) / total for stage in stages]  # letters
+    crowded = any(len(stage.name) > letters for stage, letters in zip(stages, room))
+    for number, stage in enumerate(stages, start=1):
+        if number > 1:
+            axes.axvline(stage.first_step - 0.5, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        axes.annotate(
+            str(number) if crowded else stage.name,
+            xy=((stage.first_step + stage.last_step) / 2, 1.0),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            color=MUTED,
+            fontsize=9,
+            annotation_clip=False,
+        )
 
 
 def learning_rate(metrics: Mapping[str, Series]) -> Figure | None:

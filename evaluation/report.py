@@ -6,7 +6,7 @@ evaluation.json, sample.txt. A missing one leaves a stated gap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +31,20 @@ from .page import (
     table,
     text,
 )
-from .run_files import RunFiles, is_number, last, mapping, number, position_buckets, read_run, steps, string, typical
+from .run_files import (
+    RunFiles,
+    StageSpan,
+    is_number,
+    last,
+    mapping,
+    number,
+    position_buckets,
+    read_run,
+    stages,
+    steps,
+    string,
+    typical,
+)
 
 _SAMPLE_LIMIT = 20_000  # characters of sample.txt on the page
 _BESIDE = ("config.yaml", "metrics.csv", "summary.json", "evaluation.json", "lineage.json", "accounting.json")
@@ -163,6 +176,7 @@ def _comparison(bits: float | None, baseline: float | None) -> tuple[str, str] |
 def _training(run: RunFiles) -> Html:
     if not run.metrics:
         return gap(run.gaps.get("metrics.csv", "metrics.csv holds no measurement yet"))
+    parts = stages(run)
     figures = (
         (plots.learning_rate(run.metrics), "Learning rate", "metrics.csv holds no learning rate"),
         (plots.gradient_norm(run.metrics), "Gradient norm before clipping", "metrics.csv holds no gradient norm"),
@@ -176,11 +190,34 @@ def _training(run: RunFiles) -> Html:
     return joined(
         [
             _wide_figure(
-                lambda width: plots.loss_curves(run.metrics, width=width), "Loss", "metrics.csv holds no loss"
+                partial(plots.loss_curves, run.metrics, stages=parts),
+                "Loss (dashed: a stage begins)" if len(parts) > 1 else "Loss",
+                "metrics.csv holds no loss",
             ),
+            _stages(parts),
             element("div", *(_figure(*each) for each in figures), css="grid"),
         ]
     )
+
+
+def _stages(parts: Sequence[StageSpan]) -> Html:
+    """What each stage was, in the order of the loss curve."""
+    if not parts:
+        return Html("")
+    rows = [
+        (
+            f"{i}. {part.name}",
+            f"{part.first_step:,} – {part.last_step:,}",
+            _fixed(part.context, 0),
+            part.windows or "—",
+            "—" if part.lr is None else f"{part.lr:.3g}",
+            _fixed(part.global_batch, 0),
+            _fixed(part.tokens, 0),
+        )
+        for i, part in enumerate(parts, start=1)
+    ]
+    head = ("stage", "steps", "context", "keys in a window", "peak learning rate", "sequences a step", "tokens")
+    return element("div", element("h3", "Stages"), table(head, rows), css="card")
 
 
 def _figure(drawn: plots.Figure | None, caption: str, missing: str) -> Html:
@@ -293,6 +330,8 @@ def _accounting(run: RunFiles) -> Html:
     cards = []
     rest: dict[str, object] = {}
     for key, value in run.accounting.items():
+        if key == "stages":  # beside the loss
+            continue
         title = key.replace("_", " ").capitalize()
         if not isinstance(value, Mapping):
             rest[key] = value

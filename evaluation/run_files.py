@@ -152,6 +152,43 @@ def position_buckets(perplexity: Mapping[str, object]) -> list[PositionBucket]:
     return buckets
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSpan:
+    """One stage of a run as accounting.json tells it; what it does not tell is None."""
+
+    name: str
+    first_step: int
+    last_step: int
+    context: float | None
+    windows: str | None
+    lr: float | None
+    global_batch: float | None
+    tokens: float | None
+
+
+def stages(run: RunFiles) -> list[StageSpan]:
+    """The stages of a run, in order; none of a run that has none."""
+    records = run.accounting.get("stages")
+    found = []
+    for record in records if isinstance(records, Sequence) and not isinstance(records, str) else ():
+        name, first_step, last_step = string(record, "name"), number(record, "first_step"), number(record, "last_step")
+        if name is None or first_step is None or last_step is None:
+            continue
+        found.append(
+            StageSpan(
+                name=name,
+                first_step=int(first_step),
+                last_step=int(last_step),
+                context=number(record, "context"),
+                windows=string(record, "windows"),
+                lr=number(record, "lr"),
+                global_batch=number(record, "global_batch"),
+                tokens=number(record, "tokens"),
+            )
+        )
+    return found
+
+
 def _at(values: object, *path: str) -> object:
     for key in path:
         values = values.get(key) if isinstance(values, Mapping) else None

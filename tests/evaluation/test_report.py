@@ -18,7 +18,7 @@ from longspan.evaluation import plots
 from longspan.evaluation.page import duration, quantity, short
 from longspan.evaluation.report import write_report
 from longspan.evaluation.result import PositionBucket
-from longspan.evaluation.run_files import Series, read_run
+from longspan.evaluation.run_files import Series, read_run, stages
 
 COLUMNS = ["step", "tokens", "loss", "validation_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"]
 EVIL = "<script>alert(1)</script>\"'&<img src=https://example.org/x onerror=alert(1)>"
@@ -362,3 +362,62 @@ def test_quantities(key: str, value: object, shown: str) -> None:
 def test_short_numbers_and_durations() -> None:
     assert [short(x) for x in (950, 9_999, 12_345, 124_439_808)] == ["950", "9,999", "12.3 k", "124 M"]
     assert [duration(x) for x in (0.5, 60, 3599.6)] == ["0.5 s", "1 min 0 s", "1 h 0 min"]
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+STAGES = [
+    {
+        "name": "short",
+        "first_step": 1,
+        "last_step": 30,
+        "context": 512,
+        "windows": "32–128",
+        "lr": 1e-3,
+        "tokens": 1000,
+    },
+    {"name": "long", "first_step": 31, "last_step": 50, "context": 1024, "windows": "64–256", "lr": 5e-4},
+]
+
+
+def staged(directory: Path, stages: object) -> Path:
+    run = write_run(directory)
+    accounting = json.loads((run / "accounting.json").read_text())
+    (run / "accounting.json").write_text(json.dumps({**accounting, "stages": stages}))
+    return run
+
+
+def test_stages_are_told_and_drawn(tmp_path: Path) -> None:
+    run = staged(tmp_path, STAGES)
+    page = report(run)
+    assert "1. short 1 – 30 512 32–128 0.001 — 1,000" in page.text
+    assert "2. long 31 – 50 1,024 64–256 0.0005 — —" in page.text
+    assert "Loss (dashed: a stage begins)" in page.text
+    files = read_run(run)
+    figure = plots.loss_curves(files.metrics, stages=stages(files))
+    assert figure is not None
+    (axes,) = figure.axes
+    dashed = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]  # type: ignore[index]
+    assert dashed == [30.5]
+    assert {"short", "long"} <= {text.get_text() for text in axes.texts}
+
+
+def test_names_without_room_are_numbers(tmp_path: Path) -> None:
+    crowded = [{"name": f"a rather long name {i}", "first_step": i * 5 + 1, "last_step": i * 5 + 5} for i in range(10)]
+    files = read_run(staged(tmp_path, crowded))
+    figure = plots.loss_curves(files.metrics, stages=stages(files))
+    assert figure is not None
+    assert [text.get_text() for text in figure.axes[0].texts] == [str(i) for i in range(1, 11)]
+
+
+def test_a_run_without_stages_says_nothing_of_them(tmp_path: Path) -> None:
+    for damaged in ("no list", [1, {"name": "x"}], []):
+        page = report(staged(tmp_path / str(damaged)[:3], damaged))
+        assert "keys in a window" not in page.text
+        assert "dashed" not in page.text
+
+
+def test_names_of_stages_are_escaped(tmp_path: Path) -> None:
+    page = report(staged(tmp_path, [{**STAGES[0], "name": EVIL, "windows": EVIL}, STAGES[1]]))
+    assert "script" not in page.tags
+    assert "img" not in page.tags
