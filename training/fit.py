@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from rich.console import Console
 
+from longspan.data.prepare import Prepared
 from longspan.model.build import Model
 
 from . import run_directory as files
@@ -26,7 +27,7 @@ from .datamodule import StreamData
 from .errors import RunFailed
 from .metrics import MetricsFile, MetricsLog, open_trackers
 from .module import LanguageModel, NonFinite
-from .objectives import objective_for
+from .objectives import Objective, objective_for
 from .optim import stage_schedule
 from .plan import Peak, Plan, StagePlan
 from .precision import Arithmetic
@@ -36,14 +37,27 @@ from .signals import SignalFlag
 from .stages import Stage
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What a caller of `train` has at hand, and a run would otherwise make by itself.
+
+    prepared   the documents that it trains on; None: what its data say
+    objective  what its model learns from them; None: what the model's kind learns
+    """
+
+    prepared: Prepared | None = None
+    objective: Callable[[Model], Objective[Any]] | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Session:
     """One session of a run, with everything decided that its starting point and its data decide.
 
-    peak     what MFU is a share of
-    state    the training state that the session continues from; None: it is the first
-    console  where progress is shown; None: nowhere
-    is_main  whether this process writes the run directory
+    peak       what MFU is a share of
+    state      the training state that the session continues from; None: it is the first
+    console    where progress is shown; None: nowhere
+    is_main    whether this process writes the run directory
+    objective  what the model learns
     """
 
     config: RunConfig
@@ -55,6 +69,7 @@ class Session:
     state: dict[str, Any] | None
     console: Console | None
     is_main: bool
+    objective: Callable[[Model], Objective[Any]] = objective_for
 
     @property
     def step(self) -> int:
@@ -118,7 +133,7 @@ def fit(
             loop.adopt(session.state)
             return loop
         module = LanguageModel(
-            objective_for(model),
+            session.objective(model),
             optimizer=config.optimizer,
             factor=stage_schedule(stage),
             arithmetic=session.arithmetic,

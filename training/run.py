@@ -30,8 +30,9 @@ from .data_settings import STAGE_WORDS, prepare_settings, skipped_files, source_
 from .datamodule import BatchPlan, StreamData, packed_data
 from .errors import RunFailed, Terminated, UserError
 from .finish import evaluate, sample
-from .fit import Session, fit
+from .fit import Given, Session, fit
 from .module import checkpoint_activations, compile_blocks
+from .objectives import objective_for
 from .optim import stage_schedule
 from .plan import find_peak, plan, plan_for
 from .precision import Arithmetic, choose_arithmetic, choose_device
@@ -42,12 +43,12 @@ from .signals import SignalFlag
 from .stages import Stage, stage_at, stages_of
 from .start import Origin, check_every_stage, find_directory, find_origin, set_backends, settle, tokenizer_of
 
-__all__ = ["RunResult", "plan", "train"]
+__all__ = ["Given", "RunResult", "plan", "train"]
 
 logger = logging.getLogger("longspan.training")
 
 
-def train(config: RunConfig) -> RunResult:
+def train(config: RunConfig, *, given: Given | None = None) -> RunResult:
     """Trains, evaluates, samples and reports; returns when all of it is done.
 
     Raises UserError (and the data, model and attention errors that mean the same) for a wrong request, before anything
@@ -74,7 +75,7 @@ def train(config: RunConfig) -> RunResult:
             files.check_output(directory, resume=config.resume is not None, overwrite=config.overwrite)
         stack.enter_context(logging_to(None, console))
         try:
-            return _train(config, directory, device, arithmetic, console, is_main=is_main)
+            return _train(config, directory, device, arithmetic, console, given or Given(), is_main=is_main)
         except (RunFailed, Terminated):
             if not is_main:  # the main process speaks for all; a second exit code would make the launcher kill it
                 raise SystemExit(0) from None
@@ -91,14 +92,15 @@ def _train(
     device: torch.device,
     arithmetic: Arithmetic,
     console: Console | None,
+    given: Given,
     *,
     is_main: bool,
 ) -> RunResult:
     origin = find_origin(config, directory)
-    config = settle(config, origin, directory)
+    config = settle(config, origin, directory, own_objective=given.objective is not None)
     stages = stages_of(config)
     check_every_stage(config, device, arithmetic)
-    prepared = prepare(
+    prepared = given.prepared or prepare(
         prepare_settings(config.data, tokenizer=tokenizer_of(config, origin)), progress=_Stages() if is_main else None
     )
     _check_vocabulary(prepared.tokenizer, config.model)
@@ -122,6 +124,7 @@ def _train(
         state=state,
         console=console,
         is_main=is_main,
+        objective=given.objective or objective_for,
     )
     model = _model(stage_at(stages, session.step).config, origin, arithmetic)
 

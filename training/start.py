@@ -101,8 +101,9 @@ def _from_weights(path: str) -> Origin:
     return Origin(checkpoint=chosen, parent=str(chosen))
 
 
-def settle(config: RunConfig, origin: Origin, directory: Path) -> RunConfig:
-    """The config with what its starting point decides: the model, and a context that was left open.
+def settle(config: RunConfig, origin: Origin, directory: Path, *, own_objective: bool = False) -> RunConfig:
+    """The config with what its starting point decides: the model, and a context that was left open. With an objective
+    of its own a run may train any model.
 
     Makes the checks that the schema could not make without knowing the model; raises ConfigError.
     """
@@ -115,8 +116,9 @@ def settle(config: RunConfig, origin: Origin, directory: Path) -> RunConfig:
         *check_lengths(config, fixed_by=None if origin.checkpoint is None else str(origin.checkpoint)),
         *check_stages(config, fixed_by=None if origin.checkpoint is None else str(origin.checkpoint)),
         *check_documents(config),
-        *check_objective(config, fixed_by=None if origin.checkpoint is None else str(origin.checkpoint)),
     ]
+    if not own_objective:
+        problems += check_objective(config, fixed_by=None if origin.checkpoint is None else str(origin.checkpoint))
     if origin.parent is None:  # otherwise the weights bring their tokenizer
         problems += check_vocabulary(config)
     if not problems:
