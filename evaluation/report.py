@@ -47,6 +47,7 @@ from .run_files import (
 )
 
 _SAMPLE_LIMIT = 20_000  # characters of sample.txt on the page
+_LOSS_OF = {"encoder": "hidden token", "seq2seq": "target token"}  # what the validation loss is a mean over
 _BESIDE = ("config.yaml", "metrics.csv", "summary.json", "evaluation.json", "lineage.json", "accounting.json")
 
 
@@ -125,22 +126,14 @@ def _tiles(run: RunFiles) -> Html:
             note = f"nats per token; 95 % interval {interval[0]:.3f} – {interval[1]:.3f} over documents"
     else:
         loss = number(run.summary, "validation_loss") or last(run, "validation_loss")
-        note = "nats per token, packed validation sequences"
-    bits, baseline = number(perplexity, "bits_per_byte"), number(run.evaluation, "baseline", "bits_per_byte")
-    against = _comparison(bits, baseline)
+        note = f"nats per {_LOSS_OF.get(_architecture(run), 'token')}, packed validation sequences"
     seconds = last(run, "seconds")
     speed = typical(run, "tokens_per_second")
     mfu = typical(run, "mfu")
     return element(
         "div",
         _tile("Validation loss", f"{loss:.3f}" if loss else None, note),
-        _tile("Perplexity", _fixed(number(perplexity, "perplexity")), "per token, exp of the mean loss"),
-        _tile("Bits per byte", f"{bits:.3f}" if bits else None, "of UTF-8 text, any tokenizer"),
-        _tile(
-            f"Against the order-{number(run.evaluation, 'baseline', 'order') or 2:.0f} byte n-gram",
-            against[0] if against else None,
-            against[1] if against else "no baseline was measured",
-        ),
+        *(_perplexity_tiles(run) if _architecture(run) == "decoder" else ()),
         _tile("Tokens", short(tokens) if (tokens := last(run, "tokens")) else None, "read in training"),
         _tile("Time", duration(seconds) if seconds else None, "training, wall clock"),
         _tile("Throughput", short(speed) if speed else None, "median over the run", unit="tok/s"),
@@ -152,6 +145,26 @@ def _tiles(run: RunFiles) -> Html:
         ),
         css="tiles",
     )
+
+
+def _perplexity_tiles(run: RunFiles) -> tuple[Html, ...]:
+    perplexity = mapping(run.evaluation, "perplexity")
+    bits, baseline = number(perplexity, "bits_per_byte"), number(run.evaluation, "baseline", "bits_per_byte")
+    against = _comparison(bits, baseline)
+    return (
+        _tile("Perplexity", _fixed(number(perplexity, "perplexity")), "per token, exp of the mean loss"),
+        _tile("Bits per byte", f"{bits:.3f}" if bits else None, "of UTF-8 text, any tokenizer"),
+        _tile(
+            f"Against the order-{number(run.evaluation, 'baseline', 'order') or 2:.0f} byte n-gram",
+            against[0] if against else None,
+            against[1] if against else "no baseline was measured",
+        ),
+    )
+
+
+def _architecture(run: RunFiles) -> str:
+    """What the summary says; a decoder where it does not (a run that has not finished, or of an older version)."""
+    return string(run.summary, "architecture") or "decoder"
 
 
 def _tile(name: str, value: str | None, note: str, *, unit: str = "") -> Html:
@@ -232,6 +245,8 @@ def _wide_figure(draw: Callable[..., plots.Figure | None], caption: str, missing
 
 def _evaluation(run: RunFiles) -> Html:
     perplexity = mapping(run.evaluation, "perplexity")
+    if not perplexity and _architecture(run) != "decoder":
+        return gap("Perplexity is for models that predict the next token. The validation loss is what this one does.")
     if not perplexity:
         return gap(run.gaps.get("evaluation.json", "evaluation.json holds no perplexity"))
     buckets = position_buckets(perplexity)

@@ -31,7 +31,7 @@ def tokens(rows: int, length: int) -> torch.Tensor:
 
 
 def test_training_flops_are_the_counted_products() -> None:
-    """Forward and backward of the reference, which multiplies every pair; the formula counts all but the causal ones."""
+    """The reference multiplies every pair, forward and backward; the formula counts all but the causal ones."""
     model = from_config(CONFIG, seed=0)
     model.set_backends(train="reference")
     is_global = torch.zeros(1, S, dtype=torch.bool)
