@@ -89,6 +89,15 @@ def prepare_examples(settings: ExampleSettings, *, progress: Progress | None = N
     return ExampleStore.open(directory)
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedExamples:
+    """As `prepare.Prepared`, of labelled examples."""
+
+    store: ExampleStore
+    tokenizer: Tokenizer
+    directory: Path
+
+
 class _Refused:
     """Records that could not be used: how many, and the first of them."""
 

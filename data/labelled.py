@@ -209,6 +209,14 @@ class WindowItems:
         self.n_windows = dict(zip(self.records.tolist(), np.bincount(self._items).tolist(), strict=True))
         self.n_cut = int((store.lengths("question")[self.records] > self._most).sum())
 
+    @property
+    def n_answered(self) -> int:
+        """Windows that hold their answer whole."""
+        spans = [self.store.span(int(record)) or (-1, -1) for record in self.records]
+        first, last = np.array(spans)[self._items].T
+        whole = (first >= self._firsts) & (last < self._firsts + self._sizes)
+        return int(whole.sum())
+
     def by_record(self) -> np.ndarray:
         """The items in an order that shuffles the records and keeps the windows of each together."""
         n = len(self.records)

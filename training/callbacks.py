@@ -13,6 +13,7 @@ import logging
 import resource
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,12 +27,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from longspan.evaluation.predictions import Tally
+
 from . import rng
 from .checkpointing import Best, Checkpoints, best_of
 from .datamodule import StreamData
 from .errors import RunFailed, Terminated
 from .metrics import MetricsLog, Row
 from .module import LanguageModel, StepResult
+from .objectives_labelled import LabelledLoss
 from .progress import ProgressView
 from .signals import SignalFlag
 
@@ -123,9 +127,12 @@ class RunLoop(Callback):
         resume: dict[str, Any] | None = None,
         advice: str = "resume=auto",
         stage: str | None = None,
+        tally: Callable[[], Tally] | None = None,
     ) -> None:
         self.best: Best | None = None
         self.validation_loss: float | None = None
+        self.scores: dict[str, float] = {}
+        self._tally = tally
         self._data = data
         self._cadence = cadence
         self._throughput = throughput
@@ -252,7 +259,11 @@ class RunLoop(Callback):
 
     @torch.no_grad()
     def _validate(self, trainer: Trainer, module: LanguageModel) -> bool:
-        """Token-weighted loss over the validation batches of all ranks; whether it is the best so far."""
+        """Token-weighted loss over the validation batches of all ranks, with scores where the objective has some;
+        whether the loss is the best so far."""
+        tally = None if self._tally is None else self._tally()
+        if isinstance(module.objective, LabelledLoss):
+            module.objective.tally = tally
         module.eval()
         total = torch.zeros(2, dtype=torch.float64, device=module.device)
         for index, batch in enumerate(self._data.val_dataloader()):
@@ -261,6 +272,8 @@ class RunLoop(Callback):
         module.reshard()
         if trainer.world_size > 1:
             torch.distributed.all_reduce(total)
+        if tally is not None:
+            self.scores = tally.scores(_everywhere(tally.parts(), trainer.world_size))
         nll, n_tokens = total.tolist()
         self._validated_step = trainer.global_step
         self.validation_loss = nll / n_tokens if n_tokens else float("nan")
@@ -277,11 +290,13 @@ class RunLoop(Callback):
         speed = n_steps * self._throughput.tokens_per_step / duration if n_steps and duration > 0 else None
         peak = self._throughput.peak_flops
         last = module.last
+        validated = self._validated_step == step
+        scores = self.scores if validated else {}
         return Row(
             step=step,
             tokens=self._throughput.tokens(step),
             loss=last.loss if last is not None else None,
-            validation_loss=self.validation_loss if self._validated_step == step else None,
+            validation_loss=self.validation_loss if validated else None,
             lr=last.lr if last is not None else None,
             grad_norm=last.grad_norm if last is not None else None,
             tokens_per_second=speed,
@@ -289,6 +304,9 @@ class RunLoop(Callback):
             seconds=seconds,
             skipped=module.skipped,
             stage=self._stage,
+            accuracy=scores.get("accuracy"),
+            exact_match=scores.get("exact_match"),
+            f1=scores.get("f1", scores.get("macro_f1")),
         )
 
     def _write_row(self, trainer: Trainer, module: LanguageModel) -> None:
@@ -352,6 +370,15 @@ def _language_model(module: LightningModule) -> LanguageModel:
     if not isinstance(module, LanguageModel):
         raise TypeError(f"RunLoop trains a LanguageModel, not a {type(module).__name__}")
     return module
+
+
+def _everywhere(mine: list[tuple[float, ...]], world: int) -> list[tuple[float, ...]]:
+    """What all ranks have."""
+    if world == 1:
+        return mine
+    gathered: list[list[tuple[float, ...]]] = [[] for _ in range(world)]
+    torch.distributed.all_gather_object(gathered, mine)
+    return [part for parts in gathered for part in parts]
 
 
 def _memory_bytes(device: torch.device) -> int:

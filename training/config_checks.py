@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from longspan.model.config import EncoderConfig, ModelConfig, Seq2SeqConfig
 
 from .config_errors import Problem, assignment
+from .example_checks import check_examples, check_labelled_model
 
 if TYPE_CHECKING:
     from .schema import DataConfig, GenerateConfig, ProtocolConfig, RunConfig, SourceConfig
@@ -41,6 +42,9 @@ def check_objective(config: RunConfig, *, fixed_by: str | None = None) -> Iterat
     `fixed_by` names the checkpoint that brings the model.
     """
     model, masking = config.model, config.data.masking
+    if config.data.examples is not None:
+        yield from check_labelled_model(config, fixed_by=fixed_by)
+        return
     if isinstance(model, Seq2SeqConfig):
         yield from _check_seq2seq(config.data)
         return
@@ -59,7 +63,9 @@ def check_objective(config: RunConfig, *, fixed_by: str | None = None) -> Iterat
             )
         if model.head != "mlm":
             advice = "set model.head=mlm" if fixed_by is None else f"{fixed_by} has none"
-            yield _problem(("model.head", model.head), f"train teaches the masked-LM head; {advice}")
+            yield _problem(
+                ("model.head", model.head), f"documents teach the masked-LM head; {advice}, or give data.examples"
+            )
     elif masking is not None:
         yield Problem(
             ("data.masking", "model.name"),
@@ -132,6 +138,7 @@ def check_data(data: DataConfig) -> Iterator[Problem]:
         yield Problem(("data.masking", "data.denoising"), "data.masking and data.denoising: give one of them")
     if not data.sources and data.path is None:
         yield _problem(("data.sources", []), "names no source; give data.path or at least one source")
+    yield from check_examples(data)
     tokenizer = data.tokenizer
     if tokenizer.kind == "file" and tokenizer.path is None:
         yield _problem(("data.tokenizer.kind", "file"), "needs data.tokenizer.path, a tokenizer.json or its directory")
@@ -298,7 +305,9 @@ def check_trainer(config: RunConfig) -> Iterator[Problem]:
             "shards over GPUs; with trainer.accelerator=cpu use ddp",
             "trainer.accelerator",
         )
-    if config.evaluation.enabled and config.data.validation_fraction == 0:
+    examples = config.data.examples
+    own_file = examples is not None and examples.validation_path is not None
+    if config.evaluation.enabled and config.data.validation_fraction == 0 and not own_file:
         yield _problem(
             ("data.validation_fraction", 0), "holds nothing out to evaluate on; set evaluation.enabled=false with it"
         )

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from longspan.model.config import EncoderConfig, ModelConfig
+from longspan.model.config import EncoderConfig
 
 from .config_errors import Problem, assignment
 
 if TYPE_CHECKING:
+    from .schema import RunConfig
     from .schema_sections import DataConfig, ExamplesConfig
 
 MADE: Mapping[str, str] = {"packages": "classification", "parameters": "qa"}
@@ -27,11 +28,9 @@ def check_examples(data: DataConfig) -> Iterator[Problem]:
     if examples is None:
         return
     yield from _check_source(examples)
-    written = {
-        field.name: getattr(examples, field.name)
-        for field in fields(examples)
-        if getattr(examples, field.name) != field.default
-    }
+    plain = type(examples)(kind=examples.kind)
+    names = [field.name for field in fields(examples)]
+    written = {name: getattr(examples, name) for name in names if getattr(examples, name) != getattr(plain, name)}
     foreign = _CLASSES_ONLY if examples.kind == "qa" else _QA_ONLY
     other = "classification" if examples.kind == "qa" else "qa"
     for name in foreign:
@@ -60,11 +59,15 @@ def check_examples(data: DataConfig) -> Iterator[Problem]:
             yield _problem(f"data.{name}", True, "is for packed documents; with data.examples each row is one text")
 
 
-def check_labelled_model(data: DataConfig, model: ModelConfig, *, fixed_by: str | None = None) -> Iterator[Problem]:
+def check_labelled_model(config: RunConfig, *, fixed_by: str | None = None) -> Iterator[Problem]:
     """Whether the model can learn from the examples. `fixed_by` names the checkpoint that brings it."""
-    examples = data.examples
+    examples, model = config.data.examples, config.model
     if examples is None:
         return
+    if config.stages:
+        yield Problem(
+            ("stages", "data.examples"), "stages: change what a stream of documents is cut into; leave them out"
+        )
     if not isinstance(model, EncoderConfig):
         whose = "name an encoder as model" if fixed_by is None else f"{fixed_by} is a {model.architecture}"
         yield Problem(

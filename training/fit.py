@@ -25,6 +25,7 @@ from .callbacks import Cadence, RunLoop, Share, Throughput
 from .checkpointing import Checkpoints
 from .datamodule import StreamData
 from .errors import RunFailed
+from .labelled import mean_row, tally_maker
 from .metrics import MetricsFile, MetricsLog, open_trackers
 from .module import LanguageModel, NonFinite
 from .objectives import Objective, objective_for
@@ -88,6 +89,7 @@ def fit(
     trainer_config = config.trainer
     costs = session.costs.stages[stage.number - 1].plan if session.costs.stages else session.costs
     tenth = max(1, trainer_config.steps // 10)
+    row = mean_row(data)
     with ExitStack() as stack:
         view = None
         if session.is_main:
@@ -110,9 +112,10 @@ def fit(
                 save_every=trainer_config.save_every or tenth,
             ),
             throughput=Throughput(
-                tokens_per_step=costs.tokens_per_step,
+                tokens_per_step=costs.tokens_per_step if row is None else round(row * config.trainer.global_batch),
                 flops_per_token=costs.flops_per_token,
-                peak_flops=session.peak.flops,
+                # Rows of many lengths have no one number of FLOPs a token, and so no MFU.
+                peak_flops=session.peak.flops if row is None else None,
                 before=_share(session.costs.stages[: stage.number - 1]),
                 after=_share(session.costs.stages[stage.number :]),
             ),
@@ -124,6 +127,7 @@ def fit(
             # A run that started from weights continues without naming them again.
             advice="resume=auto" if config.checkpoint is None else "resume=auto instead of checkpoint=",
             stage=stage.name,
+            tally=tally_maker(data, config),
         )
         if session.is_main:
             # A row that is still owed may be there already, from a session that was killed before it could save.

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
 from longspan.data.examples import ExampleStore
 from longspan.data.labelled import ItemPass, ItemStream, TextItems, WindowItems, default_overlap
-from longspan.data.writer import Split
-from longspan.evaluation.predictions import AnswerTally, ClassTally, Tally
+from longspan.data.writer import SPLITS, Split
+from longspan.evaluation.predictions import AnswerTally, ClassTally, Tally, score_examples
+from longspan.model.build import Model
 from longspan.model.config import EncoderConfig
+from longspan.model.encoder import Encoder
 
 from .datamodule import BatchPlan, StreamData
 from .schema import RunConfig
@@ -63,6 +71,80 @@ def tally_of(items: Items, config: RunConfig) -> Tally:
         max_answer_tokens=examples.max_answer_tokens if examples is not None else 30,
         may_be_missing=items.store.has_unanswered,
     )
+
+
+def tally_maker(data: StreamData, config: RunConfig) -> Callable[[], Tally] | None:
+    """What makes a fresh tally for each validation; None where there is nothing to score."""
+    if not isinstance(data.validation, ItemPass):
+        return None
+    items = data.validation.items
+    return partial(tally_of, items, config) if isinstance(items, TextItems | WindowItems) else None
+
+
+def mean_row(data: StreamData) -> float | None:
+    """Tokens of a training row on average; None where all rows are alike."""
+    return float(data.train.items.lengths.mean()) if isinstance(data.train, ItemStream) else None
+
+
+def described(store: ExampleStore, data: StreamData) -> Iterator[str]:
+    """What a person wants to know of the examples before they are trained on."""
+    counts = {split: len(store.records(split)) for split in SPLITS}
+    yield f"{counts['train']:,} examples to train on, {counts['validation']:,} held out"
+    if store.refused:
+        first = store.manifest["refused"]["first"]
+        yield f"{store.refused:,} records cannot be used and are left out, the first: {first[0]}"
+    items = data.train.items if isinstance(data.train, ItemStream) else None
+    if isinstance(items, TextItems) and items.n_cut:
+        yield f"{items.n_cut:,} training texts are longer than data.context; their beginning is read"
+    if isinstance(items, WindowItems):
+        yield f"{len(items.lengths):,} training windows; the answer is whole in {items.n_answered:,} of them"
+        if items.n_cut:
+            yield f"{items.n_cut:,} training questions are longer than a third of data.context; their beginning is read"
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a fine-tuned encoder scores on all held-out examples.
+
+    protocol  how it was asked, as plain data
+    """
+
+    kind: str
+    scores: Mapping[str, float]
+    protocol: Mapping[str, object]
+
+    def record(self) -> dict[str, object]:
+        """Plain data for evaluation.json."""
+        return {"examples": {"kind": self.kind, **self.scores, "protocol": dict(self.protocol)}}
+
+    def headline(self) -> dict[str, float | None]:
+        """For summary.json."""
+        return {name: value for name, value in self.scores.items() if name != "n"}
+
+    def words(self) -> str:
+        """One line for a log."""
+        named = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in self.scores.items() if name != "n")
+        return f"{named} ({self.scores['n']:,.0f} held-out examples)"
+
+
+def score_checkpoint(model: Model, store: ExampleStore, config: RunConfig, *, autocast: torch.dtype | None) -> Scored:
+    """Of all held-out examples, whatever `trainer.val_batches` lets a validation read."""
+    if not isinstance(model, Encoder) or config.data.examples is None:
+        raise TypeError("labelled examples score an encoder")
+    items = items_of(store, "validation", config)
+    batch = config.trainer.micro_batch
+    scores = score_examples(model, items, tally_of(items, config), batch=batch, autocast=autocast)
+    protocol: dict[str, object] = {"context": config.data.context, "store": store.manifest["self_sha256"]}
+    if isinstance(items, WindowItems):
+        protocol |= {
+            "overlap": _overlap(config),
+            "max_answer_tokens": config.data.examples.max_answer_tokens,
+            "may_be_missing": store.has_unanswered,
+            "normalisation": "SQuAD 1.1: lower case, no punctuation, no English articles",
+        }
+    else:
+        protocol |= {"classes": list(items.classes), "cut": items.n_cut, "truncation": "the beginning of longer texts"}
+    return Scored(config.data.examples.kind, scores, protocol)
 
 
 def _overlap(config: RunConfig) -> int:

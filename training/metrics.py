@@ -33,6 +33,9 @@ class Row:
     seconds            wall-clock seconds of training so far, over all sessions
     skipped            steps skipped so far because of a non-finite loss or gradient
     stage              name of the stage that took the step; None in a run without stages
+    accuracy           of classes, on rows where a validation ran
+    exact_match        of answers, likewise
+    f1                 likewise: of classes the macro-average, of answers that of their words
     """
 
     step: int
@@ -46,6 +49,9 @@ class Row:
     seconds: float = 0.0
     skipped: int = 0
     stage: str | None = None
+    accuracy: float | None = None
+    exact_match: float | None = None
+    f1: float | None = None
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -94,6 +100,9 @@ def read_rows(path: Path) -> list[Row]:
                 seconds=float(record["seconds"]),
                 skipped=int(record["skipped"]),
                 stage=record["stage"] or None,
+                accuracy=_number(record["accuracy"]),
+                exact_match=_number(record["exact_match"]),
+                f1=_number(record["f1"]),
             )
         )
     return rows
@@ -138,6 +147,9 @@ def format_row(row: Row, *, steps: int, memory_bytes: int | None, eta_seconds: f
         parts.append(f"loss {row.loss:.3f}")
     if row.validation_loss is not None:
         parts.append(f"val {row.validation_loss:.3f}")
+    for name, score in (("acc", row.accuracy), ("em", row.exact_match), ("f1", row.f1)):
+        if score is not None:
+            parts.append(f"{name} {score:.3f}")
     if row.lr is not None:
         parts.append(f"lr {row.lr:.2g}")
     if row.tokens_per_second is not None:

@@ -23,6 +23,8 @@ from longspan.model.encoder import Encoder
 from longspan.model.heads import MaskedLMHead
 from longspan.model.seq2seq import Seq2Seq
 
+from .objectives_labelled import LabelledLoss
+
 B_contra = TypeVar("B_contra", bound=Batch, contravariant=True)
 
 
@@ -47,7 +49,7 @@ def objective_for(model: Model, *, label_smoothing: float = 0.0) -> Objective[An
     if isinstance(model, Decoder):
         return NextTokenLoss(model)
     if isinstance(model, Encoder):
-        return MaskedTokenLoss(model)
+        return MaskedTokenLoss(model) if model.config.head == "mlm" else LabelledLoss(model)
     return TargetLoss(model, label_smoothing=label_smoothing)
 
 

@@ -13,25 +13,30 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from longspan.data.example_build import PreparedExamples
 from longspan.data.loader import PackedDataset
-from longspan.data.prepare import Prepared, prepare
+from longspan.data.prepare import Prepared
 from longspan.data.prepare import Stage as PreparationStage
 from longspan.data.tokenizer import Tokenizer
 from longspan.evaluation.evaluate import Evaluation
 from longspan.evaluation.report import write_report
 from longspan.model import checkpoint as model_checkpoint
 from longspan.model.build import Model, build_from
-from longspan.model.config import DecoderConfig, ModelConfig
+from longspan.model.config import DecoderConfig, EncoderConfig, ModelConfig, Seq2SeqConfig
+from longspan.model.encoder import Encoder
+from longspan.model.seq2seq import Seq2Seq
 
 from . import run_directory as files
 from .callbacks import RunLoop
 from .checkpointing import Checkpoints, load_state
-from .data_settings import STAGE_WORDS, prepare_settings, skipped_files, source_specs
-from .datamodule import BatchPlan, StreamData, packed_data
+from .data_settings import STAGE_WORDS, skipped_files
+from .datamodule import BatchPlan, StreamData
 from .errors import RunFailed, Terminated, UserError
-from .finish import evaluate, sample
+from .finish import answer, evaluate, sample
 from .fit import Given, Session, fit
+from .labelled import Scored, described, score_checkpoint
 from .module import checkpoint_activations, compile_blocks
+from .new_head import HeadChange, fit_weights, has_new_head
 from .objectives import objective_for
 from .optim import stage_schedule
 from .plan import find_peak, plan, plan_for
@@ -42,6 +47,7 @@ from .schema import RunConfig
 from .signals import SignalFlag
 from .stages import Stage, stage_at, stages_of
 from .start import Origin, check_every_stage, find_directory, find_origin, set_backends, settle, tokenizer_of
+from .streams import AnyPrepared, prepared_data, training_data
 
 __all__ = ["Given", "RunResult", "plan", "train"]
 
@@ -100,8 +106,8 @@ def _train(
     config = settle(config, origin, directory, own_objective=given.objective is not None)
     stages = stages_of(config)
     check_every_stage(config, device, arithmetic)
-    prepared = given.prepared or prepare(
-        prepare_settings(config.data, tokenizer=tokenizer_of(config, origin)), progress=_Stages() if is_main else None
+    prepared = given.prepared or prepared_data(
+        config.data, tokenizer=tokenizer_of(config, origin), progress=_Stages() if is_main else None
     )
     _check_vocabulary(prepared.tokenizer, config.model)
     streams = [_stream(stage.config, prepared, pin_memory=device.type == "cuda") for stage in stages]
@@ -126,18 +132,20 @@ def _train(
         is_main=is_main,
         objective=given.objective or objective_for,
     )
-    model = _model(stage_at(stages, session.step).config, origin, arithmetic)
+    model, new_head = _model(stage_at(stages, session.step).config, origin, arithmetic)
 
     # From here on the request is known to be sound, and the run directory is written.
     lineage: dict[str, object] = {}
     with ExitStack() as stack:
         stack.enter_context(_running(directory))
         if is_main:
-            lineage = open_directory(session, origin, prepared)
+            lineage = open_directory(session, origin, prepared, new_head)
         stack.enter_context(logging_to(directory / files.LOG if is_main else None, None))
-        _log_start(session, origin, prepared)
+        _log_start(session, origin, prepared, streams)
+        if new_head is not None:
+            logger.info("%s", new_head.words)
         loop = _take(session, list(zip(stages, streams)), model, prepared.tokenizer, lineage)
-        return _finish(session, loop, prepared) if is_main else result_of(session, loop, None)
+        return _finish(session, loop, prepared, streams[-1]) if is_main else result_of(session, loop, None)
 
 
 def _take(
@@ -168,26 +176,23 @@ def _take(
             data.consumed = stage.place
             if config.trainer.compile:
                 torch.compiler.reset()  # what was compiled knows the windows of the stage before
-            model = _model(stage.config, Origin(checkpoint=before, resumes=True), session.arithmetic)
+            model, _ = _model(stage.config, Origin(checkpoint=before, resumes=True), session.arithmetic)
             loop = fit(replace(session, state=state), stage, model, data, checkpoints(stage), signals)
     return loop
 
 
-def _stream(config: RunConfig, prepared: Prepared, *, pin_memory: bool) -> StreamData:
+def _stream(config: RunConfig, prepared: AnyPrepared, *, pin_memory: bool) -> StreamData:
     """What a stage reads."""
     trainer = config.trainer
-    return packed_data(
-        prepared.store,
-        config.data,
+    return training_data(
+        config,
+        prepared,
         BatchPlan(
             global_batch=trainer.global_batch,
             micro_batch=trainer.micro_batch,
             world=trainer.devices * trainer.nodes,
             rank=process_rank(config),
         ),
-        seed=config.seed,
-        weights=dict(zip(prepared.store.sources, (spec.weight for spec in source_specs(config.data)), strict=True)),
-        val_batches=trainer.val_batches,
         pin_memory=pin_memory,
     )
 
@@ -198,10 +203,14 @@ def _documents(data: StreamData, config: RunConfig) -> dict[int, float] | None:
     return None
 
 
-def _log_start(session: Session, origin: Origin, prepared: Prepared) -> None:
+def _log_start(session: Session, origin: Origin, prepared: AnyPrepared, streams: Sequence[StreamData]) -> None:
     logger.info("%s on %s; %s", session.arithmetic.precision, session.device, session.arithmetic.reason)
-    for name, words in skipped_files(prepared.store).items():
-        logger.warning("data: %s: %s", name, words)
+    if isinstance(prepared, Prepared):
+        for name, words in skipped_files(prepared.store).items():
+            logger.warning("data: %s: %s", name, words)
+    else:
+        for words in described(prepared.store, streams[0]):
+            logger.info("data: %s", words)
     if session.peak.flops is not None:
         note = f"; {session.costs.flops_note}" if session.costs.flops_note else ""
         logger.info("mfu is the share of %.3g TFLOP/s, %s%s", session.peak.flops / 1e12, session.peak.basis, note)
@@ -226,13 +235,17 @@ def _refused_by_system(error: OSError, directory: Path) -> RunFailed:
     return RunFailed(f"{where}{what or type(error).__name__}; {Checkpoints(directory, keep=1).last_good()}")
 
 
-def _finish(session: Session, loop: RunLoop, prepared: Prepared) -> RunResult:
+def _finish(session: Session, loop: RunLoop, prepared: AnyPrepared, data: StreamData) -> RunResult:
     """Evaluation and sample of the best checkpoint, summary and report."""
     config, directory = session.config, session.directory
     chosen = model_checkpoint.resolve_checkpoint(directory)
-    evaluation: Evaluation | None = None
-    if isinstance(config.model, DecoderConfig):
+    evaluation: Evaluation | Scored | None = None
+    if isinstance(prepared, PreparedExamples):
+        evaluation = _score(session, prepared, chosen)
+    elif isinstance(config.model, DecoderConfig):
         evaluation = _evaluate(session, prepared, chosen)
+    elif isinstance(config.model, Seq2SeqConfig):
+        _answer(session, data, prepared.tokenizer, chosen)
     else:
         logger.info("no perplexity and no sample: an encoder does not predict what follows")
     result = result_of(session, loop, evaluation)
@@ -241,6 +254,18 @@ def _finish(session: Session, loop: RunLoop, prepared: Prepared) -> RunResult:
         write_report(directory)
     logger.info("finished: %s", closing_words(result, evaluation))
     return result
+
+
+def _score(session: Session, prepared: PreparedExamples, chosen: Path) -> Scored | None:
+    """A fine-tuned encoder on all held-out examples, where that is asked for."""
+    config, directory = session.config, session.directory
+    if not config.evaluation.enabled or not len(prepared.store.records("validation")):
+        return None
+    model = model_checkpoint.load_model(chosen, device=session.device)
+    set_backends(model, config)
+    scored = score_checkpoint(model, prepared.store, config, autocast=session.arithmetic.autocast)
+    files.write_json(directory / files.EVALUATION, {"checkpoint": chosen.name, **scored.record()})
+    return scored
 
 
 def _evaluate(session: Session, prepared: Prepared, chosen: Path) -> Evaluation | None:
@@ -263,13 +288,28 @@ def _evaluate(session: Session, prepared: Prepared, chosen: Path) -> Evaluation 
     return evaluation
 
 
+def _answer(session: Session, data: StreamData, tokenizer: Tokenizer, chosen: Path) -> None:
+    """What an encoder–decoder makes of a held-out source; of a training one where nothing is held out."""
+    model = model_checkpoint.load_model(chosen, device=session.device)
+    source = data.train if data.validation is None else data.validation
+    if not isinstance(model, Seq2Seq):
+        raise TypeError(f"a {type(model).__name__} answers no source")
+    set_backends(model, session.config)
+    answer(model, source, tokenizer, session.config.sample, seed=session.config.seed, directory=session.directory)
+
+
 # -- building and checking --------------------------------------------------------------------------------------------
 
 
-def _model(config: RunConfig, origin: Origin, arithmetic: Arithmetic) -> Model:
+def _model(config: RunConfig, origin: Origin, arithmetic: Arithmetic) -> tuple[Model, HeadChange | None]:
+    """The model that a stage begins with, and what was changed of its starting weights for that."""
     model = build_from(config.model, seed=config.seed)
+    change: HeadChange | None = None
     if origin.checkpoint is not None:
         weights = model_checkpoint.load_weights(origin.checkpoint)
+        before = model_checkpoint.load_config(origin.checkpoint)
+        if isinstance(model, Encoder) and isinstance(before, EncoderConfig) and has_new_head(before, model.config):
+            weights, change = fit_weights(weights, before, model)
         model_checkpoint.check_weights(model, weights, asked_by=str(origin.checkpoint))
         model.load_state_dict(weights)
     model.to(arithmetic.parameters).train()
@@ -278,7 +318,7 @@ def _model(config: RunConfig, origin: Origin, arithmetic: Arithmetic) -> Model:
         checkpoint_activations(model)
     if config.trainer.compile:
         compile_blocks(model)
-    return model
+    return model, change
 
 
 def _check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:

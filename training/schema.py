@@ -24,7 +24,7 @@ from longspan.model.config import (
     from_dict,
 )
 from longspan.model.config import ModelConfig as BuiltModel
-from longspan.model.zoo import configure
+from longspan.model.zoo import CONFIGS, configure
 
 from .config_checks import check_data, check_generate, check_protocol, check_run, longest_input
 from .config_convert import check_convert
@@ -118,6 +118,7 @@ __all__ = [
 
 Raw = Mapping[str, Any]
 Where = Mapping[str, str]
+_HEAD = {"head", "labels", "head_dropout", "pooler"}  # keys of a model that fine-tuning may ask of a checkpoint's
 T = TypeVar("T")
 R = TypeVar("R", bound=RunConfig)
 
@@ -273,6 +274,8 @@ def _model(request: Any, raw: Raw) -> tuple[BuiltModel | None, list[Problem]]:
     typed = written(raw, "model")
     try:
         overrides = _overrides(request.model, typed)
+        if isinstance(request, RunRequest) and _asks_for_head(request, overrides):
+            return from_dict(_head_alone(overrides)), []
         start = configure(request.model.name, overrides) if request.model.name else from_dict(overrides)
         if isinstance(start, Seq2SeqConfig):
             return _of_two_stacks(start, request, typed)
@@ -282,6 +285,21 @@ def _model(request: Any, raw: Raw) -> tuple[BuiltModel | None, list[Problem]]:
         return None, [_of_model(problem) for problem in error.problems]
     except ValueError as error:
         return None, [_of_model(str(error))]
+
+
+def _asks_for_head(request: RunRequest, overrides: Raw) -> bool:
+    """Whether the model is a checkpoint's encoder and a user names its new head beside a decoder's sizes, which
+    `train` has where no model is chosen."""
+    starts = request.checkpoint is not None or request.resume is not None
+    named = CONFIGS.get(request.model.name or "")
+    kind = request.model.architecture if named is None else named.architecture
+    return starts and request.data.examples is not None and kind != "encoder" and bool(_HEAD & overrides.keys())
+
+
+def _head_alone(overrides: Raw) -> dict[str, Any]:
+    asked = {name: value for name, value in overrides.items() if name in _HEAD}
+    head = asked.setdefault("head", "classification" if asked.get("labels") else "qa")
+    return {"architecture": "encoder", **asked, "pooler": head == "classification"}
 
 
 def _overrides(section: Any, typed: Raw) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from .config_checks import (
 )
 from .config_errors import ConfigError, lines
 from .errors import UserError
+from .example_checks import HEADS
+from .new_head import with_head
 from .precision import Arithmetic
 from .schema import DataConfig, RunConfig, validate
 from .stage_checks import check_stages
@@ -162,6 +164,8 @@ def model_of(config: RunConfig, origin: Origin, directory: Path) -> ModelConfig:
     if origin.resumes and config.stages:  # the checkpoint's has the windows of its stage by now
         return validate(files.read_json(directory / files.CONFIG)).model
     found = model_checkpoint.load_config(origin.checkpoint)
+    if config.data.examples is not None and not origin.resumes:
+        found = with_head(found, wanted, HEADS[config.data.examples.kind], whose=str(origin.checkpoint))
     differing = _differences(wanted, found)
     if differing:
         logger.info("the model is the checkpoint's: %s", differing)

@@ -43,13 +43,16 @@ def test_columns_are_the_promised_ones() -> None:
         "seconds",
         "skipped",
         "stage",
+        "accuracy",
+        "exact_match",
+        "f1",
     )
 
 
 def test_each_row_is_on_disk_at_once(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.csv")
     file.append(row(1))
-    assert (tmp_path / "metrics.csv").read_text() == ",".join(COLUMNS) + "\n1,10,1.0,,,,,,0.5,0,\n"
+    assert (tmp_path / "metrics.csv").read_text() == ",".join(COLUMNS) + "\n1,10,1.0,,,,,,0.5,0,,,,\n"
     file.close()
 
 
