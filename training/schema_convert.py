@@ -87,7 +87,8 @@ class ConvertConfig:
     )
     statistics: str | None = Field(
         default=None,
-        description="gqa: a file of what heads compute on a text, to compare them by; null: by their weights",
+        description="gqa, init=aligned, init=svd, grouping=similar: texts (a file or a folder) on which heads are "
+        "compared by what they compute, or a .safetensors file of such numbers; null: by their weights",
     )
     seed: int | None = Field(
         default=None, ge=0, description="positions with mode=random, gqa with init=random; null: 0"

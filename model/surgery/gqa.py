@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -89,7 +90,7 @@ class GroupedQuery:
             "init": self.init,
             "grouping": self.grouping,
             **({"seed": self.seed} if self.init == "random" else {}),
-            **({"statistics": True} if self.statistics is not None else {}),
+            **({"statistics": Path(self.statistics).stem} if self.statistics is not None else {}),
         }
 
     def _stacks(self, before: ModelConfig) -> tuple[Stack, ...]:

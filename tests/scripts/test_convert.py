@@ -119,3 +119,23 @@ def test_what_is_wrong_with_paths(models: Path, refused: Refused) -> None:
     assert line.startswith("mode=copy: this model has positions=rope, for which mode is one of linear")
     (line,) = refused("convert", "checkpoint=llama", "output=out", *asked, "global_projections=true")
     assert line.startswith("global_projections=true: is for encoders; a decoder keeps tokens in sight by sink_tokens")
+
+
+def test_heads_are_compared_on_a_text(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (models / "text.txt").write_text("def main() -> None:\n    print('hello')\n" * 400)
+    keys = ("convert", "checkpoint=gpt", "surgery=gqa", "kv_heads=2", "init=svd", "grouping=similar")
+    assert main([*keys, "statistics=text.txt", "output=by-text"]) == 0
+    assert main([*keys, "output=by-weights"]) == 0
+    by_text, by_weights = (load_model(models / name).state_dict() for name in ("by-text", "by-weights"))
+    assert by_text.keys() == by_weights.keys()
+    name = "blocks.1.attention.v_proj.weight"
+    assert not by_text[name].equal(by_weights[name])
+    (entry,) = json.loads((models / "by-text/lineage.json").read_text())["surgery"]
+    assert (entry["changes"]["init"], entry["changes"]["statistics"]) == ("svd", "text.txt")
+    assert entry["changes"]["kv_heads"] == {"decoder_self": {"before": 4, "after": 2}}
+    assert set(entry["changes"]["attentions"]) == {"blocks.0.attention", "blocks.1.attention"}
+    capsys.readouterr()
+    (models / "short.txt").write_text("def")
+    assert main([*keys, "statistics=short.txt", "output=again"]) == 2
+    assert "no document has 128 tokens; give longer ones" in capsys.readouterr().err
+    assert not (models / "again").exists()

@@ -222,6 +222,25 @@ def test_heads_that_differ_by_what_the_layer_can_undo_lose_nothing(family: str, 
     assert (mean - expected).abs().max() > 0.05 * expected.abs().max()
 
 
+@pytest.mark.parametrize("init", ["aligned", "svd"])
+@pytest.mark.parametrize("family", ["rope", "rope encoder", "learned"])
+def test_rotary_queries_are_turned_within_their_planes_alone(family: str, init: str) -> None:
+    """Each pair (i, i + K/2) of a query head by one complex number, of size 1 for aligned; without rotation, freely."""
+    model = random_model(EVERY[family])
+    after, _ = converted(model, gqa(model.config, 2, init=init))
+    ratios = []
+    for weights in (model.state_dict(), after.state_dict()):
+        first, second = weights["blocks.1.attention.q_proj.weight"].double().unflatten(0, (6, 2, 4)).unbind(dim=1)
+        ratios.append(torch.complex(first, second))
+    ratio_HPD = ratios[1] / ratios[0]
+    one_HP1 = ratio_HPD.mean(dim=2, keepdim=True)
+    within_planes = bool(torch.allclose(ratio_HPD, one_HP1.expand_as(ratio_HPD), atol=1e-3))
+    assert within_planes == (family != "learned")
+    if within_planes:
+        assert torch.allclose(one_HP1.abs(), torch.ones_like(one_HP1.abs()), atol=1e-3) == (init == "aligned")
+        assert one_HP1.angle().abs().max() > 0.1
+
+
 def test_any_turn_of_keys_would_break_rotary_positions() -> None:
     model = random_model(LLAMA)
     expected = outputs(model)
