@@ -12,8 +12,8 @@ The prompt of a document (what training reads without loss) is read and not scor
 same windows, and nothing else changes.
 
 Where a prediction cannot depend on more than `reach` tokens before its own and every window but the first gives each of
-its new predictions that many, several windows are computed in one pass: the same numbers up to rounding, without
-reading `window` tokens for each `stride` new ones.
+its new predictions that many, the windows are computed in other passes, which share what they read: the same numbers up
+to rounding, without reading `window` tokens for each `stride` new ones.
 
 Published scripts differ in each of these choices by more than the methods that they compare (docs/evaluation.md).
 
@@ -37,6 +37,10 @@ from .documents import EvalDocument
 from .result import PerplexityResult, ScoringProtocol, summarise
 
 Precision = Literal["fp32", "bf16"]
+
+# Merged windows: a pass is so many times what a prediction can see; longer ones read less twice and need more memory.
+_PASS = 4
+_SHORTEST_PASS = 1024
 
 
 class LanguageModel(Protocol):
@@ -154,28 +158,31 @@ def score(
             + (", prompts aside" if unscored_d.any() else "")
         )
 
-    def pieces_of(new: int) -> list[Window]:
+    def pieces_of(length: int, new: int) -> list[Window]:
         return [
             piece
             for document, (target, unscored) in enumerate(zip(targets, unscored_d.tolist()))
-            for piece in windows_of(len(target), window=window, stride=new, document=document, unscored=unscored)
+            for piece in windows_of(len(target), window=length, stride=new, document=document, unscored=unscored)
         ]
 
-    windows = pieces_of(stride)
-    passes = windows if reach is None or stride >= window - reach else pieces_of(window - reach)
+    windows = passes = pieces_of(window, stride)
+    if reach is not None and stride + reach <= window:
+        length = min(window, max(_PASS * reach, _SHORTEST_PASS))
+        merged = pieces_of(length, length - reach)
+        passes = min(windows, merged, key=lambda pieces: sum(piece.end - piece.start for piece in pieces))
 
     nll_N = np.full(n, np.nan, dtype=np.float32)
     context_N = np.zeros(n, dtype=np.int64)
     for piece in windows:
         at = starts_d[piece.document]
         context_N[at + piece.scored : at + piece.end] = np.arange(piece.scored, piece.end) - piece.start + 1
-    passes = sorted(passes, key=lambda piece: piece.start - piece.end)  # the longest first; the sort is stable
     done = 0
     was_training = model.training
     model.train(False)
     try:
-        for first in range(0, len(passes), batch):
-            pieces = passes[first : first + batch]
+        longest_first = sorted(passes, key=lambda piece: piece.start - piece.end)  # the sort is stable
+        for first in range(0, len(longest_first), batch):
+            pieces = longest_first[first : first + batch]
             at_N = np.concatenate([np.arange(p.scored, p.end) + starts_d[p.document] for p in pieces])
             nll_N[at_N] = _score_batch(model, pieces, inputs, targets, device=torch.device(device), precision=precision)
             done += len(at_N)
@@ -200,7 +207,7 @@ def score(
             documents_available=documents_available,
             truncated=sum(document.truncated for document, count in zip(documents, counts_d) if count),
             prompts=sum(document.prompt > 0 for document, count in zip(documents, counts_d) if count),
-            merged=len(passes) < len(windows),
+            merged=passes is not windows,
         ),
     )
 

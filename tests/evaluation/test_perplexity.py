@@ -479,7 +479,24 @@ def test_merging_reads_less() -> None:
     assert (len(plain.shapes), len(merged.shapes)) == (91, 13)  # 1 + 900 / 10, 1 + 900 / 80
 
 
-@pytest.mark.parametrize(("stride", "reach"), [(4, 21), (24, 0), (4, 20), (4, 100)])
+def test_merged_passes_are_four_fields_long() -> None:
+    plain, merged = ContextCounter(lambda _: 1.0), ContextCounter(lambda _: 1.0)
+    run(plain, ones(20_000), window=10_000, stride=100, batch=1)
+    scores = run(merged, ones(20_000), window=10_000, stride=100, batch=1, reach=500)
+    assert plain.shapes == [(1, 10_000)] * 101
+    assert merged.shapes == [(1, 2000)] * 13
+    assert scores.context[-1] == 10_000
+
+
+def test_passes_that_would_read_more_are_not_taken() -> None:
+    """Windows that hardly overlap: 1.02 tokens are read for each that is scored, in merged passes it would be 1.33."""
+    model = ContextCounter(lambda _: 1.0)
+    scores = run(model, ones(40_000), window=10_000, stride=9_800, reach=200, batch=1)
+    assert not scores.protocol.merged
+    assert {shape[1] for shape in model.shapes} == {10_000}
+
+
+@pytest.mark.parametrize(("stride", "reach"), [(4, 21), (24, 0), (4, 100), (20, 5)])
 def test_windows_too_short_for_the_field_stay_single(stride: int, reach: int) -> None:
     scores = run(RunningMean(), random_documents([90]), window=24, stride=stride, reach=reach)
     assert not scores.protocol.merged
