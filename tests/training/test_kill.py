@@ -48,6 +48,20 @@ def expected(uninterrupted: dict, runner, request_of, tmp_path: Path) -> Callabl
     return get
 
 
+# A run of another kind: an encoder–decoder on denoised texts.
+STACK = {"n_layers": 1, "n_heads": 2, "d_ff": 64}
+PAIRS: dict[str, object] = {
+    "model": {
+        "name": "led-tiny",
+        "vocab_size": 260,
+        "decoder_start_token": 256,
+        "d_model": 32,
+        "encoder": STACK,
+        "decoder": STACK,
+        "dropout": 0.1,
+    },
+    "data__denoising": {"probability": 0.3},
+}
 MOMENTS = ["row:1", "row:5", "half:6", "before:6", "after:8", "forget:9", "row:10", "before:10", "after:10"]
 
 
@@ -59,12 +73,14 @@ def check_best(run: Path) -> None:
     assert best == {"step": step, "validation_loss": loss}
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_kill_9_then_the_same_command(moment: str, runner, request_of, expected, tmp_path: Path) -> None:
-    config = request_of(resume="auto")
+@pytest.mark.parametrize(
+    ("moment", "kind"), [*((moment, {}) for moment in MOMENTS), ("row:5", PAIRS), ("half:6", PAIRS)]
+)
+def test_kill_9_then_the_same_command(moment: str, kind: dict, runner, request_of, expected, tmp_path: Path) -> None:
+    config = request_of(resume="auto", **kind)
     assert runner.run(config, kill=moment) == -signal.SIGKILL, runner.log.read_text()
     assert runner.run(config) == 0, runner.log.read_text()
-    assert curve(tmp_path / "run") == expected()
+    assert curve(tmp_path / "run") == expected(**kind)
     assert not [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir() if entry.name.startswith(".")]
     assert Checkpoints(tmp_path / "run", keep=2).steps() == [9, 10]
     check_best(tmp_path / "run")
@@ -84,9 +100,11 @@ def test_a_signal_in_the_last_step(runner, request_of, expected, tmp_path: Path)
     assert summary["validation_loss"] == expected()[-1][3]
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_saves_the_step_it_came_in(name: str, code: int, runner, request_of, expected, tmp_path: Path) -> None:
-    config = request_of(resume="auto")
+@pytest.mark.parametrize(("name", "code", "kind"), [("SIGTERM", 143, {}), ("SIGINT", 130, {}), ("SIGTERM", 143, PAIRS)])
+def test_a_signal_saves_the_step_it_came_in(
+    name: str, code: int, kind: dict, runner, request_of, expected, tmp_path: Path
+) -> None:
+    config = request_of(resume="auto", **kind)
     # Step 4 is due for validation; the run stops without it and makes up for it when it continues.
     assert runner.run(config, kill=f"{name}:3") == code, runner.log.read_text()
     assert Checkpoints(tmp_path / "run", keep=2).steps() == [3, 4]
@@ -94,7 +112,7 @@ def test_a_signal_saves_the_step_it_came_in(name: str, code: int, runner, reques
         f"{name}: saved {tmp_path}/run/checkpoints/step-00000004; the same command with resume=auto continues"
     )
     assert runner.run(config) == 0, runner.log.read_text()
-    assert curve(tmp_path / "run") == expected()
+    assert curve(tmp_path / "run") == expected(**kind)
 
 
 @pytest.mark.parametrize("moment", ["SIGTERM:3", "row:2"])
@@ -143,12 +161,14 @@ def test_two_processes_stop_together_and_continue(runner, request_of, expected, 
     assert curve(tmp_path / "run") == expected(ranks=2, **changes)
 
 
+@pytest.mark.parametrize("kind", [{}, PAIRS], ids=["decoder", "pairs"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_compute_what_one_does(strategy: str, runner, request_of, expected) -> None:
-    alone = expected(model__dropout=0.0)
+def test_two_processes_compute_what_one_does(strategy: str, kind: dict, runner, request_of, expected) -> None:
+    kind = {**kind, "model__dropout": 0.0}
+    alone = expected(**kind)
     # (The schema lets nobody ask for FSDP on a CPU by name; gloo can do it, so that it is tested everywhere.)
     shape = {"trainer__devices": 2, "trainer__strategy": strategy, "trainer__accelerator": "auto"}
-    together = expected(ranks=2, model__dropout=0.0, **shape)
+    together = expected(ranks=2, **kind, **shape)
     for one, two in zip(alone, together, strict=True):
         assert one[:2] == two[:2]
         assert two[2] == pytest.approx(one[2], abs=2e-6)  # loss

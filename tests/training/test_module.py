@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from longspan.data.batch import IGNORE, TokenBatch
+from longspan.data.batch import IGNORE, Batch, TokenBatch
+from longspan.data.seq2seq import PairFrame, Seq2SeqBatch
 from longspan.model import zoo
-from longspan.model.decoder import Decoder
+from longspan.model.build import Model
 from longspan.training.fit import quiet_lightning
 from longspan.training.module import (
     MAX_SKIPS_IN_A_ROW,
@@ -38,7 +39,14 @@ def batch(first: int, rows: int, *, silent: int = 0, documents: bool = False) ->
     )
 
 
-def build(model: Decoder | None = None, *, lr: float = 1e-2, **options: object) -> LanguageModel:
+def pairs(first: int, rows: int) -> Seq2SeqBatch:
+    """The same text as sources, whole, and as targets, halved."""
+    text = batch(first, rows).tokens_BT.numpy() % 250
+    frame = PairFrame(before=(250,), after=(251,), begin=(), end=251, start=251, is_global=True)
+    return frame.batch([(row, row[::2]) for row in text], range(first, first + rows))
+
+
+def build(model: Model | None = None, *, lr: float = 1e-2, **options: object) -> LanguageModel:
     return LanguageModel(
         objective_for(zoo.build("llama-tiny", seed=0) if model is None else model),
         optimizer=OptimizerConfig(lr=lr),
@@ -48,7 +56,7 @@ def build(model: Decoder | None = None, *, lr: float = 1e-2, **options: object) 
     )
 
 
-def fit(module: LanguageModel, steps: Sequence[Sequence[TokenBatch]]) -> LanguageModel:
+def fit(module: LanguageModel, steps: Sequence[Sequence[Batch]]) -> LanguageModel:
     loader = DataLoader(list(steps), batch_size=None)  # pyright: ignore[reportArgumentType] (a list is a dataset)
     with quiet_lightning():
         Trainer(
@@ -171,16 +179,17 @@ def test_skipping_for_ever_ends_the_run() -> None:
     assert module.trainer.global_step == MAX_SKIPS_IN_A_ROW - 1
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
+@pytest.mark.parametrize(("name", "rows"), [("gpt-tiny", batch), ("led-tiny", pairs)])
+def test_activation_checkpointing_changes_nothing(name: str, rows: Callable[[int, int], Batch]) -> None:
     losses = []
     for recompute in (False, True):
         torch.manual_seed(3)
-        model = zoo.build("gpt-tiny", {"dropout": 0.2}, seed=0)
+        model = zoo.build(name, {"dropout": 0.2}, seed=0)
         names = list(model.state_dict())
         if recompute:
             checkpoint_activations(model)
         assert list(model.state_dict()) == names
-        module = fit(build(model.train()), [[batch(0, 4)], [batch(4, 4)]])
+        module = fit(build(model.train()), [[rows(0, 4)], [rows(4, 4)]])
         assert module.last is not None
         losses.append((module.last.loss, module.last.grad_norm))
     assert losses[0] == losses[1]
@@ -197,12 +206,13 @@ def test_bf16_forward_fp32_weights() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_compute_the_same() -> None:
-    model = zoo.build("llama-tiny", seed=0)
+@pytest.mark.parametrize(("name", "rows"), [("llama-tiny", batch), ("led-tiny", pairs)])
+def test_compiled_blocks_compute_the_same(name: str, rows: Callable[[int, int], Batch]) -> None:
+    model = zoo.build(name, seed=0)
     names = list(model.state_dict())
     compile_blocks(model)
     assert list(model.state_dict()) == names
-    compiled, eager = fit(build(model), [[batch(0, 4)]]), fit(build(), [[batch(0, 4)]])
+    compiled, eager = fit(build(model), [[rows(0, 4)]]), fit(build(zoo.build(name, seed=0)), [[rows(0, 4)]])
     assert compiled.last is not None
     assert eager.last is not None
     assert compiled.last.loss == pytest.approx(eager.last.loss, rel=1e-5)

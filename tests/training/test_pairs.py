@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from dataclasses import asdict
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +15,22 @@ import torch.nn.functional as F
 
 from longspan.data.batch import IGNORE
 from longspan.data.seq2seq import PairFrame, Seq2SeqBatch
+from longspan.data.tokenizer import byte_level
 from longspan.model import zoo
+from longspan.model.accounting import parameters
+from longspan.model.accounting_seq2seq import seq2seq_training_flops
+from longspan.model.build import build_from
+from longspan.model.checkpoint import load_model
+from longspan.model.config import Seq2SeqConfig, StackConfig
+from longspan.model.generation import generate
 from longspan.model.seq2seq import Seq2Seq
-from longspan.training.module import blocks_of
+from longspan.training import run
+from longspan.training.costs import sequence_costs
+from longspan.training.errors import UserError
+from longspan.training.module import blocks_of, checkpoint_activations
 from longspan.training.objectives import TargetLoss, objective_for
+from longspan.training.plan import plan
+from longspan.training.schema import ConfigError, as_request, validate
 
 FRAME = PairFrame(before=(250,), after=(251,), begin=(), end=251, start=251, is_global=True)
 
@@ -75,3 +93,194 @@ def test_every_stack_has_its_blocks() -> None:
     model = led()
     assert blocks_of(model) == [*model.encoder.blocks, *model.blocks]
     assert len(blocks_of(model)) == 4
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+SENTENCE = "The cat sat on mat {n}. Then the dog ran. "
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text"
+    path.mkdir()
+    for number in range(12):
+        (path / f"{number}.txt").write_text(SENTENCE.format(n=number) * 20)
+    return path
+
+
+def raw(text: Path, **changes: object) -> dict:
+    config: dict = {
+        "model": {
+            "name": "led-tiny",
+            "vocab_size": 258,
+            "decoder_start_token": 256,
+            "encoder": {"n_layers": 1},
+            "decoder": {"n_layers": 1},
+        },
+        "data": {
+            "path": str(text),
+            "cache": str(text.parent / "cache"),
+            "tokenizer": {"kind": "bytes"},
+            "context": 48,
+            "validation_fraction": 0.3,
+            "denoising": {"probability": 0.3},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "precision": "fp32",
+            "steps": 30,
+            "global_batch": 8,
+            "micro_batch": 4,
+            "val_every": 10,
+            "save_every": 10,
+        },
+        "optimizer": {"lr": 3e-3},
+        "sample": {"max_new_tokens": 16},
+        "callbacks": {"progress": "off"},
+        "logger": {"wandb": "off"},
+        "output": str(text.parent / "run"),
+    }
+    for key, value in changes.items():
+        config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
+    return config
+
+
+def test_a_denoising_run_learns_and_shows_what_it_writes(text: Path) -> None:
+    config = validate(raw(text))
+    assert isinstance(config.model, Seq2SeqConfig)
+    result = run.train(config)
+    assert result.validation_loss is not None
+    assert result.validation_loss < 0.75 * math.log(256)
+    assert result.bits_per_byte is None
+    model = load_model(result.directory / "checkpoints/step-00000030")
+    fresh = build_from(config.model, seed=config.seed).state_dict()
+    moved = {name: not torch.equal(tensor, fresh[name]) for name, tensor in model.state_dict().items()}
+    still = [name for name, changed in moved.items() if not changed and "k_proj.bias" not in name]
+    assert still == ["head.bias"]  # nobody trains it; every other weight, those of global tokens among them, is
+    sample = (result.directory / "sample.txt").read_text()
+    assert re.fullmatch(r"== read ==\n.*<\|mask\|>.*\n\n== written ==\n.*\n\n== to be written ==\n.*\n", sample, re.S)
+    report = (result.directory / "report.html").read_text()
+    assert "n-gram" not in report
+    assert "Perplexity<" not in report
+    assert "nats per target token" in report
+    assert not (result.directory / "evaluation.json").exists()
+
+
+def test_micro_batches_do_not_change_the_step(text: Path) -> None:
+    weights = []
+    for micro in (8, 2):
+        config = raw(text, trainer={"steps": 2, "micro_batch": micro}, output=str(text.parent / f"m{micro}"))
+        result = run.train(validate(config))
+        weights.append(load_model(result.directory / "checkpoints/step-00000002").state_dict())
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=1e-4, rtol=0)
+
+
+def test_recomputed_blocks_have_the_same_gradients() -> None:
+    grads = []
+    for change in (None, checkpoint_activations):
+        model = led()
+        if change is not None:
+            change(model)
+        objective_for(model)(pairs()).backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for plain, again in zip(*grads):
+        torch.testing.assert_close(plain, again, rtol=0, atol=0)
+
+
+def test_a_tiny_batch_is_learnt_by_heart_and_written_greedily() -> None:
+    model = zoo.build("led-tiny", {"decoder_start_token": 251}, seed=0)
+    assert isinstance(model, Seq2Seq)
+    objective, batch = objective_for(model), pairs()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (objective(batch) / batch.n_loss_tokens).backward()
+        optimizer.step()
+    assert (objective(batch) / batch.n_loss_tokens).item() < 0.02
+    for row in range(3):
+        n_source = int(batch.source_lengths_B[row])
+        target = batch.targets_BT[row][batch.targets_BT[row] != IGNORE].tolist()
+        assert batch.is_global_BS is not None
+        written = generate(
+            model,
+            batch.source_BS[row : row + 1, :n_source],
+            is_global_BT=batch.is_global_BS[row : row + 1, :n_source],
+            max_new_tokens=len(target),
+            temperature=0,
+            stop_tokens={251},
+            pad_token=251,
+        )
+        assert written[0].tolist() == [251, *target]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"denoising": None}}, "data.denoising=null: an encoder–decoder needs a source and a target"),
+        ({"model": {"name": "gpt-tiny"}}, "model.encoder: unknown key"),
+        ({"data": {"masking": {}, "denoising": None}}, "data.masking: asks for tokens where they were hidden"),
+        ({"data": {"document_mask": True}}, "data.document_mask=true: an encoder–decoder reads a sequence as one text"),
+        ({"data": {"context": 200}}, "data.context=200: is longer than model.decoder.max_positions=128"),
+        ({"model": {"n_layers": 3}}, "an encoder–decoder has model.encoder.n_layers and model.decoder.n_layers"),
+        ({"model": {"encoder": {"n_layer": 3}}}, "did you mean model.encoder.n_layers?"),
+        ({"model": {"encoder": {"n_heads": 5}}}, "model.encoder: d_model=64 is not a multiple of n_heads=5"),
+        ({"model": {"decoder": {"n_layers": 0}}}, "model.decoder.n_layers=0: it is at least 1"),
+        (
+            {"attention": {"patterns": {"all": {"causal": True}}}},
+            "attention.patterns: an encoder–decoder has two stacks; give model.encoder.attention.patterns",
+        ),
+        (
+            {"model": {"decoder": {"attention": {"patterns": {"all": {"causal": False}}}}}},
+            "model.decoder.attention.patterns.all: causal=false",
+        ),
+    ],
+)
+def test_wrong_requests_are_told_before_anything_is_read(text: Path, changes: dict, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(raw(text, **changes))
+    assert any(said in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_denoising_is_not_for_other_models(text: Path) -> None:
+    for name in ("gpt-tiny", "longformer-tiny"):
+        config = raw(text) | {"model": {"name": name, "vocab_size": 512}}
+        with pytest.raises(ConfigError, match=r"data\.denoising: makes a source and a target"):
+            validate(config)
+
+
+def test_tokenizers_that_do_not_fit_are_refused(text: Path) -> None:
+    with pytest.raises(UserError, match=r"decoder_start_token=2: is a piece of text .* set .*decoder_start_token=256"):
+        run.train(validate(raw(text, model={"name": "led-tiny", "vocab_size": 258, "decoder_start_token": 2})))
+    byte_level().save(text.parent / "plain")
+    tokenizer = {"kind": "file", "path": str(text.parent / "plain")}
+    with pytest.raises(UserError, match=r"data\.denoising: the tokenizer has no mask token"):
+        run.train(validate(raw(text, data={"tokenizer": tokenizer})))
+
+
+def test_the_request_reads_back_the_same(text: Path) -> None:
+    window = {"causal": False, "window": {"left": 4, "right": 4}, "global_tokens": True}
+    for model in (
+        {"name": "led-tiny", "encoder": {"n_layers": 3, "attention": {"patterns": {"near": window}}}},
+        {"name": "bart-tiny", "decoder": {"n_kv_heads": 2}, "cross_attention": {"causal": False, "dropout": 0.1}},
+        {"name": None, "architecture": "seq2seq", "encoder": {"d_ff": 64}},
+    ):
+        config = validate(raw(text) | {"model": {"vocab_size": 512, "decoder_start_token": 256, **model}})
+        assert isinstance(config.model, Seq2SeqConfig)
+        assert validate(json.loads(json.dumps(as_request(config)))) == config
+    assert config.model.encoder.d_ff == 64
+    assert config.model.decoder.d_ff == StackConfig().d_ff
+
+
+def test_costs_are_those_of_a_pair(text: Path) -> None:
+    config = validate(raw(text, data={"context": 100}))
+    costs = sequence_costs(config, "fp32")
+    assert isinstance(config.model, Seq2SeqConfig)
+    # 30 of 100 tokens hidden in about 10 spans.
+    assert costs.flops_per_token == seq2seq_training_flops(config.model, source=80, target=100, n_global=1) / 100
+    assert costs.note == "for each target of 100 tokens a source of about 80"
+    assert plan(config).to_dict()["parameters"] == {
+        **asdict(parameters(config.model)),
+        "total": sum(p.numel() for p in build_from(config.model, device="meta").parameters()),
+    }
