@@ -208,7 +208,9 @@ def _apply(tree: DictConfig, each: _Value) -> None:
             if isinstance(node, DictConfig):
                 node.pop(leaf, None)
             return
-        OmegaConf.update(tree, each.key, each.value, merge=True, force_add=True)
+        # A section is changed key by key; where a list takes its place, or it a list's, nothing is left.
+        merge = isinstance(each.value, dict) and isinstance(OmegaConf.select(tree, each.key), DictConfig)
+        OmegaConf.update(tree, each.key, each.value, merge=merge, force_add=True)
     except (OmegaConfBaseException, IndexError, TypeError, ValueError) as error:
         raise ConfigError([f"{assignment(each.key, each.value)}: cannot be set: {_one_line(error)}"]) from error
 

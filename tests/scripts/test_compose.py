@@ -128,3 +128,16 @@ def test_groups_are_the_folders() -> None:
     assert group_options("generate") == {}
     assert set(group_options("attention")) == {"model", "attention"}
     assert group_options("prepare") == options
+
+
+def test_a_list_takes_the_place_of_a_section_and_a_section_of_a_list() -> None:
+    listed = compose("train", ["experiment=longformer_bytes", "stages=[{steps: 3}, {steps: 2}]"], schema=RunRequest)
+    assert listed.raw["stages"] == [{"steps": 3}, {"steps": 2}]
+    series = compose("train", ["stages=[{steps: 3}]", "stages={steps: [3, 2]}"], schema=RunRequest)
+    assert series.raw["stages"] == {"steps": [3, 2]}
+    changed = compose("train", ["experiment=longformer_bytes", "stages.lr_ratio=1"], schema=RunRequest)
+    assert changed.raw["stages"]["lr_ratio"] == 1
+    assert changed.raw["stages"]["steps"] == [320, 110, 70]
+    merged = compose("train", ["experiment=longformer_bytes", "stages={lr_ratio: 1}"], schema=RunRequest)
+    assert merged.raw["stages"] == changed.raw["stages"]
+    assert compose("train", ["experiment=longformer_bytes", "stages=null"], schema=RunRequest).raw["stages"] is None
