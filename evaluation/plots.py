@@ -143,7 +143,7 @@ def loss_by_position(buckets: Sequence[PositionBucket], *, width: float = NARROW
         axes.fill_between(centre, loss - error, loss + error, color=BLUE, alpha=0.16, linewidth=0)
         axes.plot(centre, loss, color=BLUE, linewidth=1.8, marker="o", markersize=4.5, markeredgecolor="white")
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda x, _: _short(x))
+        axes.xaxis.set_major_formatter(lambda x, _: short(x))
         axes.set_xlabel("position in the document (tokens, first = 1, log scale)")
         axes.set_ylabel("loss (nats per token)")
     return figure
@@ -187,8 +187,11 @@ def svg(figure: Figure, *, label: str, css: str = "") -> str:
 
 
 @contextmanager
-def _axes(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
-    """A figure with one pair of axes, sizes in inches; what is drawn inside the block has the style of this file."""
+def panels(
+    width: float, height: float, columns: int = 1, rows: int = 1, *, one_scale: bool = True
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure with axes side by side, row by row; sizes in inches. What is drawn inside the block has the style of
+    this file. `one_scale`: all have the same vertical scale."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -196,7 +199,15 @@ def _axes(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
-        yield figure, figure.add_subplot()
+        axes = figure.subplots(rows, columns, sharey=one_scale, squeeze=False)
+        yield figure, list(axes.flat)
+
+
+@contextmanager
+def _axes(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    """A figure with one pair of axes."""
+    with panels(width, height) as (figure, (axes,)):
+        yield figure, axes
 
 
 def _single(
@@ -212,7 +223,7 @@ def _single(
             axes.set_yscale("log")
             _log_ticks(axes)
         else:
-            axes.yaxis.set_major_formatter(lambda y, _: _short(y))
+            axes.yaxis.set_major_formatter(lambda y, _: short(y))
         if from_zero:
             axes.set_ylim(0, max(1.1 * float(series.value.max()), 1e-12))
     return figure
@@ -258,7 +269,7 @@ def _steps(axes: Axes) -> None:
 
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    axes.xaxis.set_major_formatter(lambda x, _: _short(x))
+    axes.xaxis.set_major_formatter(lambda x, _: short(x))
 
 
 def _log_ticks(axes: Axes) -> None:
@@ -268,10 +279,10 @@ def _log_ticks(axes: Axes) -> None:
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda y, _: _short(y))
+    axes.yaxis.set_major_formatter(lambda y, _: short(y))
 
 
-def _short(x: float) -> str:
+def short(x: float) -> str:
     """1500 -> 1.5k; small numbers as they are."""
     for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(x) >= scale:

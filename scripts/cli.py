@@ -71,6 +71,15 @@ VERBS: dict[str, Verb] = {
             "longspan convert checkpoint=DIR surgery=[positions,longformer] max_positions=4096 window=512 output=OUT",
         ),
     ),
+    "uptrain": Verb(
+        "fewer key/value heads, trained further, beside a control: a grid of cells and a report",
+        "UptrainRequest",
+        "validate_uptrain",
+        (
+            "longspan uptrain checkpoint=runs/mine kv_heads=[4,2,1] alpha=[0,0.02,0.05] seeds=[0,1] output=runs/gqa",
+            "longspan uptrain checkpoint=DIR kv_heads=2 parent_steps=5000 recipe=quickstart data.path=texts output=OUT",
+        ),
+    ),
     "evaluate": Verb(
         "perplexity of a checkpoint, with its protocol, as JSON, Markdown and a curve",
         "EvaluateConfig",

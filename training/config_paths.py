@@ -30,6 +30,7 @@ from .schema import (
     ImportConfig,
     PrepareConfig,
     RunConfig,
+    UptrainConfig,
 )
 
 HUB = "hub:"
@@ -78,6 +79,11 @@ def _problems(config: object) -> Iterator[Problem]:
             yield from _missing("file", config.file, globs=False)
         if config.requests is not None and config.requests != "-":
             yield from _missing("requests", config.requests, globs=False)
+    elif isinstance(config, UptrainConfig):
+        yield from _no_checkpoint(config.checkpoint)
+        path = config.overrides.get("data", {}).get("path")
+        if isinstance(path, str):
+            yield from _missing("data.path", path)
     elif isinstance(config, ImportConfig):
         yield from _missing("source", config.source, globs=False)
     elif isinstance(config, ExportConfig):

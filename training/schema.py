@@ -30,6 +30,7 @@ from .config_checks import check_data, check_generate, check_protocol, check_run
 from .config_convert import check_convert
 from .config_errors import COMMAND_LINE, ConfigError, Problem, lines, translate, wrong
 from .config_plain import booleans, named, plain, without, written
+from .config_uptrain import check_uptrain
 from .schema_convert import ConvertConfig
 from .schema_model import BACKENDS, AttentionConfig, AttentionPlanConfig, BackendPlan, ModelConfig, StackSection
 from .schema_requests import (
@@ -64,6 +65,7 @@ from .schema_sections import (
     TrainerConfig,
 )
 from .schema_stages import StageConfig, StageSeries
+from .schema_uptrain import UptrainConfig, UptrainRequest
 from .stage_checks import check_stages
 from .stages import total_steps
 
@@ -102,6 +104,8 @@ __all__ = [
     "StageSeries",
     "TokenizerConfig",
     "TrainerConfig",
+    "UptrainConfig",
+    "UptrainRequest",
     "as_request",
     "validate",
     "validate_bench",
@@ -114,7 +118,10 @@ __all__ = [
     "validate_generate",
     "validate_import",
     "validate_prepare",
+    "validate_uptrain",
 ]
+
+UPTRAIN_SECTIONS = ("data", "optimizer", "trainer", "evaluation")
 
 Raw = Mapping[str, Any]
 Where = Mapping[str, str]
@@ -185,6 +192,21 @@ def validate_convert(raw: Raw, *, where: Where | None = None) -> ConvertConfig:
     """`longspan convert`; as `validate`."""
     config, problems = _parse(ConvertConfig, raw)
     return _sound(config, [*problems, *(check_convert(config, raw) if config is not None else ())], where)
+
+
+def validate_uptrain(raw: Raw, *, where: Where | None = None) -> UptrainConfig:
+    """`longspan uptrain`; as `validate`. Of the sections of a run, what was written is kept, to be laid over the
+    recipe's."""
+    request, problems = _parse(UptrainRequest, raw)
+    config = None
+    if request is not None:
+        overrides = {name: dict(written(raw, name)) for name in UPTRAIN_SECTIONS if written(raw, name)}
+        problems += check_uptrain(request, overrides)
+        own = {field.name: getattr(request, field.name) for field in fields(request)}
+        config = UptrainConfig(
+            **{name: value for name, value in own.items() if name not in UPTRAIN_SECTIONS}, overrides=overrides
+        )
+    return _sound(config, problems, where)
 
 
 def validate_bench(raw: Raw, *, where: Where | None = None) -> BenchConfig:

@@ -27,6 +27,8 @@ def test_every_verb_has_its_config(verb: str) -> None:
         "generate": ["checkpoint=x", "prompt=y"],
         "import": ["source=x", "output=y"],
         "export": ["checkpoint=x", "output=y"],
+        "convert": ["checkpoint=x", "surgery=gqa", "kv_heads=2", "output=y"],
+        "uptrain": ["checkpoint=x", "kv_heads=2", "output=y"],
     }.get(verb, [])
     composed = compose(verb, needed, schema=getattr(schema, VERBS[verb].request))
     getattr(schema, VERBS[verb].validate)(composed.raw, where=composed.where)

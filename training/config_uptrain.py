@@ -1,0 +1,46 @@
+"""What the keys of `longspan uptrain` must agree on, found before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .config_errors import Problem, assignment
+from .schema_uptrain import UptrainRequest
+
+# What a cell decides by itself.
+_DECIDED = {
+    "trainer.steps": "alpha says how many steps there are",
+    "trainer.devices": "each cell has one device; workers= says how many cells go on at once",
+    "trainer.nodes": "each cell has one device; workers= says how many cells go on at once",
+    "trainer.strategy": "each cell has one device",
+}
+
+
+def check_uptrain(request: UptrainRequest, overrides: dict[str, dict[str, object]]) -> Iterator[Problem]:
+    """`overrides` are the sections as they were written."""
+    for key in ("kv_heads", "init", "alpha", "seeds"):
+        values = getattr(request, key)
+        for value in dict.fromkeys(value for value in values if values.count(value) > 1):
+            yield Problem((key,), f"{assignment(key, list(values))}: {value} is there twice")
+    if not any(request.alpha) and request.distill.enabled:
+        yield Problem(("distill.enabled", "alpha"), "distill.enabled=true: needs training; give an alpha above 0")
+    if request.warmup > 1 and request.warmup != int(request.warmup):
+        yield Problem(
+            ("warmup",),
+            f"{assignment('warmup', request.warmup)}: is neither a share of the parent's steps (below 1) nor a whole "
+            "number of steps",
+        )
+    if "random" in request.init and request.grouping == "similar":
+        yield Problem(
+            ("grouping", "init"),
+            "grouping=similar with init=random: new heads are like no others; choose grouping=contiguous",
+        )
+    for key, reason in _DECIDED.items():
+        section, _, name = key.partition(".")
+        if name in overrides.get(section, {}):
+            yield Problem((key,), f"{assignment(key, overrides[section][name])}: leave it out; {reason}")
+    if request.resume is not None and request.overwrite:
+        yield Problem(
+            ("overwrite", "resume"),
+            f"overwrite=true: would delete the cells that resume={request.resume} keeps; give one of them",
+        )
