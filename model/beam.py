@@ -5,6 +5,7 @@ Legend: B prompts, N running hypotheses of all prompts together, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .cache_plan import CacheKind, Storage, pages_for
-from .conditional import Conditional, Generative
+from .conditional import Conditional, Generative, Unread
 from .paging import PagedCache, PagePool
 from .prompts import Prompts, prefill
-from .sampling import Sampling, demanded
+from .sampling import Sampling, demanded, no_numbers
 
 # (hypothesis that each new one continues, its next token) -> logits after those tokens, [N, V].
 Advance = Callable[[Sequence[int], Sequence[int]], Tensor]
@@ -117,6 +118,8 @@ def _candidates(
         places = ranked_nV.topk(min(num_beams * (1 + max(1, n_stops)), ranked_nV.numel())).indices
         picked.append(torch.stack([places.double(), own_nV.flatten()[places].double()]))
     lists = torch.cat(picked, dim=1).tolist()  # the one wait for the device in a step
+    if any(map(math.isnan, lists[1])):
+        raise no_numbers()
     found: list[list[tuple[int, int, float]]] = []
     start = 0
     for own in picked:
@@ -131,7 +134,7 @@ def _candidates(
 
 
 def search(
-    model: Generative,
+    model: Generative | Unread,
     prompts: Prompts,
     sampling: Sampling,
     *,
@@ -157,6 +160,8 @@ def search(
         device=weight.device,
         storage=storage,
     )
+    if isinstance(model, Unread):
+        model = model.read()
     sequences = [pool.open() for _ in prompts.lengths]
     held: PagedCache = pool.cache(sequences, length=length)
     lengths = prompts.lengths if prompts.ragged else None
@@ -170,8 +175,7 @@ def search(
         before = held.sequences
         forks = [before[parent].fork() for parent in parents]
         if len(forks) == len(before):
-            for row, fork in enumerate(forks):
-                held.replace(row, fork)
+            held.hold(forks)
         else:
             held = pool.cache(forks, length=length)
         for sequence in before:

@@ -9,6 +9,8 @@ Legend: B rows, T new tokens, L slots of a row, G key/value heads, K head dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +36,7 @@ from .config import DecoderConfig
 from .paging import PagedCache, PagePool
 
 if TYPE_CHECKING:
-    from .conditional import Generative
+    from .conditional import Generative, Unread
 
 __all__ = ["CacheBytes", "ContiguousCache", "cache_bytes", "create_cache"]
 
@@ -44,9 +46,6 @@ class ContiguousCache:
 
     With `rings`, layers that see only a limited stretch to the left keep that many slots (`cache_plan`); they attend to
     the same keys as with all of them. Rows may have different lengths.
-
-    fixed_shapes   calls of one token use views of full capacity and lengths that live on the device, so that they can
-                   be captured in a CUDA graph: `reserve` before and `advance_host` after each such step
     """
 
     def __init__(
@@ -59,11 +58,11 @@ class ContiguousCache:
         device: torch.device | str = "cpu",
         storage: Storage | None = None,
         rings: bool = False,
-        globals_possible: bool = True,
+        globals_possible: bool = False,
     ) -> None:
         self.batch = batch
         self.capacity = length
-        self.fixed_shapes = False
+        self._fixed = False
         self._lanes = tuple(
             _Lane(kind, batch, config.kv_heads, config.dim_per_head, dtype=dtype, storage=storage, device=device)
             for kind in layer_kinds(config, length, rings=rings, globals_possible=globals_possible)
@@ -93,9 +92,9 @@ class ContiguousCache:
         return sum((lane.store.nbytes(*lane.marks.tensors()) for lane in self._lanes), start=lengths)
 
     def begin(self, n_tokens: int, context: AttentionContext) -> _Step:
-        given = self._reader.read(n_tokens, context, self.batch, fixed_shapes=self.fixed_shapes)
+        given = self._reader.read(n_tokens, context, self.batch, fixed_shapes=self._fixed)
         given.must_continue(self._given)
-        starts = () if self.fixed_shapes else tuple(self._starts)
+        starts = () if self._fixed else tuple(self._starts)
         new = NewTokens(n_tokens, starts, given, self._lengths_B)
         if not new.fixed and new.reach > self.capacity:
             raise self._too_small(self.batch, new.reach)
@@ -116,16 +115,25 @@ class ContiguousCache:
         self._lengths_B.clamp_(max=length)
         self._given = self._given if length else None
 
-    # -- CUDA graphs --------------------------------------------------------------------------------------------------
+    @contextmanager
+    def fixed_step(self) -> Iterator[None]:
+        """Within it, `begin` is for one token in every row, with views of full capacity and lengths that live on the
+        device, so that the call can be compiled, or recorded as a CUDA graph and replayed. The token counts once the
+        block is left; if something is raised there, it does not.
 
-    def reserve(self, n_tokens: int) -> None:
-        """Says that `n_tokens` steps with fixed shapes will follow. Raises ValueError when they do not fit."""
-        if self.length + n_tokens > self.capacity:
-            raise self._too_small(self.batch, self.length + n_tokens)
-
-    def advance_host(self, n_tokens: int) -> None:
-        """Counts tokens on the host: after every step with fixed shapes, run or replayed, for none does it itself."""
-        self._starts = [start + n_tokens for start in self._starts]
+        Raises ValueError where a row is full.
+        """
+        if self.length + 1 > self.capacity:
+            raise self._too_small(self.batch, self.length + 1)
+        self._fixed = True
+        try:
+            yield
+        except BaseException:
+            self._lengths_B.copy_(torch.tensor(self._starts))
+            raise
+        finally:
+            self._fixed = False
+        self._starts = [start + 1 for start in self._starts]
 
     # -- what a step needs --------------------------------------------------------------------------------------------
 
@@ -215,7 +223,7 @@ class _Lane:
 
 
 def create_cache(
-    model: Generative,
+    model: Generative | Unread,
     batch: int,
     length: int,
     *,

@@ -6,6 +6,7 @@ pages) of L slots.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -95,11 +96,8 @@ class ContextReader:
         if not fixed_shapes:
             return Given(_counts(context.kv_lengths, n_tokens, batch), documents_BT, flags_BT)
         if n_tokens != 1 or context.kv_lengths is not None:
-            raise ValueError(
-                f"fixed_shapes: one token in every row, not {n_tokens} with padding"
-                if context.kv_lengths is not None
-                else f"fixed_shapes: one token a call, not {n_tokens}; switch it off for this call"
-            )
+            padded = " with padding" if context.kv_lengths is not None else ""
+            raise ValueError(f"a step with fixed shapes takes one token in every row, not {n_tokens}{padded}")
         return Given((), documents_BT, flags_BT)
 
 
@@ -348,7 +346,8 @@ def check_memory(n_bytes: int, device: torch.device, what: str) -> None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a device has left; None where it does not tell."""
+    """Bytes that a device has left; None where it does not tell. On a CPU, what the machine has and what the control
+    groups of this process (a container's) leave it, whichever is less."""
     if device.type == "cuda":
         # What torch keeps for itself is free for us, too.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -356,7 +355,42 @@ def free_memory(device: torch.device) -> int | None:
     if device.type != "cpu" or not _MEMINFO.exists():
         return None
     lines = (line.split() for line in _MEMINFO.read_text().splitlines())
-    return next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), None)
+    machine = next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), None)
+    told = [free for free in (machine, *_left_by_groups()) if free is not None]
+    return min(told, default=None)
 
 
-_MEMINFO = Path("/proc/meminfo")  # Linux
+def _left_by_groups() -> Iterator[int]:
+    """What each control group that this process is in has left: of version 2, memory.max - memory.current of its own
+    and every one above; of version 1, of the memory controller's. File pages that can be dropped count as free."""
+    if not _GROUPS.exists():
+        return
+    for line in _GROUPS.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = _GROUP_ROOT if not controllers else _GROUP_ROOT / "memory"
+        limit, used, droppable = _GROUP_FILES[bool(controllers)]
+        own = root / path.lstrip("/")
+        # A container sees its own group at the root, under whatever path the host knows it by.
+        for group in (own, *own.parents):
+            if group.is_relative_to(root) and (free := _left(group, limit, used, droppable)) is not None:
+                yield free
+
+
+def _left(group: Path, limit: str, used: str, droppable: str) -> int | None:
+    try:
+        most, now = (group / limit).read_text().strip(), int((group / used).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such group here, or no limit
+        return None
+    return None if not most.isdigit() else max(0, int(most) - now + int(stat.get(droppable, 0)))
+
+
+# Linux
+_MEMINFO = Path("/proc/meminfo")
+_GROUPS, _GROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_GROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)

@@ -89,6 +89,19 @@ def load_decoder_config(directory: Path | str) -> DecoderConfig:
     return config
 
 
+def fingerprint(directory: Path | str) -> str:
+    """What tells a checkpoint from others: a digest of everything that its manifest lists but how it came to be.
+
+    Raises CheckpointError where there is no manifest.
+    """
+    directory = Path(directory)
+    if not (directory / MANIFEST).is_file():
+        raise CheckpointError(f"{directory} holds no {MANIFEST}: not a checkpoint of Longspan, or one cut short")
+    files = _json(directory / MANIFEST).get("files", {})
+    entries = sorted((name, entry["sha256"]) for name, entry in files.items() if name != LINEAGE)
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
 def sha256_of(path: Path) -> str:
     """Of a file, in hexadecimal."""
     with path.open("rb") as file:

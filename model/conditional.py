@@ -9,6 +9,7 @@ Legend: B sources, N targets, S source tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -22,6 +23,7 @@ from .cache_plan import cross_cache_bytes
 from .config import DecoderConfig
 from .cross_attention import CrossCache
 from .decoder import Decoder
+from .prompts import check_tokens
 from .seq2seq import Seq2Seq, about_source
 
 
@@ -69,31 +71,55 @@ class Conditional:
 Generative = Decoder | Conditional
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """An encoder–decoder and sources that it has not read yet: enough to make a cache for their targets.
+
+    Raises ValueError for tokens that the model does not have, and for keys and values of the sources that do not fit
+    into memory.
+    """
+
+    model: Seq2Seq
+    source_BS: Tensor
+    lengths_B: Tensor | None = None
+    is_global_BS: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.source_BS.dim() != 2 or self.source_BS.numel() == 0:
+            raise ValueError(
+                f"sources have shape {tuple(self.source_BS.shape)}; generation reads [batch, time], not empty"
+            )
+        config = self.model.config
+        check_tokens(config, self.source_BS, what="source")
+        batch, length = self.source_BS.shape
+        padded = self.lengths_B is not None
+        needed = cross_cache_bytes(config, batch, length, self.head_weight.dtype, padded=padded)
+        device = self.source_BS.device
+        check_memory(needed.total, device, f"cross-attention's cache of {batch} sources of {length} tokens")
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.model.config.decoder_half
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.model.head_weight
+
+    @torch.no_grad()
+    def read(self) -> Conditional:
+        """The encoder, once, and every decoder layer's keys and values of what it says. Raises as `Seq2Seq.forward`."""
+        model = self.model
+        context = about_source(None, lengths_B=self.lengths_B, is_global_BS=self.is_global_BS)
+        was_training = model.training
+        model.eval()
+        try:
+            return Conditional(model, model.remember(model.encode(self.source_BS, context), context))
+        finally:
+            model.train(was_training)
+
+
 def condition(
     model: Seq2Seq, source_BS: Tensor, *, lengths_B: Tensor | None = None, is_global_BS: Tensor | None = None
 ) -> Conditional:
-    """Reads the sources: the encoder once, and every decoder layer's keys and values of what it says.
-
-    Raises ValueError, before it encodes, for tokens that the model does not have and keys and values that do not fit
-    into memory; and as `Seq2Seq.forward`.
-    """
-    vocab_size = model.config.vocab_size
-    if source_BS.dim() != 2 or source_BS.numel() == 0:
-        raise ValueError(f"sources have shape {tuple(source_BS.shape)}; generation reads [batch, time], not empty")
-    low, high = int(source_BS.min()), int(source_BS.max())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(
-            f"the source has token {low if low < 0 else high}, but the model's vocabulary is 0 … {vocab_size - 1}: it "
-            "was made by another tokenizer"
-        )
-    batch, length = source_BS.shape
-    needed = cross_cache_bytes(model.config, batch, length, model.head_weight.dtype, padded=lengths_B is not None)
-    check_memory(needed.total, source_BS.device, f"cross-attention's cache of {batch} sources of {length} tokens")
-    context = about_source(None, lengths_B=lengths_B, is_global_BS=is_global_BS)
-    was_training = model.training
-    model.eval()
-    try:
-        return Conditional(model, model.remember(model.encode(source_BS, context), context))
-    finally:
-        model.train(was_training)
+    """Reads the sources; as `Unread` and its `read`, in one."""
+    return Unread(model, source_BS, lengths_B, is_global_BS).read()

@@ -15,7 +15,8 @@ Legend: B rows, T new tokens, P pages of a row, n_pages of the pool, G key/value
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -216,23 +217,23 @@ class CachedSequence:
 
 class PagedCache:
     """A `KeyValueCache` whose rows are sequences of a pool; rows may have different lengths. A call takes the pages
-    that it needs, for all rows or for none.
-
-    fixed_shapes   as in `ContiguousCache`: the lengths and the page table live on the device; `reserve` takes the pages
-    """
+    that it needs, for all rows or for none."""
 
     def __init__(self, pool: PagePool, sequences: Sequence[CachedSequence], length: int) -> None:
         self.pool = pool
         self.sequences = tuple(sequences)
         self.batch = len(self.sequences)
         self.capacity = length
-        self.fixed_shapes = False
+        self._fixed = False
         self._check_rows()
         width = pages_for(length, pool.page_size)
         self._lengths_B = torch.zeros(self.batch, dtype=torch.int64, device=pool.device)
         self._table_BP = torch.zeros(self.batch, width, dtype=torch.int64, device=pool.device)
         self._lengths_shown = [0] * self.batch  # what the device's tensors say
         self._pages_shown: list[list[int]] = [[] for _ in self.sequences]
+        # Of steps with fixed shapes, whether ids and flags came with the tokens held, and with the latest token: a
+        # replay brings what came when the step was recorded.
+        self._held: tuple[bool, bool] | None = None
         self._given: tuple[bool, bool] | None = None
 
     @property
@@ -251,9 +252,10 @@ class PagedCache:
 
     def begin(self, n_tokens: int, context: AttentionContext) -> _Step:
         """Raises OutOfPages, and leaves everything as it was, when the pool has too few free pages."""
-        given = self.pool.reader.read(n_tokens, context, self.batch, fixed_shapes=self.fixed_shapes)
-        if self.fixed_shapes:
-            given.must_continue(self._given)
+        given = self.pool.reader.read(n_tokens, context, self.batch, fixed_shapes=self._fixed)
+        if self._fixed:
+            given.must_continue(self._held)
+            self._given = given.kinds
             return _Step(self, NewTokens(n_tokens, (), given, self._lengths_B))
         for sequence in self.sequences:
             sequence.must_be_open()
@@ -261,11 +263,12 @@ class PagedCache:
         self._admit(given.counts)
         return _Step(self, NewTokens(n_tokens, self.lengths, given, self._lengths_B))
 
-    def replace(self, row: int, sequence: CachedSequence) -> None:
-        """Another sequence in a row; the tensors on the device keep their place."""
-        rows = list(self.sequences)
-        rows[row] = sequence
-        self.sequences = tuple(rows)
+    def hold(self, sequences: Sequence[CachedSequence]) -> None:
+        """Other sequences in the rows; the tensors on the device keep their place. Raises ValueError for another number
+        of them."""
+        if len(sequences) != self.batch:
+            raise ValueError(f"{len(sequences)} sequences for the {self.batch} rows of a cache")
+        self.sequences = tuple(sequences)
         self._check_rows()
 
     def truncate(self, length: int) -> None:
@@ -275,25 +278,29 @@ class PagedCache:
         for sequence in self.sequences:
             sequence.truncate(min(length, sequence.length))
 
-    # -- CUDA graphs --------------------------------------------------------------------------------------------------
-
-    def reserve(self, n_tokens: int) -> None:
-        """Takes the pages of `n_tokens` more in every row, for steps with fixed shapes to come, and shows them to the
-        device. Raises like `begin`."""
+    @contextmanager
+    def fixed_step(self) -> Iterator[None]:
+        """As `ContiguousCache.fixed_step`; takes the pages of one more token in every row, and shows them to the
+        device. Raises as `begin`."""
         for sequence in self.sequences:
             sequence.must_be_open()
-        self._admit((n_tokens,) * self.batch)
+        self._admit((1,) * self.batch)
         held = {sequence.given for sequence in self.sequences if sequence.length}
         if len(held) > 1:
             raise ValueError("some rows were read with document ids or global flags and others without")
-        self._given = next(iter(held), None)
-
-    def advance_host(self, n_tokens: int) -> None:
-        """Counts tokens on the host: after every step with fixed shapes, run or replayed, for none does it itself."""
+        self._held = next(iter(held), None)
+        self._fixed = True
+        try:
+            yield
+        except BaseException:
+            self._lengths_shown = [-1] * self.batch  # the device may have counted: it is told again
+            raise
+        finally:
+            self._fixed = False
         for row, sequence in enumerate(self.sequences):
-            sequence.length += n_tokens
+            sequence.length += 1
             sequence.given = self._given
-            self._lengths_shown[row] += n_tokens
+            self._lengths_shown[row] += 1
 
     # -- pages --------------------------------------------------------------------------------------------------------
 
@@ -352,7 +359,10 @@ class PagedCache:
             if self._pages_shown[row] is not sequence.pages:  # a sequence never changes its list, it makes another one
                 self._pages_shown[row] = sequence.pages
                 shown = torch.zeros(self._table_BP.shape[1], dtype=torch.int64)
-                shown[: len(sequence.pages)] = torch.tensor(sequence.pages, dtype=torch.int64)
+                pages = sequence.pages[
+                    : len(shown)
+                ]  # a call that failed may have left more than this cache has use for
+                shown[: len(pages)] = torch.tensor(pages, dtype=torch.int64)
                 self._table_BP[row].copy_(shown)
 
 

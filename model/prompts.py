@@ -5,8 +5,11 @@ Legend: B prompts, T tokens of the longest.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +18,13 @@ from longspan.kernels.attention import AttentionContext
 from longspan.kernels.attention.caching import KeyValueCache
 
 from .completion import TextTokenizer
-from .conditional import Generative
 from .config import DecoderConfig, Seq2SeqConfig
 from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from .conditional import Generative
+
+logger = logging.getLogger("longspan.model")
 
 EMPTY = "the prompt is empty: a decoder continues at least one token (an end-of-text token will do)"
 
@@ -104,12 +111,12 @@ def from_sequences(
     return Prompts(torch.tensor(padded, device=device), lengths)
 
 
-def check_tokens(config: DecoderConfig, tokens: Tensor) -> None:
+def check_tokens(config: DecoderConfig | Seq2SeqConfig, tokens: Tensor, *, what: str = "prompt") -> None:
     """Raises ValueError for token ids that the model does not have."""
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= config.vocab_size:
         raise ValueError(
-            f"the prompt has token {low if low < 0 else high}, but the model's vocabulary is 0 … "
+            f"the {what} has token {low if low < 0 else high}, but the model's vocabulary is 0 … "
             f"{config.vocab_size - 1}: it was made by another tokenizer"
         )
 
@@ -123,13 +130,26 @@ def check_special(config: DecoderConfig, sampling: Sampling) -> None:
 
 
 def check_room(config: DecoderConfig, prompt: int, max_new_tokens: int) -> None:
-    """Raises ValueError where learned positions end before the text does; its last token is never read back."""
+    """Raises ValueError where learned positions end before the text does; its last token is never read back. Rotary
+    positions do not end: a text beyond those that the model was made for costs a warning, once."""
     needed = prompt + max_new_tokens - 1
+    scaling = config.rope_scaling
+    if config.positions == "rope" and needed > config.max_positions and (scaling is None or scaling.kind != "dynamic"):
+        _warn_beyond(config.max_positions)
     if config.positions == "learned" and needed > config.max_positions:
         raise ValueError(
             f"a prompt of {prompt} tokens and {max_new_tokens} new ones need {needed} positions, "
             f"but the model has learned {config.max_positions}; shorten the prompt or max_new_tokens"
         )
+
+
+@lru_cache
+def _warn_beyond(max_positions: int) -> None:
+    logger.warning(
+        "the text may grow beyond the %d positions of this model: what it writes there is likely to be worthless; "
+        "shorten the prompt or max_new_tokens, or convert the model's positions",
+        max_positions,
+    )
 
 
 def fitting(config: DecoderConfig, prompt: int, wanted: int) -> int:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -52,6 +54,7 @@ class Sampling:
     last_token: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={self.max_new_tokens}: a count is 0 or more")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -68,6 +71,25 @@ class Sampling:
             raise ValueError(f"prefill_chunk={self.prefill_chunk}: a count of tokens is at least 1")
         self._check_seeds()
         self._check_beams()
+
+    def _check_types(self) -> None:
+        kinds: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
+            (_COUNTS, _is_whole, "a whole number"),
+            (_OPTIONAL_COUNTS, lambda value: value is None or _is_whole(value), "a whole number or None"),
+            (_NUMBERS, _is_number, "a number"),
+            (_OPTIONAL_NUMBERS, lambda value: value is None or _is_number(value), "a number or None"),
+            (("stop_tokens",), lambda value: isinstance(value, frozenset) and all(map(_is_whole, value)), _SET),
+            (
+                ("seeds",),
+                lambda value: value is None or (isinstance(value, tuple) and all(map(_is_whole, value))),
+                _ROW,
+            ),
+        )
+        for names, good, expected in kinds:
+            for name in names:
+                value = getattr(self, name)
+                if not good(value):
+                    raise ValueError(f"{name}={value!r}: expected {expected}")
 
     def _check_seeds(self) -> None:
         if self.seed is not None and self.seeds is not None:
@@ -104,6 +126,22 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+_COUNTS = ("max_new_tokens", "num_beams", "pad_token")
+_OPTIONAL_COUNTS = ("top_k", "seed", "prefill_chunk", "first_token", "last_token")
+_NUMBERS = ("temperature", "repetition_penalty", "length_penalty")
+_OPTIONAL_NUMBERS = ("top_p", "min_p")
+_SET = "a frozenset of tokens, whole numbers"
+_ROW = "a tuple of whole numbers, one for each sequence, or None"
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def sequence_seeds(sampling: Sampling, batch: int) -> list[int]:
@@ -168,6 +206,20 @@ def choose(
     return draw(probabilities_BV, uniform(seeds_B, step))
 
 
+def unusable(logits_BV: Tensor) -> Tensor:
+    """Which rows [B] no token can be chosen from: some logit is NaN or infinite, or none is above -inf."""
+    return ~logits_BV.amax(dim=-1).isfinite()
+
+
+def no_numbers(row: int | None = None) -> FloatingPointError:
+    """What to raise of such rows."""
+    where = "" if row is None else f" of sequence {row}"
+    return FloatingPointError(
+        f"the model's logits{where} are NaN or infinite, so no token can be chosen: its weights are damaged, or its "
+        "numbers overflow in this dtype (float32 or bfloat16 reach further than float16)"
+    )
+
+
 def penalise(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
     """Logits of tokens already seen, divided by the penalty where positive and multiplied where negative, so that
     either way they fall for a penalty above 1 (Keskar et al. 2019, arXiv 1909.05858, §4.1, who only divide)."""
@@ -209,11 +261,12 @@ def distribution(
 
 
 def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """One token a row, [B]: the first whose cumulative probability exceeds the row's number in [0, 1)."""
+    """One token a row, [B]: the first whose cumulative probability exceeds the row's number in [0, 1). Of rows that are
+    no numbers (`unusable`), the last one."""
     cumulative_BV = probabilities_BV.cumsum(dim=-1)
     # Scaled by the sum, so that rounding cannot ask for more than there is; tokens of probability 0 are never first.
     wanted_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, wanted_B1, right=True).squeeze(-1)
+    return torch.searchsorted(cumulative_BV, wanted_B1, right=True).squeeze(-1).clamp(max=cumulative_BV.shape[-1] - 1)
 
 
 def log_probabilities(logits_BV: Tensor, tokens_B: Tensor) -> Tensor:

@@ -13,21 +13,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .cache_layers import free_memory
-from .cache_plan import Storage, pages_for, pool_bytes
+from .cache_plan import Storage, pages_for
 from .completion import Completion, Output, TextTokenizer
 from .decoder import Decoder
 from .paging import CachedSequence, OutOfPages, PagedCache, PagePool
 from .prompts import EMPTY, check_room, check_special, check_tokenizer, check_tokens, prefill
-from .sampling import Sampling, choose, demanded, log_probabilities, seen_tokens, sequence_seeds
-from .session_parts import Event, Prefix, Request, RunningRequest
+from .sampling import Sampling, choose, demanded, log_probabilities, no_numbers, seen_tokens, sequence_seeds, unusable
+from .session_parts import Event, NoRoom, Prefix, Request, RunningRequest, manner_of, pages_within, unless_raised
+from .session_steps import RecordedSteps
+from .step import Steps, records
 
-__all__ = ["Event", "Prefix", "Request", "Session"]
+__all__ = ["Event", "NoRoom", "Prefix", "Request", "Session"]
 
 
 class Session:
@@ -42,6 +42,7 @@ class Session:
     max_batch          sequences that run at once
     storage            int8 or float8_e4m3fn: `create_cache`
     prefill_chunk      tokens of prompts that one step reads at most
+    steps              as in `generation.stream`; recorded steps are those of any sequences, for as many as run
     """
 
     def __init__(
@@ -55,18 +56,19 @@ class Session:
         page_size: int = 16,
         storage: Storage | None = None,
         prefill_chunk: int = 512,
+        steps: Steps = "auto",
     ) -> None:
-        """Raises ValueError for sizes below 1, a pool that does not fit into memory, and a tokenizer that has more
-        tokens than the model."""
+        """Raises ValueError for sizes below 1, a pool that does not fit into memory, a tokenizer that has more tokens
+        than the model, and steps that cannot be recorded."""
         for name, size in (("max_batch", max_batch), ("page_size", page_size), ("prefill_chunk", prefill_chunk)):
             if size < 1:
                 raise ValueError(f"{name}={size}: at least 1")
         if tokenizer is not None:
             check_tokenizer(model.config, tokenizer)
+        recorded = records(model, steps, paged=True)
         weight = model.head_weight
         if pages is None:
-            page = pool_bytes(model.config, 1, page_size, weight.dtype, storage=storage).total
-            pages = _pages(model, page, page_size, max_batch, memory)
+            pages = pages_within(model, memory, page_size=page_size, max_batch=max_batch, storage=storage)
         elif memory is not None:
             raise ValueError(f"pages={pages} and memory={memory} are both given: one of them sizes the pool")
         self.model = model
@@ -74,6 +76,7 @@ class Session:
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
         self.pool = PagePool(model.config, pages, page_size, dtype=weight.dtype, device=weight.device, storage=storage)
+        self._recorded = RecordedSteps(model, self.pool, max_batch, compiled=steps == "compiled") if recorded else None
         self.preemptions = 0
         self._submitted = 0
         self._prefixes: list[Prefix] = []
@@ -129,9 +132,10 @@ class Session:
                 unread_1T = tokens_1T[:, sequence.length :]
                 return prefill(self.model, unread_1T, self.pool.cache([sequence]), chunk=self.prefill_chunk)
             except OutOfPages:
-                if not self._running:
-                    raise
-                self._preempt()
+                if not self._idle_pages_freed():
+                    if not self._running:
+                        raise
+                    self._preempt()
 
     def submit(self, request: Request) -> int:
         """Queues a request; its number. Raises ValueError for one that can never be served, with the numbers."""
@@ -155,17 +159,17 @@ class Session:
             prompt=tokens,
             output=output,
             seed=sequence_seeds(sampling, 1)[0],
-            manner=_manner(sampling),
+            manner=manner_of(sampling),
         )
         check_special(self.model.config, sampling)
         check_room(self.model.config, sequence.begins + len(tokens), sampling.max_new_tokens)
         own, held, total = self._own_pages(sequence), self._held(), self.pool.allocator.total
         if own + held > total:
             before = f" after a prefix of {sequence.begins}" if prefix is not None else ""
-            raise ValueError(
+            raise NoRoom(
                 f"a prompt of {len(tokens)} tokens{before} and {sampling.max_new_tokens} new ones need {own} pages of "
-                f"{self.pool.page_size} tokens, but the session has {total}, {held} of them held by prefixes; ask for "
-                f"fewer tokens, or make it with pages={own + held}"
+                f"{self.pool.page_size} tokens, but the session has {total}, {held} of them held by prefixes",
+                pages=own + held,
             )
         if prefix is not None:
             prefix.acquire()
@@ -192,9 +196,13 @@ class Session:
         the events that this one could not.
         """
         self._admit()
-        self._advance([each for each in self._running if len(each.unread) == 1])
+        decoding = [each for each in self._running if len(each.unread) == 1]
+        if not self._replay(decoding):
+            self._advance(decoding)
         self._advance(self._next_to_read())
         self._choose([each for each in self._running if each.logits_1V is not None])
+        if not self._running:
+            self._idle_pages_freed()
         while self._untold:
             event, request = self._untold.popleft()
             self._told.append(event)
@@ -219,6 +227,8 @@ class Session:
             needed = pages_for(min(head.begins + len(unread) + 1, head.longest), page_size) - head.begins // page_size
             free = self.pool.allocator.free
             if promised + needed > free:
+                if self._idle_pages_freed():
+                    continue
                 if not self._running:  # submit made sure of room: somebody else has the pages
                     raise OutOfPages(needed, free, self.pool.allocator.total)
                 break
@@ -244,6 +254,22 @@ class Session:
                 batch.append(each)
         return batch
 
+    def _replay(self, batch: list[RunningRequest]) -> bool:
+        """One recorded step of sequences that have one token to read. False where there are no recordings, or too few
+        pages for this: then the step is taken plainly."""
+        if self._recorded is None or not batch:
+            return False
+        sequences = [each.cached for each in batch if each.cached is not None]
+        with unless_raised(sequences):
+            try:
+                tokens, longest = [each.unread[0] for each in batch], max(each.longest for each in batch)
+                logits_BV = self._recorded.advance(sequences, tokens, longest)
+            except OutOfPages:
+                return False
+            for row, each in enumerate(batch):
+                each.unread, each.logits_1V = [], logits_BV[row : row + 1]
+        return True
+
     def _advance(self, batch: list[RunningRequest]) -> None:
         """One call of the model over a piece of what each sequence has not read. Preempts the youngest until there are
         pages for the rest."""
@@ -254,20 +280,17 @@ class Session:
             padded = [piece + [0] * (width - len(piece)) for piece in pieces]
             tokens_BT = torch.tensor(padded, device=self.pool.device)
             lengths = None if min(counts) == width else counts
-            before = [(each.cached, each.cached.length) for each in batch if each.cached is not None]
-            try:
-                logits_BV = prefill(self.model, tokens_BT, self._cache(batch), lengths=lengths)
-            except OutOfPages:
-                youngest = self._preempt()
-                batch = [each for each in batch if each is not youngest]
-                continue
-            except BaseException:  # the tokens may be in the cache already, and would be read again
-                for sequence, length in before:
-                    sequence.truncate(min(length, sequence.length))
-                raise
-            for row, (each, count) in enumerate(zip(batch, counts)):
-                del each.unread[:count]
-                each.logits_1V = None if each.unread else logits_BV[row : row + 1]
+            with unless_raised([each.cached for each in batch if each.cached is not None]):
+                try:
+                    logits_BV = prefill(self.model, tokens_BT, self._cache(batch), lengths=lengths)
+                except OutOfPages:
+                    if not self._idle_pages_freed():
+                        youngest = self._preempt()
+                        batch = [each for each in batch if each is not youngest]
+                    continue
+                for row, (each, count) in enumerate(zip(batch, counts)):
+                    del each.unread[:count]
+                    each.logits_1V = None if each.unread else logits_BV[row : row + 1]
             return
 
     def _cache(self, batch: list[RunningRequest]) -> PagedCache:
@@ -291,6 +314,10 @@ class Session:
         self.preemptions += 1
         return youngest
 
+    def _idle_pages_freed(self) -> bool:
+        """Takes back what recordings hold for rows that nobody has, before anybody has to wait."""
+        return self._recorded is not None and self._recorded.release()
+
     def _choose(self, ready: list[RunningRequest]) -> None:
         """The next token of each sequence; those that are chosen alike together."""
         alike: dict[Sampling, list[tuple[RunningRequest, Tensor]]] = {}
@@ -305,8 +332,11 @@ class Session:
             seeds_B = torch.tensor([each.seed for each, _ in group], device=device)
             steps_B = torch.tensor([len(each.output.tokens) for each, _ in group], device=device)
             seen_BV = torch.cat([self._seen(each) for each, _ in group]) if manner.repetition_penalty != 1.0 else None
+            broken_B = unusable(logits_BV)
             token_B = choose(logits_BV, manner, seeds_B=seeds_B, step=steps_B, seen_BV=seen_BV)
             logprob_B = log_probabilities(logits_BV, token_B)
+            if broken_B.any():
+                raise no_numbers()
             for (each, _), token, logprob in zip(group, token_B.tolist(), logprob_B.tolist()):
                 text = each.output.push(token, logprob)
                 each.unread, each.logits_1V = [token], None
@@ -369,30 +399,3 @@ class Session:
         """Pages of prefixes."""
         self._prefixes = [prefix for prefix in self._prefixes if prefix.sequence.open]
         return sum(len(prefix.sequence.pages) for prefix in self._prefixes)
-
-
-def _manner(sampling: Sampling) -> Sampling:
-    """What sequences that are chosen together have in common."""
-    alike = replace(
-        sampling,
-        max_new_tokens=0,
-        seed=None,
-        seeds=None,
-        stop_tokens=frozenset(),
-        pad_token=0,
-        prefill_chunk=None,
-        first_token=None,
-        last_token=None,
-    )
-    return replace(alike, top_k=None, top_p=None, min_p=None) if alike.greedy else alike
-
-
-def _pages(model: Decoder, page: int, page_size: int, max_batch: int, memory: int | None) -> int:
-    """How many pages of `page` bytes."""
-    if memory is not None:
-        if memory < page:
-            raise ValueError(f"memory={memory}: a page of {page_size} tokens takes {page} bytes in this model")
-        return memory // page
-    wanted = max_batch * pages_for(model.config.max_positions, page_size)
-    free = free_memory(model.head_weight.device)
-    return wanted if free is None else max(1, min(wanted, free // 2 // page))

@@ -5,15 +5,28 @@ Legend: V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from torch import Tensor
 
+from .cache_layers import free_memory
+from .cache_plan import Storage, pages_for, pool_bytes
 from .completion import Completion, Output
+from .decoder import Decoder
 from .paging import CachedSequence
 from .sampling import Sampling
+
+
+class NoRoom(ValueError):  # noqa: N818  # says what is the matter, as its users read it
+    """A request that the session's pool can never hold. `needs` says what it needs and what there is; the message says
+    how large a session would do."""
+
+    def __init__(self, needs: str, pages: int) -> None:
+        self.needs = needs
+        super().__init__(f"{needs}; ask for fewer tokens, or make it with pages={pages}")
 
 
 class Prefix:
@@ -112,3 +125,44 @@ class RunningRequest:
     def longest(self) -> int:
         """Tokens that the cache holds at most: the last one is never read back."""
         return self.begins + len(self.prompt) + max(self.request.sampling.max_new_tokens - 1, 0)
+
+
+def manner_of(sampling: Sampling) -> Sampling:
+    """What sequences that are chosen together have in common."""
+    alike = replace(
+        sampling,
+        max_new_tokens=0,
+        seed=None,
+        seeds=None,
+        stop_tokens=frozenset(),
+        pad_token=0,
+        prefill_chunk=None,
+        first_token=None,
+        last_token=None,
+    )
+    return replace(alike, top_k=None, top_p=None, min_p=None) if alike.greedy else alike
+
+
+def pages_within(model: Decoder, memory: int | None, *, page_size: int, max_batch: int, storage: Storage | None) -> int:
+    """How many pages a session gets: what fits into `memory` bytes, or as `Session` says; ValueError for none."""
+    page = pool_bytes(model.config, 1, page_size, model.head_weight.dtype, storage=storage).total
+    if memory is not None:
+        if memory < page:
+            raise ValueError(f"memory={memory}: a page of {page_size} tokens takes {page} bytes in this model")
+        return memory // page
+    wanted = max_batch * pages_for(model.config.max_positions, page_size)
+    free = free_memory(model.head_weight.device)
+    return wanted if free is None else max(1, min(wanted, free // 2 // page))
+
+
+@contextmanager
+def unless_raised(sequences: Sequence[CachedSequence]) -> Iterator[None]:
+    """If something is raised here, tokens that are in the cache already are taken out again: they would be read
+    twice."""
+    before = [sequence.length for sequence in sequences]
+    try:
+        yield
+    except BaseException:
+        for sequence, length in zip(sequences, before, strict=True):
+            sequence.truncate(min(length, sequence.length))
+        raise

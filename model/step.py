@@ -8,47 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from longspan.kernels.attention import AttentionCall, Phase
-from longspan.kernels.attention.caching import KeyValueCache
 from longspan.kernels.attention.registry import get
 
 from .cache import ContiguousCache
+from .conditional import Generative, Unread
 from .decoder import Decoder
 from .paging import PagedCache
 
+# How the steps of a text are taken:
+#   auto      recorded where that can be and pays, else plain
+#   plain     the model is called for every token
+#   recorded  one step is recorded as a CUDA graph, and replayed
+#   compiled  the same, of a step whose kernels torch.compile has fused: minutes for a large model, faster steps after
+Steps = Literal["auto", "plain", "recorded", "compiled"]
+
 _EAGER_STEPS = 2  # kernels are compiled and libraries set up before anything is recorded
+_WORTH_RECORDING = 8  # tokens: recording takes about as long as a few steps
 
 
-class FixedShapeCache(KeyValueCache, Protocol):
-    """A cache whose tensors keep shape and place while it grows: with `fixed_shapes` its lengths live on the device."""
-
-    fixed_shapes: bool
-
-    def reserve(self, n_tokens: int) -> None:
-        """Room for `n_tokens` more in every row; on the host, before a step."""
-        ...
-
-    def advance_host(self, n_tokens: int) -> None:
-        """Counts on the host what the device has counted itself."""
-        ...
-
-
-def recordable(model: Decoder, cache: ContiguousCache | PagedCache) -> bool:
-    """Can a step of this model over this cache be recorded: on CUDA, in evaluation mode, without autocast (whose copies
-    of weights do not last), every head group by the `decode` backend, which never waits for the device; over block
-    layouts it does, because they look at positions."""
+def why_not_recorded(model: Generative | Unread, *, paged: bool) -> str | None:
+    """Why no step of this model can be recorded; None where it can: on CUDA, in evaluation mode, without autocast
+    (whose copies of weights do not last), every head group by the `decode` backend, which never waits for the device;
+    over block layouts it does, because they look at positions."""
+    if not isinstance(model, Decoder):
+        return "the steps of an encoder–decoder are not recorded"
     weight, config = model.head_weight, model.config
-    if not weight.is_cuda or model.training or torch.is_autocast_enabled("cuda"):
-        return False
+    if not weight.is_cuda:
+        return f"CUDA graphs are recorded on CUDA, and the model is on {weight.device}"
+    if model.training:
+        return "the model is in training mode; call model.eval()"
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast is on, whose copies of weights do not last; convert the model instead"
     if model.backend(Phase.DECODE) not in ("auto", "decode"):
-        return False
+        return f"set_backends chose {model.backend(Phase.DECODE)!r} to decode, and only 'decode' can be recorded"
     backend = get("decode")
-    for groups in config.pattern_groups().values():
+    for name, groups in config.pattern_groups().items():
         for group in groups:
             call = AttentionCall(
                 phase=Phase.DECODE,
@@ -60,11 +60,28 @@ def recordable(model: Decoder, cache: ContiguousCache | PagedCache) -> bool:
                 n_queries=1,
                 positions=True,
                 kv_lengths=True,
-                paged=isinstance(cache, PagedCache),
+                paged=paged,
             )
-            if group.spec.block_sparse is not None or backend.unsupported(replace(group.spec, dropout=0.0), call):
-                return False
-    return True
+            if group.spec.block_sparse is not None:
+                return f"layer pattern '{name}' has a block layout, which waits for the device"
+            if reasons := backend.unsupported(replace(group.spec, dropout=0.0), call):
+                return f"layer pattern '{name}': decode cannot: {'; '.join(map(str, reasons))}"
+    return None
+
+
+def records(model: Generative | Unread, steps: Steps, *, paged: bool, n_steps: int | None = None) -> bool:
+    """Shall steps be recorded? With auto, where that can be and `n_steps` (None: very many) are worth it.
+
+    Raises ValueError for an unknown way, and for recorded or compiled steps where there can be none.
+    """
+    if steps not in get_args(Steps):
+        raise ValueError(f"steps={steps!r}: it is one of {', '.join(get_args(Steps))}")
+    if steps == "plain" or (steps == "auto" and n_steps is not None and n_steps <= _WORTH_RECORDING):
+        return False
+    reason = why_not_recorded(model, paged=paged)
+    if reason is not None and steps != "auto":
+        raise ValueError(f"steps={steps!r}: {reason}; 'plain' and 'auto' work")
+    return reason is None
 
 
 class DecodeStep:
@@ -78,27 +95,25 @@ class DecodeStep:
     is worth it for long texts.
     """
 
-    def __init__(self, model: Decoder, cache: FixedShapeCache, *, compiled: bool = False) -> None:
+    def __init__(self, model: Decoder, cache: ContiguousCache | PagedCache, *, compiled: bool = False) -> None:
         self._model = model
         self._cache = cache
         self._step = torch.compile(self._eager, fullgraph=True, dynamic=False) if compiled else self._eager
         self._recorded: _Recorded | None = None
         self._taken = 0
-        cache.fixed_shapes = True
 
     @torch.no_grad()
     def __call__(self, token_B: Tensor) -> Tensor:
         """Raises what the cache raises when a row has no room."""
-        self._cache.reserve(1)
-        if self._recorded is not None:
-            logits_BV = self._recorded.replay(token_B)
-        elif token_B.is_cuda and self._taken >= _EAGER_STEPS:
-            self._recorded = _Recorded(self._step, token_B, self._model)
-            logits_BV = self._recorded.replay(token_B)
-        else:
-            logits_BV = self._step(token_B[:, None])
+        with self._cache.fixed_step():
+            if self._recorded is not None:
+                logits_BV = self._recorded.replay(token_B)
+            elif token_B.is_cuda and self._taken >= _EAGER_STEPS:
+                self._recorded = _Recorded(self._step, token_B, self._model)
+                logits_BV = self._recorded.replay(token_B)
+            else:
+                logits_BV = self._step(token_B[:, None])
         self._taken += 1
-        self._cache.advance_host(1)
         return logits_BV
 
     def _eager(self, token_B1: Tensor) -> Tensor:

@@ -144,9 +144,10 @@ def _parse(argument: str, options: Mapping[str, Sequence[str]], schema: type) ->
     if group is not None:
         raise ConfigError([f"{assignment(key, text)}: unknown key; did you mean {group}? (set {COMMAND_LINE})"])
     if known is not None and known.is_text and not (known.allowed.endswith("null") and text == "null"):
-        if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+        verbatim = known.leaf == "prompt"  # quotes may be what it is about
+        if not verbatim and len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
             text = text[1:-1]
-        return _Value(key, text, verbatim=known.leaf == "prompt" or "${" not in text)
+        return _Value(key, text, verbatim=verbatim or "${" not in text)
     return _Value(key, _read_value(key, text), verbatim=False)
 
 

@@ -1,26 +1,33 @@
-"""`longspan generate`: a prompt and its continuation, written as it is generated; or a file of requests, several of
-them answered at once."""
+"""`longspan generate`: a prompt and its continuation, or a source and its target, written as it is generated; or a file
+of requests, several of them answered at once."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from longspan.data.tokenizer import Tokenizer
-from longspan.model.checkpoint import load_decoder, load_decoder_config, resolve_checkpoint
+from longspan.data.tokenizer import StreamDecoder, Tokenizer
+from longspan.model.answering import Answer, Manner, answer, answer_sources
+from longspan.model.answers import Answers, Origin, as_line
+from longspan.model.checkpoint import load_model, resolve_checkpoint
+from longspan.model.checkpoint_files import CheckpointError, fingerprint, load_config
 from longspan.model.completion import Completion
+from longspan.model.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
 from longspan.model.decoder import Decoder
+from longspan.model.encoder import Encoder
 from longspan.model.generation import complete
 from longspan.model.prompts import check_tokenizer, fitting
-from longspan.model.requests import Answers, answer, as_line, read_requests
+from longspan.model.requests import BadLine, TextRequest, read_requests
 from longspan.model.sampling import Sampling
+from longspan.model.seq2seq import Seq2Seq
 from longspan.model.session import Session
 from longspan.training.config_plain import plain
 from longspan.training.errors import RunFailed, UserError
@@ -40,10 +47,13 @@ def run(config: GenerateConfig) -> int:
     if config.requests is not None:
         return _answer_requests(config, config.requests)
     prompt = _prompt(config)
-    model, tokenizer = _load(config)
-    tokens = tokenizer.encode(prompt) or [tokenizer.eos_id]  # an empty prompt: the start of a document
-    new_tokens = config.max_new_tokens or fitting(model.config, len(tokens), DEFAULT_NEW_TOKENS)
-    unshown = [prompt]  # until the first new text: a request that is refused prints nothing
+    checkpoint = _checkpoint(config)
+    model = _loaded(config, checkpoint)
+    tokenizer, reader = checkpoint.tokenizer, checkpoint.reader
+    tokens = reader.encode(prompt) or [tokenizer.eos_id]  # an empty prompt: the start of a document
+    writes_on = isinstance(model, Decoder)
+    new_tokens = config.max_new_tokens or _fitting(model, len(tokens))
+    unshown = [prompt] if writes_on else []  # until the first new text: a request that is refused prints nothing
 
     def show(_row: int, text: str) -> None:
         print("".join(unshown) + text, end="", flush=True)
@@ -55,9 +65,11 @@ def run(config: GenerateConfig) -> int:
         _sampling(config, tokenizer, new_tokens),
         tokenizer=tokenizer,
         stop_strings=config.stop_strings,
+        global_positions=checkpoint.global_positions,
         cache=config.cache,
         storage=config.storage,
         on_text=show,
+        steps=config.steps,
     )
     print("".join(unshown))
     if config.logprobs:
@@ -65,16 +77,92 @@ def run(config: GenerateConfig) -> int:
     return 0
 
 
-def _load(config: GenerateConfig) -> tuple[Decoder, Tokenizer]:
+# -- what is asked of which model --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Framed:
+    """A tokenizer that puts tokens around every text it reads, as an encoder of others has seen its texts."""
+
+    tokenizer: Tokenizer
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return [*self.before, *self.tokenizer.encode(text), *self.after]
+
+    def stream(self) -> StreamDecoder:
+        return self.tokenizer.stream()
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    """A checkpoint that generates, before its weights are loaded.
+
+    reader             the tokenizer, as it reads prompts or sources
+    global_positions   tokens of a source that are global
+    """
+
+    directory: Path
+    config: DecoderConfig | Seq2SeqConfig
+    tokenizer: Tokenizer
+    reader: Tokenizer | _Framed
+    global_positions: tuple[int, ...] = ()
+
+
+def _checkpoint(config: GenerateConfig) -> _Checkpoint:
+    """Raises CheckpointError for an encoder, UserError for global positions without global attention."""
+    directory = resolve_checkpoint(config.checkpoint)
+    model = load_config(directory)
+    if isinstance(model, EncoderConfig):
+        raise CheckpointError(
+            f"{directory} holds an encoder, which fills in masked tokens and continues no text; generate takes "
+            "decoders and encoder–decoders"
+        )
+    tokenizer = Tokenizer.load(directory)
+    check_tokenizer(model, tokenizer)
+    framed = imported(directory)
+    if isinstance(model, DecoderConfig):
+        if config.global_positions:
+            raise UserError(
+                f"global_positions={list(config.global_positions)}: {config.checkpoint} is a decoder, whose prompts "
+                "have no global tokens; leave it out"
+            )
+        return _Checkpoint(directory, model, tokenizer, tokenizer.starting() if framed else tokenizer)
+    specs = model.encoder_half.attention.specs().values()
+    has_globals = any(spec.global_tokens for of_pattern in specs for spec in of_pattern)
+    if config.global_positions and not has_globals:
+        raise UserError(
+            f"global_positions={list(config.global_positions)}: the encoder of {config.checkpoint} has no global "
+            "attention; leave it out"
+        )
+    positions = ((0,) if has_globals else ()) if config.global_positions is None else config.global_positions
+    frame = tokenizer.frame
+    reader = _Framed(tokenizer, frame.before, frame.after) if framed else tokenizer
+    return _Checkpoint(directory, model, tokenizer, reader, positions)
+
+
+def _loaded(config: GenerateConfig, checkpoint: _Checkpoint) -> Decoder | Seq2Seq:
+    device, dtype = _arithmetic(config)
+    model = load_model(checkpoint.directory, device=device, dtype=dtype)
+    if isinstance(model, Encoder):
+        raise CheckpointError(f"{checkpoint.directory} holds an encoder; generate takes decoders and encoder–decoders")
+    return model
+
+
+def _arithmetic(config: GenerateConfig) -> tuple[torch.device, torch.dtype]:
     device = choose_device(config.accelerator, key="accelerator")
-    checkpoint = resolve_checkpoint(config.checkpoint)
-    model_config = load_decoder_config(checkpoint)
-    tokenizer = Tokenizer.load(checkpoint)
-    if imported(checkpoint):
-        tokenizer = tokenizer.starting()
-    check_tokenizer(model_config, tokenizer)
-    dtype = torch.bfloat16 if inference_precision(config.precision, device) == "bf16" else torch.float32
-    return load_decoder(checkpoint, device=device, dtype=dtype), tokenizer
+    return device, torch.bfloat16 if inference_precision(config.precision, device) == "bf16" else torch.float32
+
+
+def _fitting(model: Decoder | Seq2Seq, prompt: int) -> int:
+    if isinstance(model, Decoder):
+        return fitting(model.config, prompt, DEFAULT_NEW_TOKENS)
+    return fitting(model.config.decoder_half, 1, DEFAULT_NEW_TOKENS)  # a target begins with one token
 
 
 def _sampling(config: GenerateConfig, tokenizer: Tokenizer, new_tokens: int) -> Sampling:
@@ -119,23 +207,25 @@ def _answer_requests(config: GenerateConfig, source: str) -> int:
     failed: list[str] = []
     with ExitStack() as stack:
         lines = sys.stdin.buffer if source == "-" else stack.enter_context(Path(source).open("rb"))
-        answers = None if config.output is None else stack.enter_context(Answers(config.output))
-        model, tokenizer = _load(config)
-        session = Session(model, max_batch=config.max_batch, tokenizer=tokenizer, storage=config.storage)
-        done = frozenset() if answers is None else answers.answered
-        requests = read_requests(
-            lines,
-            _sampling(config, tokenizer, config.max_new_tokens or DEFAULT_NEW_TOKENS),
-            stop_strings=config.stop_strings,
-        )
-        advance = stack.enter_context(_progress(None if source == "-" else _count(lines), len(done)))
-        for each in answer(
-            session,
-            (request for request in requests if request.key not in done),
-            start_token=tokenizer.eos_id,
-            shorten=config.max_new_tokens is None,
-            logprobs=config.logprobs,
-        ):
+        checkpoint = _checkpoint(config)
+        manner = _manner(config, checkpoint)
+
+        def requests() -> Iterator[TextRequest | BadLine]:
+            defaults = _sampling(config, checkpoint.tokenizer, config.max_new_tokens or DEFAULT_NEW_TOKENS)
+            return read_requests(lines, defaults, stop_strings=config.stop_strings)
+
+        total = None if source == "-" else _count(lines)
+        answers = None
+        if config.output is not None:
+            answers = Answers(config.output, manner.origin, None if source == "-" else requests())
+        if source != "-":
+            lines.seek(0)
+        unanswered = (request for request in requests() if answers is None or not answers.has(request))
+        found = _answers(config, checkpoint, unanswered, manner)
+        if answers is not None:
+            stack.enter_context(answers)
+        advance = stack.enter_context(_progress(total, 0 if answers is None else len(answers)))
+        for each in found:
             if answers is None:
                 sys.stdout.buffer.write(as_line(each))
                 sys.stdout.buffer.flush()
@@ -147,6 +237,49 @@ def _answer_requests(config: GenerateConfig, source: str) -> int:
     if failed:
         raise RunFailed(f"requests={source}: {len(failed)} answered by an error; the first is {failed[0]}")
     return 0
+
+
+def _manner(config: GenerateConfig, checkpoint: _Checkpoint) -> Manner:
+    _, dtype = _arithmetic(config)
+    settings = {
+        "dtype": str(dtype),
+        "storage": config.storage,
+        "shorten": config.max_new_tokens is None,
+        "logprobs": config.logprobs,
+        "global_positions": checkpoint.global_positions,
+    }
+    return Manner(
+        origin=Origin(checkpoint=fingerprint(checkpoint.directory), settings=settings),
+        start_token=checkpoint.tokenizer.eos_id,
+        shorten=config.max_new_tokens is None,
+        logprobs=config.logprobs,
+    )
+
+
+def _answers(
+    config: GenerateConfig, checkpoint: _Checkpoint, requests: Iterable[TextRequest | BadLine], manner: Manner
+) -> Iterator[Answer]:
+    model = _loaded(config, checkpoint)
+    if isinstance(model, Decoder):
+        session = Session(
+            model,
+            max_batch=config.max_batch,
+            tokenizer=checkpoint.reader,
+            storage=config.storage,
+            steps=config.steps,
+        )
+        return answer(session, requests, manner)
+    return answer_sources(
+        model,
+        checkpoint.reader,
+        requests,
+        manner,
+        max_batch=config.max_batch,
+        global_positions=checkpoint.global_positions,
+        cache=config.cache,
+        storage=config.storage,
+        steps=config.steps,
+    )
 
 
 def _count(lines: BinaryIO) -> int:

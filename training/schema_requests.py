@@ -147,8 +147,10 @@ class GenerateConfig(SamplingConfig):
     """`longspan generate`"""
 
     checkpoint: str = Field(description="a checkpoint directory, or a run (its best, else its last)")
-    prompt: str | None = Field(default=None, description="text to continue")
-    file: str | None = Field(default=None, description="file with the text to continue; -: standard input")
+    prompt: str | None = Field(
+        default=None, description="text to continue; of an encoder–decoder, the source. As typed: quotes are part of it"
+    )
+    file: str | None = Field(default=None, description="file with that text; -: standard input")
     requests: str | None = Field(
         default=None,
         description='file of requests, a JSON object a line: {"prompt": "…"} and, as it likes, id, max_new_tokens, '
@@ -186,7 +188,20 @@ class GenerateConfig(SamplingConfig):
     storage: Literal["int8", "float8_e4m3fn"] | None = Field(
         default=None, description="keep keys and values in 8 bits; null: as precise as the model"
     )
-    max_batch: Count = Field(default=16, description="requests that are continued at once")
+    steps: Literal["auto", "plain", "recorded", "compiled"] = Field(
+        default="auto",
+        description="how tokens are made: plain: the model is called for each; recorded: one step is recorded as a "
+        "CUDA graph and replayed; compiled: the same with fused kernels, minutes before the first token; auto: "
+        "recorded where that can be and pays",
+    )
+    global_positions: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None,
+        description="encoder–decoders: which tokens of a source are global; null: the first one, where the encoder has "
+        "global attention",
+    )
+    max_batch: Count = Field(
+        default=16, description="requests that are continued at once; it sizes the pool of pages that they share"
+    )
     accelerator: Accelerator = Field(default="auto", description="where to run")
     precision: InferencePrecision = Field(default="auto", description="auto: bf16 where the device multiplies it fast")
     dry_run: bool = Field(default=False, description="print the resolved config; do nothing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import torch
@@ -312,21 +313,25 @@ def test_fixed_shapes_change_no_result(kind: str, storage: str | None, lengths: 
     model = decoder(MARKED if marked else PLAN)
     plain = prefilled(model, kind, storage, lengths, marked)
     fixed = prefilled(model, kind, storage, lengths, marked)
-    fixed.fixed_shapes = True
     shapes = set()
     for step in range(14):  # past every ring and several pages
         tokens_B1, context = one_more(lengths, step, marked)
-        fixed.reserve(1)
-        begun = fixed.begin(1, context)
-        keys = begun.append(0, torch.zeros(3, 1, 2, 16), torch.zeros(3, 1, 2, 16))
-        shapes.add((keys.k_BSGD.shape, begun.positions_BT.shape, begun.reach))
-        found = model(tokens_B1, context, cache=fixed)
-        fixed.advance_host(1)
+        with fixed.fixed_step():
+            begun = fixed.begin(1, context)
+            keys = begun.append(0, torch.zeros(3, 1, 2, 16), torch.zeros(3, 1, 2, 16))
+            shapes.add((keys.k_BSGD.shape, begun.positions_BT.shape, begun.reach))
+            found = model(tokens_B1, context, cache=fixed)
         torch.testing.assert_close(found, model(tokens_B1, context, cache=plain), atol=1e-4, rtol=0)
         assert fixed.lengths == plain.lengths == tuple(n + step + 1 for n in lengths)
     assert len(shapes) == 1
-    fixed.fixed_shapes = False  # and back
+    with suppress(KeyboardInterrupt), fixed.fixed_step():  # what is interrupted does not count, on either side
+        model(TOKENS[:, :1], context, cache=fixed)
+        raise KeyboardInterrupt
     tokens_B1, context = one_more(lengths, 14, marked)
+    with fixed.fixed_step():
+        found = model(tokens_B1, context, cache=fixed)
+    torch.testing.assert_close(found, model(tokens_B1, context, cache=plain), atol=1e-4, rtol=0)
+    tokens_B1, context = one_more(lengths, 15, marked)  # and back
     torch.testing.assert_close(
         model(tokens_B1, context, cache=fixed), model(tokens_B1, context, cache=plain), atol=1e-5, rtol=0
     )
@@ -340,7 +345,6 @@ def test_a_step_of_fixed_shapes_traces_once(kind: str, storage: str | None) -> N
     model, lengths = decoder(MARKED), [2, 11, 6]
     plain = prefilled(model, kind, storage, lengths, True)
     fixed = prefilled(model, kind, storage, lengths, True)
-    fixed.fixed_shapes = True
     count = torch._dynamo.testing.CompileCounter()
 
     def attend_all(cache: KeyValueCache, k_BTGK: Tensor, context: AttentionContext) -> list[Tensor]:
@@ -352,15 +356,11 @@ def test_a_step_of_fixed_shapes_traces_once(kind: str, storage: str | None) -> N
 
     compiled = torch.compile(attend_all, backend=count, fullgraph=True, dynamic=False)
     for step in range(12):
-        fixed.reserve(1)
-        plain.fixed_shapes = True
-        plain.reserve(1)
         _, context = one_more(lengths, step, True)
         k_BTGK = torch.randn(3, 1, 2, 16, generator=torch.Generator().manual_seed(step))
-        for found, expected in zip(compiled(fixed, k_BTGK, context), attend_all(plain, k_BTGK, context), strict=True):
-            assert torch.equal(found, expected)
-        fixed.advance_host(1)
-        plain.advance_host(1)
+        with fixed.fixed_step(), plain.fixed_step():
+            read, expected = compiled(fixed, k_BTGK, context), attend_all(plain, k_BTGK, context)
+        assert all(torch.equal(one, other) for one, other in zip(read, expected, strict=True))
     assert fixed.lengths == tuple(n + 12 for n in lengths)
     assert count.frame_count <= 2  # once more at most, when the first step has been remembered
 
@@ -368,14 +368,17 @@ def test_a_step_of_fixed_shapes_traces_once(kind: str, storage: str | None) -> N
 @EVERY_KIND
 def test_fixed_shapes_are_for_single_tokens(kind: str) -> None:
     cache = create_cache(decoder(), 3, 5, kind=kind)  # type: ignore[arg-type]
-    cache.fixed_shapes = True
-    with pytest.raises(ValueError, match="fixed_shapes: one token a call, not 2; switch it off for this call"):
-        cache.begin(2, AttentionContext())
-    with pytest.raises(ValueError, match="fixed_shapes: one token in every row"):
-        cache.begin(1, AttentionContext(kv_lengths=torch.tensor([1, 1, 0])))
-    cache.reserve(5)
-    with pytest.raises(ValueError, match="cache for 3 sequences of 5 tokens: 3 sequences of 6 tokens do not fit"):
-        cache.reserve(6)
+    with cache.fixed_step():
+        with pytest.raises(ValueError, match=r"a step with fixed shapes takes one token in every row, not 2$"):
+            cache.begin(2, AttentionContext())
+        with pytest.raises(ValueError, match="one token in every row, not 1 with padding"):
+            cache.begin(1, AttentionContext(kv_lengths=torch.tensor([1, 1, 0])))
+    for _ in range(4):
+        with cache.fixed_step():
+            pass
+    said = "cache for 3 sequences of 5 tokens: 3 sequences of 6 tokens do not fit"
+    with pytest.raises(ValueError, match=said), cache.fixed_step():
+        raise AssertionError("there is no room for it")
 
 
 @torch.no_grad()
@@ -387,18 +390,15 @@ def test_a_row_can_be_given_to_another_sequence() -> None:
     for sequence, row, length in zip(sequences, TOKENS, (3, 9, 17), strict=True):
         model(row[None, :length], cache=pool.cache([sequence]))
     cache = pool.cache(sequences[:2], length=40)
-    cache.fixed_shapes = True
     places = cache._lengths_B.data_ptr(), cache._table_BP.data_ptr()
-    cache.reserve(1)
-    model(torch.stack([TOKENS[0, 3:4], TOKENS[1, 9:10]]), cache=cache)
-    cache.advance_host(1)
-    cache.replace(0, sequences[2])
-    cache.reserve(1)
-    found = model(torch.stack([TOKENS[2, 17:18], TOKENS[1, 10:11]]), cache=cache)
-    cache.advance_host(1)
+    with cache.fixed_step():
+        model(torch.stack([TOKENS[0, 3:4], TOKENS[1, 9:10]]), cache=cache)
+    cache.hold([sequences[2], sequences[1]])
+    with cache.fixed_step():
+        found = model(torch.stack([TOKENS[2, 17:18], TOKENS[1, 10:11]]), cache=cache)
     assert [s.length for s in sequences] == [4, 11, 18]
     torch.testing.assert_close(found[0], model(TOKENS[2:, :18])[0, -1:], atol=1e-4, rtol=0)
     torch.testing.assert_close(found[1], model(TOKENS[1:2, :11])[0, -1:], atol=1e-4, rtol=0)
     assert places == (cache._lengths_B.data_ptr(), cache._table_BP.data_ptr())
     with pytest.raises(ValueError, match="in two rows"):
-        cache.replace(0, sequences[1])
+        cache.hold([sequences[1]] * 2)

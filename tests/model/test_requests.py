@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.model.requests import Answers, AnswersError, BadLine, TextRequest, as_line, read_requests
+from longspan.model.answers import Answers, AnswersError, Origin, as_line
+from longspan.model.requests import BadLine, TextRequest, read_requests
 from longspan.model.sampling import Sampling, sequence_seed
 
 DEFAULTS = Sampling(max_new_tokens=7, temperature=0.8, top_k=50, seed=3)
@@ -101,52 +103,102 @@ def test_anything_at_all_is_a_request_or_an_error(lines: list[bytes]) -> None:
 
 # -- answers -----------------------------------------------------------------------------------------------------------
 
-GOOD = [{"line": 1, "text": "…"}, {"line": 2, "id": "b", "text": "\n"}, {"line": 3, "id": 4, "text": ""}]
+ORIGIN = Origin(checkpoint="c0ffee", settings={"dtype": "float32"})
+REQUESTS = read('{"prompt": "a"}', '{"prompt": "b", "id": "b"}', '{"prompt": "c", "id": 4}')
+GOOD = [
+    {
+        "line": request.line,
+        **({} if request.id is None else {"id": request.id}),
+        "text": "…\n",
+        "digest": ORIGIN.digest(request),
+    }
+    for request in REQUESTS
+    if isinstance(request, TextRequest)
+]
 
 
-def written(path: Path, *answers: dict[str, object]) -> None:
-    with Answers(path) as file:
-        for answer in answers:
-            file.write(answer)
+def opened(path: Path, requests: list[TextRequest | BadLine] | None = REQUESTS, origin: Origin = ORIGIN) -> Answers:
+    return Answers(path, origin, requests)
 
 
 def test_answers_are_there_as_soon_as_they_are_written(tmp_path: Path) -> None:
     path = tmp_path / "deep/er/out.jsonl"
-    with Answers(path) as file:
+    with opened(path) as file:
         for n, answer in enumerate(GOOD, 1):
             file.write(answer)
             assert [json.loads(line) for line in path.read_text().splitlines()] == GOOD[:n]
-    with Answers(path) as file:
-        assert file.answered == {("line", 1), ("id", "b"), ("id", 4)}
+    again = opened(path)
+    assert len(again) == 3
+    assert all(map(again.has, REQUESTS))
 
 
 @settings(max_examples=25, deadline=None)
-@given(cut=st.integers(0, 200), bad=st.integers(0, 3))
+@given(cut=st.integers(0, 300), bad=st.integers(0, 3))
 def test_wherever_writing_was_cut_off_it_goes_on(tmp_path_factory: pytest.TempPathFactory, cut: int, bad: int) -> None:
     path = tmp_path_factory.mktemp("answers") / "out.jsonl"
+    late = read("", "", "", '{"prompt": "d"}')[0]
+    assert isinstance(late, TextRequest)
     lines = [as_line(answer) for answer in GOOD]
-    lines.insert(bad, as_line({"line": 9, "error": "no"}))
+    lines.insert(bad, as_line({"line": 4, "error": "no"}))
     whole = b"".join(lines)[:cut]
     path.write_bytes(whole)
-    with Answers(path) as file:
-        answered = file.answered
-        for answer in [*GOOD, {"line": 9, "text": "now"}]:
-            key = ("line", answer["line"]) if "id" not in answer else ("id", answer["id"])
-            if key not in answered:
+    now = [*GOOD, {"line": 4, "text": "now", "digest": ORIGIN.digest(late)}]
+    with opened(path, [*REQUESTS, late]) as file:
+        for request, answer in zip([*REQUESTS, late], now, strict=True):
+            if not file.has(request):
                 file.write(answer)
+        kept = len(file)
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    assert sorted(found, key=lambda answer: answer["line"]) == [*GOOD, {"line": 9, "text": "now"}]
+    assert sorted(found, key=lambda answer: answer["line"]) == now
     complete = whole.count(b"\n") - (b'"error"' in whole[: whole.rfind(b"\n") + 1])
-    assert len(answered) == complete
+    assert kept == complete
     assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
-    "content", ["hello\n", '{"a": 1}\n', '{"line": 1, "text": ""}\n[]\n', "hello", '{"line": [1]}\n']
-)
+    "content",
+    ["hello\n", '{"a": 1}\n', '{"line": 1, "text": "", "digest": "a.b.c"}\n[]\n', "hello", '{"line": [1]}\n',
+     '{"line": 1, "text": "of a version that did not say what it answers"}\n'],
+)  # fmt: skip
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text(content)
     with pytest.raises(AnswersError, match=r"line \d is no answer of `longspan generate`; remove the file or choose"):
-        Answers(path)
+        opened(path)
     assert path.read_text() == content
+
+
+CHANGED = {
+    "prompt": ('{"prompt": "A"}', ORIGIN, "was made from another prompt than line 1 of the requests has now"),
+    "seed": ('{"prompt": "a", "seed": 9}', ORIGIN, "was made from other settings than line 1"),
+    "stop": ('{"prompt": "a", "stop": "x"}', ORIGIN, "was made from other settings than line 1"),
+    "length": ('{"prompt": "a", "max_new_tokens": 7}', ORIGIN, "was made from other settings than line 1"),
+    "dtype": ('{"prompt": "a"}', replace(ORIGIN, settings={"dtype": "bfloat16"}), "was made from other settings than"),
+    "checkpoint": ('{"prompt": "a"}', replace(ORIGIN, checkpoint="d"), "was made from another checkpoint than line 1"),
+    "two": ('{"prompt": "b"}', replace(ORIGIN, checkpoint="d"), "was made from another prompt and another checkpoint"),
+    "broken": ("nonsense", ORIGIN, "was made from another prompt than line 1 of the requests has now"),
+}
+
+
+@pytest.mark.parametrize("stdin", [False, True], ids=["file", "standard input"])
+@pytest.mark.parametrize("change", CHANGED)
+def test_answers_of_something_else_are_noticed(tmp_path: Path, change: str, stdin: bool) -> None:
+    line, origin, said = CHANGED[change]
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(as_line(GOOD[0]) + b'{"line": 2')
+    before = path.read_bytes()
+    requests = [*read(line), *REQUESTS[1:]]
+    with pytest.raises(
+        AnswersError, match=f"out.jsonl: line 1 {said}.*; choose another output, or remove this file to"
+    ):
+        opened(path, None if stdin else requests, origin).has(requests[0])  # stdin is not known beforehand
+    assert path.read_bytes() == before
+
+
+def test_answers_to_requests_that_are_not_there_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(b"".join(map(as_line, GOOD)))
+    with pytest.raises(
+        AnswersError, match="line 2 answers id b, which is not among the requests; choose another output"
+    ):
+        opened(path, [REQUESTS[0], REQUESTS[2]])

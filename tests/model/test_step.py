@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from longspan.kernels.attention import AttentionSpec, BlockLayout, Window
-from longspan.model import generation
-from longspan.model.cache import create_cache
+from longspan.model import generation, step
+from longspan.model.cache import ContiguousCache, create_cache
 from longspan.model.cache_plan import CacheKind
 from longspan.model.config import AttentionPlan, DecoderConfig
-from longspan.model.decoder import from_config
-from longspan.model.generation import generate, prefill
-from longspan.model.step import DecodeStep, recordable
+from longspan.model.decoder import Decoder, from_config
+from longspan.model.generation import generate, prefill, stream
+from longspan.model.paging import PagedCache
+from longspan.model.session import Session
+from longspan.model.step import DecodeStep, why_not_recorded
 
 TINY = DecoderConfig(
     vocab_size=128,
@@ -50,13 +52,13 @@ def test_steps_are_the_model_itself(kind: CacheKind, config: DecoderConfig) -> N
     cache = create_cache(model, 2, 40, kind=kind)
     logits_BV = prefill(model, tokens_BT[:, :10], cache)
     torch.testing.assert_close(logits_BV, whole_BTV[:, 9], rtol=1e-4, atol=1e-4)
-    step = DecodeStep(model, cache)
+    advance = DecodeStep(model, cache)
     for place in range(10, 40):
-        logits_BV = step(tokens_BT[:, place])
+        logits_BV = advance(tokens_BT[:, place])
         torch.testing.assert_close(logits_BV, whole_BTV[:, place], rtol=1e-4, atol=1e-4)
     assert cache.length == 40
     with pytest.raises(ValueError, match="do not fit"):
-        step(tokens_BT[:, 0])
+        advance(tokens_BT[:, 0])
 
 
 @pytest.mark.parametrize("config", [TINY, WINDOWED], ids=["full", "window"])
@@ -74,8 +76,13 @@ def test_generation_by_recorded_steps(monkeypatch: pytest.MonkeyPatch, config: D
     kinds: tuple[CacheKind, ...] = ("auto", "contiguous", "paged")
     plain = [text(kind) for kind in kinds]
     steps: list[DecodeStep] = []
-    monkeypatch.setattr(generation, "recordable", lambda model, cache: True)
-    monkeypatch.setattr(generation, "DecodeStep", lambda *args: steps.append(DecodeStep(*args)) or steps[-1])
+
+    def recorded(model: Decoder, cache: ContiguousCache | PagedCache, *, compiled: bool) -> DecodeStep:
+        steps.append(DecodeStep(model, cache, compiled=compiled))
+        return steps[-1]
+
+    monkeypatch.setattr(step, "why_not_recorded", lambda model, paged: None)
+    monkeypatch.setattr(generation, "DecodeStep", recorded)
     assert all(torch.equal(text(kind), expected) for kind, expected in zip(kinds, plain, strict=True))
     assert len(steps) == 3
 
@@ -83,25 +90,42 @@ def test_generation_by_recorded_steps(monkeypatch: pytest.MonkeyPatch, config: D
 def test_what_can_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA: the questions are asked of a model that says so."""
     model = from_config(TINY, seed=0).eval()
-    cache = create_cache(model, 1, 8)
-    assert not recordable(model, cache)  # on a CPU
+    assert "CUDA graphs are recorded on CUDA, and the model is on cpu" in (why_not_recorded(model, paged=False) or "")
     weight = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
     monkeypatch.setattr(type(model), "head_weight", weight)
 
-    def asked(config: DecoderConfig = TINY, decode: str = "auto", training: bool = False) -> bool:
+    def asked(config: DecoderConfig = TINY, decode: str = "auto", training: bool = False) -> str | None:
         model = from_config(config, device="meta").train(training)
         model.set_backends(decode=decode)
-        return recordable(model, cache)
+        return why_not_recorded(model, paged=False)
 
     blocks = AttentionSpec(causal=True, block_sparse=BlockLayout.from_rows([[1]], q_block=64, kv_block=64))
-    assert asked()
-    assert asked(WINDOWED, decode="decode")
-    assert not asked(decode="sdpa")
-    assert not asked(training=True)
-    assert not asked(replace(TINY, attention=AttentionPlan(patterns={"full": blocks})))
-    assert not asked(replace(TINY, head_dim=512))  # what the decode backend refuses
+    assert asked() is None
+    assert asked(WINDOWED, decode="decode") is None
+    assert "set_backends chose 'sdpa' to decode" in (asked(decode="sdpa") or "")
+    assert "training mode" in (asked(training=True) or "")
+    assert "layer pattern 'full' has a block layout" in (
+        asked(replace(TINY, attention=AttentionPlan(patterns={"full": blocks}))) or ""
+    )
+    assert "decode cannot: head_dim=512" in (asked(replace(TINY, head_dim=512)) or "")
     weight.dtype = torch.float64
-    assert not asked()
+    assert "decode cannot: dtype=float64" in (asked() or "")
+
+
+def test_ways_that_cannot_be_are_refused_before_anything_is_computed() -> None:
+    model, tokens_BT = from_config(TINY, seed=0).eval(), torch.tensor([[1, 2]])
+    model.hidden = None  # type: ignore[assignment]  # nothing may be computed
+    for steps in ("recorded", "compiled"):
+        with pytest.raises(ValueError, match=f"steps='{steps}': CUDA graphs are recorded on CUDA, and the model is on"):
+            stream(model, tokens_BT, max_new_tokens=3, steps=steps)
+        with pytest.raises(ValueError, match=f"steps='{steps}': CUDA graphs are recorded on CUDA"):
+            Session(model, pages=4, steps=steps)
+        with pytest.raises(ValueError, match=f"num_beams=2 with steps='{steps}': the rows of a beam search change"):
+            generate(model, tokens_BT, max_new_tokens=3, temperature=0, num_beams=2, steps=steps)
+    with pytest.raises(ValueError, match="steps='fast': it is one of auto, plain, recorded, compiled"):
+        stream(model, tokens_BT, max_new_tokens=3, steps="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a cache for 1 sequences of .* takes .* GiB"):
+        stream(model, tokens_BT, max_new_tokens=2**40)
 
 
 def test_a_compiled_step_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +137,9 @@ def test_a_compiled_step_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None
     plain = create_cache(model, 1, 32)
     prefill(model, torch.tensor([[1, 2, 3]]), plain)
     torch.compiler.reset()
-    step, eager = DecodeStep(model, cache, compiled=True), DecodeStep(model, plain)
+    fused, eager = DecodeStep(model, cache, compiled=True), DecodeStep(model, plain)
     counters = torch._dynamo.utils.counters
     counters.clear()
     for token in (5, 6, 7, 8):
-        torch.testing.assert_close(step(torch.tensor([token])), eager(torch.tensor([token])), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fused(torch.tensor([token])), eager(torch.tensor([token])), rtol=1e-4, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1

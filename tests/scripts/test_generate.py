@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from longspan.data.tokenizer import Tokenizer, byte_level
 from longspan.model.checkpoint import load_decoder, resolve_checkpoint, save_model
@@ -95,6 +96,16 @@ def test_log_probabilities_follow_the_text(generate: Callable[..., str], worksho
             ["prompt=x", "storage=int4"],
             "storage=int4: expected one of int8, float8_e4m3fn, or null; did you mean",
         ),
+        (["prompt=x", "steps=fast"], "steps=fast: expected one of auto, plain, recorded, compiled"),
+        (
+            ["prompt=x", "steps=recorded", "accelerator=cpu"],
+            "steps='recorded': CUDA graphs are recorded on CUDA, and the model is on cpu; 'plain' and 'auto' work",
+        ),
+        (
+            ["prompt=x", "temperature=0", "num_beams=2", "steps=compiled"],
+            "num_beams=2 with steps='compiled': the rows of a beam search change between steps; steps is auto or plain",
+        ),
+        (["prompt=x", "global_positions=[0]"], "global_positions=[0]: "),
         (["prompt=x", "min_p=1.5"], "min_p=1.5: expected a number, at least 0, at most 1, or null"),
     ],
 )
@@ -137,7 +148,7 @@ def test_each_request_is_answered_as_a_prompt_alone(generate: Callable[..., str]
     assert found[2]["id"] == "i"
     assert found[1]["finish_reason"] == "length"
     assert (found[1]["new_tokens"], found[4]["finish_reason"]) == (9, "stop_string")
-    assert set(found[1]) == {"line", "text", "finish_reason", "prompt_tokens", "new_tokens"}
+    assert set(found[1]) == {"line", "text", "finish_reason", "prompt_tokens", "new_tokens", "digest"}
 
 
 def test_a_bad_line_costs_its_own_answer_only(
@@ -184,6 +195,48 @@ def test_the_same_command_goes_on_where_it_was_stopped(
     assert "error" in answers()[5]
     generate(requests(*lines, {"prompt": "e"}), *arguments)
     assert "text" in answers()[5]
+
+
+def test_answers_of_another_command_are_noticed(generate: Callable[..., str], refused: Refused, workshop: Path) -> None:
+    """One line that says what is different and what to do; the file stays as it is."""
+    arguments = ("output=a.jsonl", "max_new_tokens=4", "temperature=0")
+    generate(requests({"prompt": "a"}, {"prompt": "b"}), *arguments)
+    where = f"checkpoint={workshop / 'runs/tiny'}"
+    advice = "; choose another output, or remove this file to answer everything anew"
+    for source, other, said in (
+        (requests({"prompt": "A"}, {"prompt": "b"}), arguments, "another prompt than line 1 of the requests has now"),
+        (requests({"prompt": "a"}, {"prompt": "b"}), (*arguments[:2], "temperature=1"), "other settings than line 1"),
+        (requests({"prompt": "a"}, {"prompt": "b"}), (*arguments, "logprobs=true"), "other settings than line 1"),
+    ):
+        (line,) = refused("generate", where, "precision=fp32", "stop=false", source, *other)
+        assert f"was made from {said}" in line
+        assert line.endswith(advice)
+    model = load_decoder(resolve_checkpoint(workshop / "runs/tiny"))
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+    save_model(model, "sibling", Tokenizer.load(resolve_checkpoint(workshop / "runs/tiny")))
+    source = requests({"prompt": "a"}, {"prompt": "b"})
+    (line,) = refused("generate", "checkpoint=sibling", "precision=fp32", "stop=false", source, *arguments)
+    assert "was made from another checkpoint than line 1 of the requests has now" in line
+    generate(requests({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}), *arguments)  # more of them are welcome
+    assert sorted(answers()) == [1, 2, 3]
+
+
+def test_quotes_of_a_prompt_are_part_of_it(generate: Callable[..., str]) -> None:
+    for prompt in ('"x"', "'x'", '""'):
+        assert generate(f"prompt={prompt}", "max_new_tokens=1", "temperature=0").startswith(prompt)
+
+
+def test_a_request_beyond_the_pool_is_told_of_keys_that_exist(generate: Callable[..., str]) -> None:
+    config = {"vocab_size": 257, "n_layers": 1, "max_positions": 64}
+    save_model(build("llama-tiny", config, seed=0), "rotary", byte_level())
+    source = requests({"prompt": "a" * 100})
+    generate(source, "checkpoint=rotary", "output=a.jsonl", "max_batch=1", "max_new_tokens=4", code=1)
+    error = answers()[1]["error"]
+    assert error.startswith("a prompt of 100 tokens and 4 new ones need 7 pages of 16 tokens, but the session has 4, ")
+    assert error.endswith("; ask for fewer tokens, or raise max_batch, which sizes the pool")
+    generate(source, "checkpoint=rotary", "output=a.jsonl", "max_batch=2", "max_new_tokens=4")
+    assert answers()[1]["new_tokens"] == 4
 
 
 def test_requests_from_standard_input_to_standard_output(
