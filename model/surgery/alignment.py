@@ -26,7 +26,7 @@ from torch import Tensor
 
 Freedom = Literal["all", "planes", "none"]
 
-_ROUNDS, _SETTLED = 200, 1e-12
+_ROUNDS, _SETTLED = 100, 1e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,8 @@ def _leading(gram_PRR: Tensor, count: int) -> Tensor:
 
 def _polar(x: Tensor) -> Tensor:
     """The unitary matrix nearest to each of x: of its singular value decomposition U S V^H, U V^H."""
+    if x.shape[-1] == 1:
+        return torch.where(x == 0, torch.ones_like(x), x.sgn())
     u, _, vh = torch.linalg.svd(x)
     return u @ vh
 

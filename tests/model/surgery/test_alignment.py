@@ -87,7 +87,7 @@ def test_alignment_of_two_is_procrustes() -> None:
     blocks_NPMC = normal(2, 1, K, C)
     pooling = align(gram(blocks_NPMC))
     u, _, vh = torch.linalg.svd(blocks_NPMC[0, 0] @ blocks_NPMC[1, 0].T)
-    torch.testing.assert_close(pooling.turn_NPMM[0, 0] @ pooling.turn_NPMM[1, 0].T, u @ vh, atol=1e-4, rtol=0)
+    torch.testing.assert_close(pooling.turn_NPMM[0, 0] @ pooling.turn_NPMM[1, 0].T, u @ vh, atol=1e-3, rtol=0)
     best = distances(gram(blocks_NPMC), turned=True)[0, 1] / 2
     assert residual(pooling, blocks_NPMC) == pytest.approx(float(best), rel=1e-9)
 
