@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from .batch import IGNORE
+from .examples import ExampleStore
+from .shards import StoreError
 from .tokenizer import Tokenizer
+from .writer import Split
 
 PAD_TO = 8  # lengths of batches are multiples of this: few different shapes, and rows that tensor cores like
 
@@ -116,6 +119,41 @@ class PairFrame:
             indices_B=torch.tensor(list(indices), dtype=torch.int64),
             is_global_BS=is_global_BS if self.is_global else None,
         )
+
+
+class PairItems:
+    """The records of a split as pairs of their `source` and `target`. Of a text that is too long the beginning is
+    taken; of a target, what ends it still follows.
+
+    source_context, target_context   tokens of each at most, special ones included
+    n_cut, longest                   how many of each are longer, and those limits, by name
+    Raises StoreError for a limit without room for a token.
+    """
+
+    def __init__(
+        self, store: ExampleStore, *, split: Split, frame: PairFrame, source_context: int, target_context: int
+    ) -> None:
+        self.store, self.records = store, store.records(split)
+        self._frame = frame
+        self.longest = {"source": source_context, "target": target_context}
+        around = {"source": frame.around_source, "target": frame.around_target}
+        self._rooms = {name: most - around[name] for name, most in self.longest.items()}
+        for name, room in self._rooms.items():
+            if room < 1:
+                raise StoreError(f"{name}s of {self.longest[name]} tokens at most: special tokens fill them")
+        whole = {name: store.lengths(name)[self.records] for name in self._rooms}
+        self.n_cut = {name: int((whole[name] > room).sum()) for name, room in self._rooms.items()}
+        kept = [np.minimum(whole[name], room) + around[name] for name, room in self._rooms.items()]
+        self.lengths = kept[0] + kept[1]
+
+    def pair(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a source and its target, unframed."""
+        record = int(self.records[item])
+        source, target = (self.store.tokens(name, record)[:room] for name, room in self._rooms.items())
+        return source, target
+
+    def batch(self, items: Sequence[int], indices: Sequence[int]) -> Seq2SeqBatch:
+        return self._frame.batch([self.pair(item) for item in items], indices)
 
 
 def pair_frame(tokenizer: Tokenizer, *, start: int, is_global: bool) -> PairFrame:

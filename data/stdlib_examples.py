@@ -6,7 +6,10 @@ parameters  the parameters of a function, by its name, in a piece of source of s
             read(` is asked for, and `self, size=-1` is the answer where it stands. To find the name and to copy what
             follows is all that it takes; nothing has to be understood
 
-Both are to try a training with, and no benchmarks: they differ from one Python version to the next.
+outlines    the names of the functions and classes that a piece of source of some four thousand characters defines, in
+            their order. To find what follows `def` and `class` and to copy it is all that it takes
+
+All are to try a training with, and no benchmarks: they differ from one Python version to the next.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from .example_records import Answer, ExampleRecord
 from .shards import split_hash
 from .sources import stdlib_files
 
-BuiltInName = Literal["packages", "parameters"]
+BuiltInName = Literal["packages", "parameters", "outlines"]
 
 # In every distribution of Python 3.11 and later, with a dozen modules and thousands of lines each.
 PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml")
@@ -31,6 +34,8 @@ _PIECE_LINES = 40
 _PIECE_CHARACTERS = 4_000
 _QUESTIONS = 2  # asked of a piece at most
 _SIGNATURE = re.compile(r"^ *(?:async )?def (\w+)\(([^()\n]{2,40},[^()\n]{2,40})\)", re.MULTILINE)
+
+_DEFINITION = re.compile(r"^ *(?:async )?(?:def|class) (\w+)", re.MULTILINE)
 
 
 def packages() -> Iterator[ExampleRecord]:
@@ -64,6 +69,17 @@ def parameters() -> Iterator[ExampleRecord]:
                 )
 
 
+def outlines() -> Iterator[ExampleRecord]:
+    """Pieces of source, with the names that each defines."""
+    for name, text in _modules():
+        for number, piece in enumerate(_pieces(text)):
+            defined = _DEFINITION.findall(piece)
+            if defined:
+                yield ExampleRecord(
+                    place=f"{name} piece {number}", texts={"source": piece, "target": " ".join(defined)}, group=name
+                )
+
+
 def _modules() -> Iterator[tuple[str, str]]:
     found = stdlib_files()
     for name in found.names:
@@ -86,6 +102,6 @@ def _pieces(text: str) -> Iterator[str]:
 BUILT_IN: Mapping[BuiltInName, BuiltIn] = MappingProxyType(
     {
         name: BuiltIn(name=name, version=1, make=make)
-        for name, make in zip(get_args(BuiltInName), (packages, parameters), strict=True)
+        for name, make in zip(get_args(BuiltInName), (packages, parameters, outlines), strict=True)
     }
 )

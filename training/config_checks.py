@@ -42,6 +42,9 @@ def check_objective(config: RunConfig, *, fixed_by: str | None = None) -> Iterat
     `fixed_by` names the checkpoint that brings the model.
     """
     model, masking = config.model, config.data.masking
+    smoothing = config.trainer.label_smoothing
+    if smoothing and not isinstance(model, Seq2SeqConfig):
+        yield _problem(("trainer.label_smoothing", smoothing), "is for encoder–decoders; leave it out", "model.name")
     if config.data.examples is not None:
         yield from check_labelled_model(config, fixed_by=fixed_by)
         return
@@ -85,7 +88,7 @@ def _check_seq2seq(data: DataConfig) -> Iterator[Problem]:
         yield Problem(
             ("data.denoising",),
             "data.denoising=null: an encoder–decoder needs a source and a target; set "
-            "data.denoising={probability: 0.3}",
+            "data.denoising={probability: 0.3}, or give pairs with data.examples={kind: seq2seq, path: …}",
         )
     for name in ("document_mask", "reset_positions"):
         if getattr(data, name):
@@ -97,6 +100,15 @@ def longest_input(model: ModelConfig) -> int:
     if isinstance(model, Seq2SeqConfig):
         return min(model.encoder.max_positions, model.decoder.max_positions)
     return model.max_positions
+
+
+def target_context(data: DataConfig, model: Seq2SeqConfig) -> int:
+    """Tokens of a target at most."""
+    examples = data.examples
+    if examples is None:
+        return data.context
+    rows = model.decoder.max_positions
+    return min(256, rows) if examples.target_context is None else examples.target_context
 
 
 def check_documents(config: RunConfig) -> Iterator[Problem]:
@@ -276,13 +288,15 @@ def check_lengths(config: RunConfig, *, fixed_by: str | None = None) -> Iterator
 
 
 def _check_stack_lengths(data: DataConfig, model: Seq2SeqConfig, fixed_by: str | None) -> Iterator[Problem]:
-    for name in ("encoder", "decoder"):
-        rows, key = getattr(model, name).max_positions, f"model.{name}.max_positions"
-        advice = f"{key}={rows} learned positions; raise it or lower this"
+    of_target = "data.context" if data.examples is None else "data.examples.target_context"
+    asked = (("encoder", "data.context", data.context), ("decoder", of_target, target_context(data, model)))
+    for name, key, length in asked:
+        rows, limit = getattr(model, name).max_positions, f"model.{name}.max_positions"
+        advice = f"{limit}={rows} learned positions; raise it or lower this"
         if fixed_by is not None:
             advice = f"the {rows} learned positions of the {name} of {fixed_by}; lower it"
-        if data.context > rows:
-            yield _problem(("data.context", data.context), f"is longer than {advice}", key)
+        if length > rows:
+            yield _problem((key, length), f"is longer than {advice}", limit)
 
 
 def check_trainer(config: RunConfig) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ from longspan.model.accounting_seq2seq import seq2seq_cache_bytes, seq2seq_train
 from longspan.model.cache_plan import cache_bytes
 from longspan.model.config import DecoderConfig, Seq2SeqConfig
 
+from .config_checks import target_context
 from .data_settings import denoising_of
 from .schema import RunConfig
 
@@ -81,25 +82,25 @@ def _packed_flops(config: RunConfig, documents: Mapping[int, float] | None) -> t
 def _of_pairs(
     config: RunConfig, model: Seq2SeqConfig, precision: Literal["fp32", "bf16-mixed", "bf16-true"]
 ) -> SequenceCosts:
-    """A token of such a run is one of the text that is written."""
+    """A token of such a run is one of a text to be written whole, or of a source that a target belongs to."""
     trainer, context = config.trainer, config.data.context
-    source = context
-    note = ""
+    source, target = context, target_context(config.data, model)
+    note = "" if config.data.examples is None else "an upper bound: every source and target at its greatest length"
     if (denoising := denoising_of(config.data)) is not None:
         source = min(context, denoising.expected_length(context))
         note = f"for each target of {context:,} tokens a source of about {source:,}"
     return SequenceCosts(
-        flops_per_token=seq2seq_training_flops(model, source=source, target=context, n_global=1) / context,
+        flops_per_token=seq2seq_training_flops(model, source=source, target=target, n_global=1) / context,
         note=note,
         memory=seq2seq_training_memory(
             model,
             micro_batch=trainer.micro_batch,
             source=source,
-            target=context,
+            target=target,
             precision=precision,
             optimizer=config.optimizer.name,
             activation_checkpointing=trainer.activation_checkpointing,
         ),
-        kv_cache_bytes=seq2seq_cache_bytes(model, source=source, target=context),
+        kv_cache_bytes=seq2seq_cache_bytes(model, source=source, target=target),
         kv_bytes_per_token=accounting.kv_bytes_per_token(model.decoder_half),
     )

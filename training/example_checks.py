@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from longspan.model.config import EncoderConfig
+from longspan.model.config import EncoderConfig, Seq2SeqConfig
 
 from .config_errors import Problem, assignment
 
@@ -14,12 +14,19 @@ if TYPE_CHECKING:
     from .schema import RunConfig
     from .schema_sections import DataConfig, ExamplesConfig
 
-MADE: Mapping[str, str] = {"packages": "classification", "parameters": "qa"}
+MADE: Mapping[str, str] = {"packages": "classification", "parameters": "qa", "outlines": "seq2seq"}
 HEADS: Mapping[str, str] = {"classification": "classification", "qa": "qa"}
 
-_QA_ONLY = ("question_field", "context_field", "answer_field", "answer_start_field", "overlap", "max_answer_tokens")
-_CLASSES_ONLY = ("text_field", "label_field")
-_COLUMNS = (*_QA_ONLY[:4], *_CLASSES_ONLY, "group_field")
+_COLUMNS_OF: Mapping[str, tuple[str, ...]] = {
+    "classification": ("text_field", "label_field"),
+    "qa": ("question_field", "context_field", "answer_field", "answer_start_field"),
+    "seq2seq": ("source_field", "target_field"),
+}
+_SETTINGS_OF: Mapping[str, tuple[str, ...]] = {
+    "classification": (),
+    "qa": ("overlap", "max_answer_tokens"),
+    "seq2seq": ("target_context",),
+}
 
 
 def check_examples(data: DataConfig) -> Iterator[Problem]:
@@ -31,15 +38,14 @@ def check_examples(data: DataConfig) -> Iterator[Problem]:
     plain = type(examples)(kind=examples.kind)
     names = [field.name for field in fields(examples)]
     written = {name: getattr(examples, name) for name in names if getattr(examples, name) != getattr(plain, name)}
-    foreign = _CLASSES_ONLY if examples.kind == "qa" else _QA_ONLY
-    other = "classification" if examples.kind == "qa" else "qa"
-    for name in foreign:
-        if name in written:
-            yield _problem(
-                f"data.examples.{name}", written[name], f"belongs to kind={other}; kind={examples.kind} here"
-            )
+    for other in MADE.values():
+        for name in (*_COLUMNS_OF[other], *_SETTINGS_OF[other]) if other != examples.kind else ():
+            if name in written:
+                yield _problem(
+                    f"data.examples.{name}", written[name], f"belongs to kind={other}; kind={examples.kind} here"
+                )
     if examples.made is not None:
-        for name in _COLUMNS:
+        for name in (*_COLUMNS_OF[examples.kind], "group_field"):
             if name in written:
                 yield _problem(
                     f"data.examples.{name}", written[name], f"made={examples.made} has no columns; leave it out"
@@ -68,7 +74,15 @@ def check_labelled_model(config: RunConfig, *, fixed_by: str | None = None) -> I
         yield Problem(
             ("stages", "data.examples"), "stages: change what a stream of documents is cut into; leave them out"
         )
-    if not isinstance(model, EncoderConfig):
+    if (examples.kind == "seq2seq") != isinstance(model, Seq2SeqConfig):
+        wanted = "an encoder–decoder" if examples.kind == "seq2seq" else "an encoder"
+        whose = f"name {wanted} as model" if fixed_by is None else f"{fixed_by} is a {model.architecture}"
+        yield Problem(
+            ("data.examples", "model.name"), f"data.examples.kind={examples.kind}: fine-tunes {wanted}; {whose}"
+        )
+    elif isinstance(model, Seq2SeqConfig):
+        return
+    elif not isinstance(model, EncoderConfig):
         whose = "name an encoder as model" if fixed_by is None else f"{fixed_by} is a {model.architecture}"
         yield Problem(
             ("data.examples", "model.name"), f"data.examples.kind={examples.kind}: fine-tunes an encoder; {whose}"

@@ -54,6 +54,10 @@ def _columns(examples: ExamplesConfig) -> ExampleColumns:
         return ExampleColumns(
             texts=(("text", examples.text_field),), label=examples.label_field, group=examples.group_field
         )
+    if examples.kind == "seq2seq":
+        return ExampleColumns(
+            texts=(("source", examples.source_field), ("target", examples.target_field)), group=examples.group_field
+        )
     return ExampleColumns(
         texts=(("question", examples.question_field), ("context", examples.context_field)),
         answer=examples.answer_field,

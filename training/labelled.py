@@ -10,6 +10,7 @@ import torch
 
 from longspan.data.examples import ExampleStore
 from longspan.data.labelled import ItemPass, ItemStream, TextItems, WindowItems, default_overlap
+from longspan.data.seq2seq import PairItems
 from longspan.data.writer import SPLITS, Split
 from longspan.evaluation.predictions import AnswerTally, ClassTally, Tally, score_examples
 from longspan.model.build import Model
@@ -96,6 +97,10 @@ def described(store: ExampleStore, data: StreamData) -> Iterator[str]:
     items = data.train.items if isinstance(data.train, ItemStream) else None
     if isinstance(items, TextItems) and items.n_cut:
         yield f"{items.n_cut:,} training texts are longer than data.context; their beginning is read"
+    if isinstance(items, PairItems):
+        for name, count in items.n_cut.items():
+            if count:
+                yield f"{count:,} training {name}s are longer than {items.longest[name]:,} tokens; they are cut there"
     if isinstance(items, WindowItems):
         yield f"{len(items.lengths):,} training windows; the answer is whole in {items.n_answered:,} of them"
         if items.n_cut:

@@ -7,16 +7,19 @@ from dataclasses import asdict
 from functools import partial
 
 from longspan.data.denoising import DenoisedDataset, Denoiser
+from longspan.data.examples import ExampleStore
+from longspan.data.labelled import ItemPass, ItemStream
 from longspan.data.loader import PackedDataset
-from longspan.data.seq2seq import PairFrame, pair_frame
+from longspan.data.seq2seq import PairFrame, PairItems, pair_frame
 from longspan.data.store import TokenStore
 from longspan.data.tokenizer import Tokenizer
 from longspan.model.config import Seq2SeqConfig
 
+from .config_checks import target_context
 from .data_settings import denoising_of
 from .datamodule import BatchPlan, StreamData
 from .errors import UserError
-from .schema import DataConfig
+from .schema import DataConfig, RunConfig
 
 
 def denoising_data(
@@ -69,6 +72,39 @@ def denoising_data(
         },
         val_batches=val_batches,
         workers=config.workers,
+        pin_memory=pin_memory,
+    )
+
+
+def pairs_data(
+    store: ExampleStore, config: RunConfig, model: Seq2SeqConfig, plan: BatchPlan, *, pin_memory: bool = False
+) -> StreamData:
+    """Pairs of like length in each step, another order in every pass. A source has at most `data.context` tokens and a
+    target `target_context`, special ones included; of longer ones the beginning is taken.
+
+    Raises UserError for a tokenizer that a model's start token is a text of.
+    """
+    data, most = config.data, target_context(config.data, model)
+    frame = frame_for(store.tokenizer(), model)
+    items = partial(PairItems, store, frame=frame, source_context=data.context, target_context=most)
+    held_out = None
+    if len(store.records("validation")):
+        held_out = ItemPass(items(split="validation"), bucket=plan.micro_batch)
+    return StreamData(
+        ItemStream(items(split="train"), bucket=plan.global_batch, seed=config.seed, shuffle=data.shuffle),
+        held_out,
+        plan,
+        fingerprint={
+            "store": store.manifest["self_sha256"],
+            "tokenizer": store.tokenizer_sha256,
+            "seed": config.seed,
+            "context": data.context,
+            "target_context": most,
+            "shuffle": data.shuffle,
+            "frame": asdict(frame),
+        },
+        val_batches=config.trainer.val_batches,
+        workers=data.workers,
         pin_memory=pin_memory,
     )
 

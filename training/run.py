@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -130,7 +131,7 @@ def _train(
         state=state,
         console=console,
         is_main=is_main,
-        objective=given.objective or objective_for,
+        objective=given.objective or partial(objective_for, label_smoothing=config.trainer.label_smoothing),
     )
     model, new_head = _model(stage_at(stages, session.step).config, origin, arithmetic)
 
@@ -240,12 +241,12 @@ def _finish(session: Session, loop: RunLoop, prepared: AnyPrepared, data: Stream
     config, directory = session.config, session.directory
     chosen = model_checkpoint.resolve_checkpoint(directory)
     evaluation: Evaluation | Scored | None = None
-    if isinstance(prepared, PreparedExamples):
+    if isinstance(config.model, Seq2SeqConfig):
+        _answer(session, data, prepared.tokenizer, chosen)
+    elif isinstance(prepared, PreparedExamples):
         evaluation = _score(session, prepared, chosen)
     elif isinstance(config.model, DecoderConfig):
         evaluation = _evaluate(session, prepared, chosen)
-    elif isinstance(config.model, Seq2SeqConfig):
-        _answer(session, data, prepared.tokenizer, chosen)
     else:
         logger.info("no perplexity and no sample: an encoder does not predict what follows")
     result = result_of(session, loop, evaluation)

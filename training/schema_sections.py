@@ -84,18 +84,20 @@ class DenoisingConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ExamplesConfig:
-    """data.examples: labelled records, which replace documents: what an encoder is fine-tuned on"""
+    """data.examples: labelled records, which replace documents: what an encoder or encoder–decoder is fine-tuned on"""
 
-    kind: Literal["classification", "qa"] = Field(
-        description="classification: which class a text has; qa: where in a text the answer to a question stands"
+    kind: Literal["classification", "qa", "seq2seq"] = Field(
+        description="classification: which class a text has; qa: where in a text the answer to a question stands; "
+        "seq2seq: what is to be written for a text"
     )
     path: str | None = Field(
         default=None, description="a file, directory or glob of .jsonl(.gz) .parquet .arrow, or hub:<name>"
     )
-    made: Literal["packages", "parameters"] | None = Field(
+    made: Literal["packages", "parameters", "outlines"] | None = Field(
         default=None,
         description="instead of path, to try things out: examples made of the running Python's own library: which "
-        "package a piece of source is from (classification), what parameters a function has (qa)",
+        "package a piece of source is from (classification), what parameters a function has (qa), the names that a "
+        "piece of source defines (seq2seq)",
     )
     validation_path: str | None = Field(
         default=None, description="held-out records, like path; null: data.validation_fraction of path's"
@@ -117,6 +119,14 @@ class ExamplesConfig:
     )
     answer_start_field: str | None = Field(
         default=None, description="qa: column of the answer's first character; null: its first occurrence"
+    )
+    source_field: str = Field(default="source", description="seq2seq: column of the text that is read")
+    target_field: str = Field(default="target", description="seq2seq: column of the text that is written for it")
+    target_context: int | None = Field(
+        default=None,
+        ge=2,
+        description="seq2seq: tokens of a target at most (a source has data.context); null: what the decoder has "
+        "positions for, at most 256",
     )
     group_field: str | None = Field(
         default=None,
@@ -244,6 +254,11 @@ class TrainerConfig:
     compile: bool = Field(default=False, description="torch.compile the model's blocks")
     activation_checkpointing: bool = Field(
         default=False, description="recompute blocks in the backward pass to save memory"
+    )
+    label_smoothing: Probability = Field(
+        default=0.0,
+        description="encoder–decoders: share of each target that is spread over all tokens, in training (Szegedy et "
+        "al. 2016)",
     )
     nonfinite: Literal["stop", "skip"] = Field(
         default="stop", description="on a NaN or infinite loss or gradient: stop the run, or skip the step and count it"

@@ -164,7 +164,7 @@ def model_of(config: RunConfig, origin: Origin, directory: Path) -> ModelConfig:
     if origin.resumes and config.stages:  # the checkpoint's has the windows of its stage by now
         return validate(files.read_json(directory / files.CONFIG)).model
     found = model_checkpoint.load_config(origin.checkpoint)
-    if config.data.examples is not None and not origin.resumes:
+    if config.data.examples is not None and config.data.examples.kind in HEADS and not origin.resumes:
         found = with_head(found, wanted, HEADS[config.data.examples.kind], whose=str(origin.checkpoint))
     differing = _differences(wanted, found)
     if differing:

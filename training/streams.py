@@ -12,7 +12,7 @@ from .data_settings import prepare_settings, source_specs
 from .datamodule import BatchPlan, StreamData, packed_data
 from .example_settings import example_settings
 from .labelled import labelled_data
-from .pairs import denoising_data
+from .pairs import denoising_data, pairs_data
 from .schema import DataConfig, RunConfig
 
 AnyPrepared = Prepared | PreparedExamples
@@ -31,6 +31,8 @@ def prepared_data(data: DataConfig, *, tokenizer: Path | None, progress: Progres
 
 def training_data(config: RunConfig, prepared: AnyPrepared, plan: BatchPlan, *, pin_memory: bool = False) -> StreamData:
     """Steps and validation batches of a settled run, for its model. Raises UserError where data and model don't fit."""
+    if isinstance(prepared, PreparedExamples) and isinstance(config.model, Seq2SeqConfig):
+        return pairs_data(prepared.store, config, config.model, plan, pin_memory=pin_memory)
     if isinstance(prepared, PreparedExamples):
         return labelled_data(prepared.store, config, plan, pin_memory=pin_memory)
     store = prepared.store

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from longspan.data.batch import IGNORE
-from longspan.data.seq2seq import PairFrame, Seq2SeqBatch
+from longspan.data.example_build import PreparedExamples
+from longspan.data.seq2seq import PairFrame, PairItems, Seq2SeqBatch
 from longspan.data.tokenizer import byte_level
+from longspan.data.writer import SPLITS
 from longspan.model import zoo
 from longspan.model.accounting import parameters
 from longspan.model.accounting_seq2seq import seq2seq_training_flops
@@ -26,11 +29,15 @@ from longspan.model.generation import generate
 from longspan.model.seq2seq import Seq2Seq
 from longspan.training import run
 from longspan.training.costs import sequence_costs
+from longspan.training.datamodule import BatchPlan
 from longspan.training.errors import UserError
+from longspan.training.labelled import described
+from longspan.training.metrics import read_rows
 from longspan.training.module import blocks_of, checkpoint_activations
 from longspan.training.objectives import TargetLoss, objective_for
 from longspan.training.plan import plan
 from longspan.training.schema import ConfigError, as_request, validate
+from longspan.training.streams import prepared_data, training_data
 
 FRAME = PairFrame(before=(250,), after=(251,), begin=(), end=251, start=251, is_global=True)
 
@@ -213,6 +220,125 @@ def test_a_tiny_batch_is_learnt_by_heart_and_written_greedily() -> None:
             pad_token=251,
         )
         assert written[0].tolist() == [251, *target]
+
+
+# -- pairs of texts ---------------------------------------------------------------------------------------------------
+
+WORDS = ["north", "south", "east", "west", "up", "down"]
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    """Two words to their initials, and one pair that is too long."""
+    rows = [{"read": f"{one} {two}", "write": one[0] + two[0]} for one in WORDS for two in WORDS]
+    rows.append({"read": "up " * 30, "write": "u" * 30})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def raw_pairs(records: Path, **changes: object) -> dict:
+    examples = {"kind": "seq2seq", "path": str(records), "source_field": "read", "target_field": "write"}
+    data = {
+        "cache": str(records.parent / "cache"),
+        "tokenizer": {"kind": "bytes"},
+        "context": 24,
+        "validation_fraction": 0.1,
+        "examples": {**examples, "target_context": 8},
+    }
+    config = raw(records, **changes)
+    return {**config, "data": {**data, **changes.get("data", {})}}  # type: ignore[dict-item]
+
+
+def test_pairs_are_framed_cut_and_counted(records: Path) -> None:
+    config = validate(raw_pairs(records))
+    prepared = prepared_data(config.data, tokenizer=None, progress=None)
+    data = training_data(config, prepared, BatchPlan(global_batch=8, micro_batch=4))
+    assert isinstance(prepared, PreparedExamples)
+    lines = list(described(prepared.store, data))
+    cut = [line for line in lines if "longer than" in line]
+    items = [
+        PairItems(prepared.store, split=split, frame=FRAME, source_context=24, target_context=8) for split in SPLITS
+    ]
+    counts = [item.n_cut for item in items]
+    assert sum(count["source"] for count in counts) == sum(count["target"] for count in counts) == 1
+    assert len(cut) == 2 * counts[0]["source"]
+    seen = set()
+    for step in islice(data.train_dataloader(), 10):
+        for batch in step:
+            assert batch.source_BS.shape[1] <= 24
+            assert batch.targets_BT.shape[1] <= 8
+            for row, k in enumerate(batch.indices_B.tolist()):
+                asked = batch.targets_BT[row][batch.targets_BT[row] != IGNORE].tolist()
+                source = batch.source_BS[row, : int(batch.source_lengths_B[row])].tolist()
+                assert (source[0], source[-1], asked[-1]) == (256, 256, 256)
+                one, _, two = bytes(source[1:-1]).decode().partition(" ")
+                written = bytes(asked[:-1]).decode()
+                assert written in (one[0] + two[0], "u" * 7)
+                seen.add((one, two, k % 33))
+    assert len({pair[:2] for pair in seen}) == data.train.n_sequences  # more than a pass: each is there
+
+
+def test_a_run_on_pairs_learns_them_and_answers_one(records: Path) -> None:
+    trainer = {"steps": 200, "global_batch": 12, "micro_batch": 12, "val_every": 50, "save_every": 50}
+    config = raw_pairs(records, trainer={**trainer, "label_smoothing": 0.1}, sample={"temperature": 0})
+    config["data"]["examples"] |= {"limit": 12, "validation_path": str(records), "validation_limit": 12}
+    result = run.train(validate(config))
+    assert result.validation_loss is not None
+    assert result.validation_loss < 0.3  # smoothing keeps it above 0.1; a guess of six initials would be 1.2
+    read, written, wanted = re.findall(r"^== .* ==\n(.*)$", (result.directory / "sample.txt").read_text(), re.M)
+    assert written == wanted
+    assert read.startswith("<|endoftext|>")
+    rows = read_rows(result.directory / "metrics.csv")
+    assert rows[-1].loss is not None
+    assert rows[-1].loss > result.validation_loss  # the smoothed loss has a floor, the validation's has none
+
+
+def test_pairs_resume_to_the_same_weights(records: Path) -> None:
+    weights = []
+    for parts in ((20,), (10, 20)):
+        output = str(records.parent / f"in-{len(parts)}")
+        for steps in parts:
+            config = raw_pairs(records, trainer={"steps": steps}, schedule={"name": "constant"}, output=output)
+            run.train(validate({**config, "resume": "auto"}))
+        weights.append((Path(output) / "checkpoints/step-00000020/model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"name": "longformer-tiny"}}, "data.examples.kind=seq2seq: fine-tunes an encoder–decoder; name an"),
+        ({"data": {"examples": {"kind": "qa", "path": "x"}}}, "data.examples.kind=qa: fine-tunes an encoder; name an"),
+        ({"data": {"context": 300}}, "data.context=300: is longer than model.encoder.max_positions=256"),
+        (
+            {"data": {"examples": {"kind": "seq2seq", "path": "x", "target_context": 129}}},
+            "data.examples.target_context=129: is longer than model.decoder.max_positions=128",
+        ),
+        (
+            {"data": {"examples": {"kind": "seq2seq", "path": "x", "label_field": "y"}}},
+            "data.examples.label_field=y: belongs to kind=classification; kind=seq2seq here",
+        ),
+        ({"data": {"denoising": {}}}, "data.denoising: is for documents, and data.examples are read instead"),
+    ],
+)
+def test_wrong_requests_for_pairs(records: Path, changes: dict, said: str) -> None:
+    if "name" in changes.get("model", {}):
+        config = {**raw_pairs(records), "model": {**changes["model"], "vocab_size": 512}}
+    else:
+        config = raw_pairs(records, **changes)
+    with pytest.raises(ConfigError) as caught:
+        validate(config)
+    assert any(said in problem for problem in caught.value.problems), caught.value.problems
+
+
+def test_label_smoothing_is_for_encoder_decoders(text: Path) -> None:
+    config = raw(text, trainer={"label_smoothing": 0.1}, data={"denoising": None}) | {"model": {"name": "gpt-tiny"}}
+    with pytest.raises(ConfigError, match=r"trainer\.label_smoothing=0\.1: is for encoder–decoders"):
+        validate(config)
+
+
+# -- wrong requests ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
