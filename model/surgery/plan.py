@@ -28,7 +28,7 @@ from longspan.model.checkpoint import (
 )
 from longspan.model.checkpoint_files import load_config
 from longspan.model.config import EncoderConfig, ModelConfig, ModelConfigError, Seq2SeqConfig, to_dict
-from longspan.model.conversion.hf import carry
+from longspan.model.conversion.hf import carry, read_json
 
 from .errors import SurgeryError
 from .lazy import LazyTensor, Weights, stored_weights, write_weights
@@ -208,9 +208,11 @@ def _check_apart(source: Path, target: Path) -> None:
 
 def _lineage(source: Path, steps: Sequence[Step], reports: Sequence[Report]) -> dict[str, Any]:
     """The source's, and the surgeries after those that it had: how the weights were trained remains true of them."""
-    path = source / LINEAGE
-    lineage: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    of = {"checkpoint": source.resolve().name, "weights_sha256": sha256_of(source / WEIGHTS)}
+    path, place = source / LINEAGE, source.resolve()
+    lineage: dict[str, Any] = read_json(path) if path.is_file() else {}
+    of_a_run = place.parent.name == "checkpoints"  # a step's name alone would not tell which run
+    named = "/".join(place.parts[-3:]) if of_a_run else place.name
+    of = {"checkpoint": named, "weights_sha256": sha256_of(source / WEIGHTS)}
     entries: list[dict[str, object]] = []
     for step, report in zip(steps, reports, strict=True):
         counts = {"before": parameters(step.before).total, "after": parameters(step.after).total}

@@ -128,6 +128,9 @@ def test_the_tokenizer_goes_along_and_knows_the_new_length(source: Source, conve
     assert json.loads((tmp_path / "longer/tokenizer_config.json").read_text()) == {**told, "model_max_length": 96}
     convert(Longformer(window=8), name="windowed")
     assert json.loads((tmp_path / "windowed/tokenizer_config.json").read_text()) == told
+    (tmp_path / "source/tokenizer_config.json").write_text('{"model_max_length": 1000000000000000019884624838656}')
+    convert(ExtendPositions(max_positions=96), name="unlimited")
+    assert "19884624838656}" in (tmp_path / "unlimited/tokenizer_config.json").read_text()
     verify(tmp_path / "longer")  # sealed after that
 
 
@@ -138,6 +141,9 @@ def test_a_run_is_a_checkpoint_too(source: Source, tmp_path: Path) -> None:
     (tmp_path / "run/checkpoints/best.json").write_text('{"step": 1}')
     plan = plan_conversion(tmp_path / "run", [Longformer(window=8)])
     assert plan.checkpoint.name == "step-00000001"
+    convert_model(tmp_path / "run", tmp_path / "output", [Longformer(window=8)])
+    (entry,) = json.loads((tmp_path / "output/lineage.json").read_text())["surgery"]
+    assert entry["of"]["checkpoint"] == "run/checkpoints/step-00000001"
     for output in (tmp_path / "run", tmp_path / "run/checkpoints"):
         with pytest.raises(CheckpointError, match="holds the checkpoint that is converted"):
             convert_model(tmp_path / "run", output, [Longformer(window=8)], overwrite=True)
