@@ -386,6 +386,19 @@ def test_a_run_in_stages(staged: Request, tmp_path: Path) -> None:
     assert "step 10/10 long loss" in log
 
 
+def test_the_best_is_of_the_last_stage(staged: Request, tmp_path: Path) -> None:
+    """Even where the last stage spoils the model: its windows are the ones that were asked for."""
+    stages = [{"steps": 5, "context": 16}, {"steps": 2, "context": 16, "lr_factor": 1000}]
+    request = staged(stages=stages, trainer__val_every=1)
+    del request["trainer"]["steps"]
+    result = train(validate(request))
+    losses = {row.step: row.validation_loss or 0.0 for row in read_rows(tmp_path / "run/metrics.csv")}
+    assert min(losses[6], losses[7]) > losses[5] > 0
+    assert result.best_step == min((6, 7), key=lambda step: losses[step])
+    best = json.loads((tmp_path / "run/checkpoints/best.json").read_text())
+    assert best["step"] == result.best_step
+
+
 def _adam_steps(state: dict) -> int:
     (count,) = {int(moments["step"]) for moments in state["optimizer"]["state"].values()}
     return count
@@ -450,7 +463,7 @@ def test_killed_in_every_stage(runner, staged: Request, expected, tmp_path: Path
     assert runner.run(config) == 0, runner.log.read_text()
     assert curve(tmp_path / "run") == expected()
     sessions = json.loads((tmp_path / "run/lineage.json").read_text())["sessions"]
-    assert [session["step"] for session in sessions] == [0, 0, 4, 4, 4, 8]
+    assert [session["step"] for session in sessions] == [0, 4, 4, 6, 8]
 
 
 def test_stages_of_a_run_that_started_from_weights(runner, staged: Request, tmp_path: Path) -> None:
