@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from longspan.data.tokenizer import byte_level
+from longspan.data.tokenizer import Tokenizer, byte_level
 from longspan.model.checkpoint import load_model, save_model
 from longspan.model.zoo import build
 from longspan.scripts.cli import main
@@ -57,6 +57,35 @@ def test_a_checkpoint_without_a_tokenizer(tmp_path: Path, capsys: pytest.Capture
     assert "has no tokenizer.json, so foreign/ has none" in capsys.readouterr().out
     assert main(["import", "source=foreign", "output=again"]) == 0
     assert "put one into again/ before text is read or written" in capsys.readouterr().out
+
+
+def test_older_vocabulary_files_become_a_tokenizer(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    definition = json.loads((foreign / "tokenizer.json").read_text())
+    vocabulary = definition["model"]["vocab"] | {"<|endoftext|>": 256}
+    (foreign / "tokenizer.json").unlink()
+    (foreign / "vocab.json").write_text(json.dumps(vocabulary))
+    (foreign / "merges.txt").write_text("#version: 0.2\n")
+    assert main(["import", "source=foreign", "output=again"]) == 0
+    assert "tokenizer.json made of the vocabulary files in foreign" in capsys.readouterr().out
+    assert Tokenizer.load(tmp_path / "again").encode("def f") == byte_level().encode("def f")
+    assert not (foreign / "tokenizer.json").exists()
+    assert main(["generate", "checkpoint=again", "prompt=def", "max_new_tokens=3", "accelerator=cpu"]) == 0
+    assert capsys.readouterr().out.startswith("def")
+    (foreign / "vocab.json").write_text(json.dumps({"a": 0}))
+    assert main(["import", "source=foreign", "output=third"]) == 0
+    assert "no text can be read or written yet: third: the vocabulary has no" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_model_is_noticed(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    byte_level(mask=True).save(foreign)
+    assert main(["import", "source=foreign", "output=again"]) == 0
+    assert capsys.readouterr().err == (
+        "again/tokenizer.json has 258 tokens, but the model knows 257: it may be another model's\n"
+    )
 
 
 def test_mistakes_cost_a_line(foreign: Path, tmp_path: Path, refused: Refused) -> None:
