@@ -254,7 +254,7 @@ def _validate_run(request_type: type[RunRequest], config_type: type[R], raw: Raw
         if config.stages:
             total = total_steps(config.stages)
             if "steps" in written(raw, "trainer") and config.trainer.steps != total:
-                text = f"trainer.steps={config.trainer.steps}: the stages take {total} steps together; leave it out"
+                text = f"trainer.steps={config.trainer.steps}: the stages take {total} together; give that or nothing"
                 problems.append(Problem(("trainer.steps", "stages"), text))
             config = replace(config, trainer=replace(config.trainer, steps=total))
         problems += _independent(refused, problems)

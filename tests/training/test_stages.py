@@ -203,7 +203,7 @@ def test_the_learning_rate_of_each_step(staged: Request) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"trainer__steps": 11}, "trainer.steps=11: the stages take 10 steps together; leave it out"),
+        ({"trainer__steps": 11}, "trainer.steps=11: the stages take 10 together; give that or nothing"),
         ({"stages": {"steps": []}}, "stages.steps=[]: expected a non-empty list of whole numbers"),
         ({"stages": [{"context": 8}]}, "stages.0.steps: is required: optimizer steps of the stage"),
         ({"stages": [{"steps": 10, "windows": 2}]}, "stages.0.windows=2: unknown key; "),
