@@ -2,11 +2,11 @@
 
 packages    which package a piece of source is from. Pieces are of some forty lines; all pieces of a module are on the
             same side of the split, so that validation asks about modules that were never read
-parameters  the parameters of a function, by its name, in a piece of source of some four thousand characters: `def
+parameters  the parameters of a function, by its name, in a piece of source of some twelve hundred characters: `def
             read(` is asked for, and `self, size=-1` is the answer where it stands. To find the name and to copy what
             follows is all that it takes; nothing has to be understood
 
-outlines    the names of the functions and classes that a piece of source of some four thousand characters defines, in
+outlines    the names of the functions and classes that a piece of source of some fifteen hundred characters defines, in
             their order. To find what follows `def` and `class` and to copy it is all that it takes
 
 All are to try a training with, and no benchmarks: they differ from one Python version to the next.
@@ -31,7 +31,8 @@ BuiltInName = Literal["packages", "parameters", "outlines"]
 PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml")
 
 _PIECE_LINES = 40
-_PIECE_CHARACTERS = 4_000
+_PIECE_CHARACTERS = 1_200
+_OUTLINED_CHARACTERS = 1_500
 _QUESTIONS = 2  # asked of a piece at most
 _SIGNATURE = re.compile(r"^ *(?:async )?def (\w+)\(([^()\n]{2,40},[^()\n]{2,40})\)", re.MULTILINE)
 
@@ -72,7 +73,7 @@ def parameters() -> Iterator[ExampleRecord]:
 def outlines() -> Iterator[ExampleRecord]:
     """Pieces of source, with the names that each defines."""
     for name, text in _modules():
-        for number, piece in enumerate(_pieces(text)):
+        for number, piece in enumerate(_pieces(text, _OUTLINED_CHARACTERS)):
             defined = _DEFINITION.findall(piece)
             if defined:
                 yield ExampleRecord(
@@ -87,11 +88,11 @@ def _modules() -> Iterator[tuple[str, str]]:
             yield name, file.read()
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """The text cut at line breaks into pieces of at most _PIECE_CHARACTERS, lines that are longer left whole."""
+def _pieces(text: str, most: int = _PIECE_CHARACTERS) -> Iterator[str]:
+    """The text cut at line breaks into pieces of at most so many characters, lines that are longer left whole."""
     held = ""
     for line in text.splitlines(keepends=True):
-        if held and len(held) + len(line) > _PIECE_CHARACTERS:
+        if held and len(held) + len(line) > most:
             yield held
             held = ""
         held += line

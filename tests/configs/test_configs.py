@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from longspan.model.zoo import DECODERS, ENCODERS
+from longspan.model.zoo import CONFIGS as SIZES
+from longspan.model.zoo import ENCODERS, SEQ2SEQS
 from longspan.scripts.cli import VERBS, main
 from longspan.scripts.compose import CONFIGS, compose, group_options
 from longspan.training import schema
 
 OPTIONS = [(group, option) for group, options in group_options("train").items() for option in options]
-SIZES = {**DECODERS, **ENCODERS}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 # What an option needs from the user before it makes a whole.
 COMPLETED = {("data", "files"): ["data.path=x"], ("data", "hub"): ["data.path=hub:x"]}
@@ -41,6 +41,8 @@ def test_every_option_composes_and_validates(group: str, option: str) -> None:
         composed.raw["data"]["tokenizer"] = {"kind": "bytes"}
     if group == "model" and option in ENCODERS:
         composed.raw["data"]["masking"] = {}
+    if group == "model" and option in SEQ2SEQS:
+        composed.raw["data"]["denoising"] = {}
     schema.validate(composed.raw, where=composed.where)
 
 
@@ -73,7 +75,7 @@ def test_the_parameter_counts_in_the_comments_are_true() -> None:
     from longspan.model.accounting import parameters
 
     published = ("gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl")
-    for name in (*published, *(name for name in ENCODERS if not name.endswith("-tiny"))):
+    for name in (*published, *(name for name in (*ENCODERS, *SEQ2SEQS) if not name.endswith("-tiny"))):
         assert f"{parameters(SIZES[name]).total:,} parameters" in (CONFIGS / f"model/{name}.yaml").read_text()
 
 
