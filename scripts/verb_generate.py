@@ -82,7 +82,7 @@ def run(config: GenerateConfig) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Framed:
-    """A tokenizer that puts tokens around every text it reads, as an encoder of others has seen its texts."""
+    """A tokenizer that puts tokens around every text it reads, as encoders have seen their texts."""
 
     tokenizer: Tokenizer
     before: tuple[int, ...]
@@ -125,14 +125,13 @@ def _checkpoint(config: GenerateConfig) -> _Checkpoint:
         )
     tokenizer = Tokenizer.load(directory)
     check_tokenizer(model, tokenizer)
-    framed = imported(directory)
     if isinstance(model, DecoderConfig):
         if config.global_positions:
             raise UserError(
                 f"global_positions={list(config.global_positions)}: {config.checkpoint} is a decoder, whose prompts "
                 "have no global tokens; leave it out"
             )
-        return _Checkpoint(directory, model, tokenizer, tokenizer.starting() if framed else tokenizer)
+        return _Checkpoint(directory, model, tokenizer, tokenizer.starting() if imported(directory) else tokenizer)
     specs = model.encoder_half.attention.specs().values()
     has_globals = any(spec.global_tokens for of_pattern in specs for spec in of_pattern)
     if config.global_positions and not has_globals:
@@ -141,9 +140,8 @@ def _checkpoint(config: GenerateConfig) -> _Checkpoint:
             "attention; leave it out"
         )
     positions = ((0,) if has_globals else ()) if config.global_positions is None else config.global_positions
-    frame = tokenizer.frame
-    reader = _Framed(tokenizer, frame.before, frame.after) if framed else tokenizer
-    return _Checkpoint(directory, model, tokenizer, reader, positions)
+    frame = tokenizer.frame  # training puts it around every source, too
+    return _Checkpoint(directory, model, tokenizer, _Framed(tokenizer, frame.before, frame.after), positions)
 
 
 def _loaded(config: GenerateConfig, checkpoint: _Checkpoint) -> Decoder | Seq2Seq:

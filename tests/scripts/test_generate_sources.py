@@ -49,7 +49,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def model(kind: str) -> Seq2Seq:
-    """In a checkpoint that says it was imported, so that sources are framed."""
+    """Imported or trained here: its sources are framed either way."""
     config = Seq2SeqConfig(
         vocab_size=259,
         d_model=32,
@@ -66,7 +66,8 @@ def model(kind: str) -> Seq2Seq:
                 tensor.copy_(0.4 * torch.randn(tensor.shape, generator=generator))
         embedding_VD = model.encoder.embedding.weight
         embedding_VD.div_(embedding_VD.norm(dim=1, keepdim=True))
-    save_model(model, "checkpoint", framing(), lineage={"imported": {"from": "elsewhere"}})
+    lineage = {"imported": {"from": "elsewhere"}} if kind == "bart" else {"command": "longspan train"}
+    save_model(model, "checkpoint", framing(), lineage=lineage)
     return model
 
 
