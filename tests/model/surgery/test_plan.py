@@ -59,6 +59,18 @@ def test_the_order_is_the_one_given(source: Source, convert: Convert) -> None:
     assert all(torch.equal(tensor, copied.state_dict()[name]) for name, tensor in plain.state_dict().items())
 
 
+@pytest.mark.parametrize(("init", "same"), [("mean", True), ("svd", True), ("random", False)])
+def test_grouping_before_and_after_copying(init: str, same: bool) -> None:
+    """Global projections are copies of grouped heads, or grouped copies; random heads are drawn for each tensor."""
+    weights = {name: LazyTensor.of(tensor) for name, tensor in build_from(BERT, seed=0).state_dict().items()}
+    surgeries = [make_surgery("gqa", {"kv_heads": 2, "init": init}), Longformer(window=8)]
+    one, _ = operate(plan_steps(BERT, surgeries), weights)
+    other, _ = operate(plan_steps(BERT, surgeries[::-1]), weights)
+    for name, tensor in one.items():
+        assert torch.equal(tensor.read(), other[name].read()) or (not same and ".global_attention." in name)
+    assert same == all(torch.equal(tensor.read(), other[name].read()) for name, tensor in one.items())
+
+
 def test_lineage_says_what_was_done_to_what(source: Source, convert: Convert, tmp_path: Path) -> None:
     model = source(BERT)
     save_model(model, tmp_path / "source", lineage={"step": 7, "data": {"store": "books"}}, overwrite=True)
@@ -241,6 +253,11 @@ def test_the_writer_is_readable_by_safetensors(tmp_path: Path) -> None:
     total = sum(tensor.nbytes for tensor in tensors.values())
     assert told[-1] == (total, total)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
+    raw = (tmp_path / "w.safetensors").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    assert size % 8 == 0
+    assert all(header[name]["data_offsets"][0] % tensor.itemsize == 0 for name, tensor in tensors.items())
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs.safetensors")
     assert (tmp_path / "w.safetensors").stat().st_size <= (tmp_path / "theirs.safetensors").stat().st_size + 64
 

@@ -152,7 +152,7 @@ def test_a_causal_window_reaches_that_far_in_each_layer(kind: str, source: Sourc
 @torch.no_grad()
 def test_an_encoder_that_fits_its_window_is_unchanged(kind: str, source: Source, convert: Convert) -> None:
     config = ENCODERS[kind]
-    before, after = source(config), convert(Longformer(window=2 * OLD))
+    before, after = source(config), convert(Longformer(window=2 * (OLD - 1)))  # from the first token to the last
     assert isinstance(before, Encoder)
     assert isinstance(after, Encoder)
     lengths = [OLD, 17, 2]
@@ -243,7 +243,7 @@ def test_bert_gets_the_row_that_longformer_has_for_padding(source: Source, conve
 
 @torch.no_grad()
 def test_bart_becomes_led(source: Source, convert: Convert) -> None:
-    before, after = source(BART), convert(Longformer(window=2 * OLD))
+    before, after = source(BART), convert(Longformer(window=2 * (OLD - 1)))
     assert isinstance(before, Seq2Seq)
     assert isinstance(after, Seq2Seq)
     assert (after.config.position_offset, after.config.global_projections) == (0, True)
