@@ -245,6 +245,8 @@ def _wide_figure(draw: Callable[..., plots.Figure | None], caption: str, missing
 
 def _evaluation(run: RunFiles) -> Html:
     perplexity = mapping(run.evaluation, "perplexity")
+    if examples := mapping(run.evaluation, "examples"):
+        return _examples(examples)
     if not perplexity and _architecture(run) != "decoder":
         return gap("Perplexity is for models that predict the next token. The validation loss is what this one does.")
     if not perplexity:
@@ -282,6 +284,22 @@ def _evaluation(run: RunFiles) -> Html:
             details("Loss by position as a table", table(("position", "loss", "± s.e.", "tokens", "documents"), rows))
         )
     return joined(parts)
+
+
+def _examples(examples: Mapping[str, object]) -> Html:
+    """Scores on labelled examples, each as a share of 1."""
+    scores = [(name, value) for name, value in examples.items() if is_number(value) and name != "n" and 0 <= value <= 1]
+    return joined(
+        [
+            element(
+                "div",
+                element("h3", f"Held-out examples: {number(examples, 'n') or 0:,.0f}"),
+                *(meter(name.replace("_", " "), value, f"{value:.3f}") for name, value in scores),
+                css="card",
+            ),
+            element("div", element("h3", "How it was measured"), facts(mapping(examples, "protocol")), css="card"),
+        ]
+    )
 
 
 def _versus(run: RunFiles) -> Html:

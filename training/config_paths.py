@@ -48,7 +48,11 @@ def check_paths(config: object, *, where: Mapping[str, str] | None = None) -> No
 
 def missing_data(data: DataConfig) -> Iterator[Problem]:
     """Local files that `data` names and that are not there."""
-    if data.path is not None:
+    if data.examples is not None:
+        for name in ("path", "validation_path"):
+            if (path := getattr(data.examples, name)) is not None:
+                yield from _missing(f"data.examples.{name}", path)
+    elif data.path is not None:
         yield from _missing("data.path", data.path)
     else:
         for i, source in enumerate(data.sources):

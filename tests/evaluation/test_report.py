@@ -421,3 +421,14 @@ def test_names_of_stages_are_escaped(tmp_path: Path) -> None:
     page = report(staged(tmp_path, [{**STAGES[0], "name": EVIL, "windows": EVIL}, STAGES[1]]))
     assert "script" not in page.tags
     assert "img" not in page.tags
+
+
+def test_scores_on_examples_take_the_place_of_perplexity(tmp_path: Path) -> None:
+    record = {"kind": "qa", "exact_match": 0.25, "f1": 0.5, "n": 1234, "protocol": {"overlap": 48, "context": EVIL}}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"checkpoint": "step-00000001", "examples": record}))
+    page = Page(write_report(tmp_path).read_text())
+    assert "Held-out examples: 1,234" in page.text
+    assert "exact match 0.250" in page.text
+    assert "f1 0.500" in page.text
+    assert "overlap 48" in page.text
+    assert "script" not in page.tags
