@@ -14,6 +14,7 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.evaluation.evaluate import Evaluation, evaluate_documents
 from longspan.model.decoder import Decoder
 from longspan.model.generation import generate
+from longspan.model.prompts import fitting
 from longspan.model.seq2seq import Seq2Seq
 
 from .precision import Arithmetic
@@ -93,17 +94,14 @@ def sample(model: Decoder, tokenizer: Tokenizer, config: SampleConfig, *, seed: 
     prompt = tokenizer.encode(config.prompt)
     if not prompt:
         return
-    new_tokens = config.max_new_tokens
-    if model.config.positions == "learned":
-        new_tokens = min(new_tokens, model.config.max_positions - len(prompt))
-    if new_tokens < 1:
-        logger.warning("no sample: sample.prompt fills the model's %d positions", model.config.max_positions)
+    if model.config.positions == "learned" and len(prompt) > model.config.max_positions:
+        logger.warning("no sample: sample.prompt is longer than the model's %d positions", model.config.max_positions)
         return
     device = model.head_weight.device
     tokens_BT = generate(
         model,
         torch.tensor([prompt], device=device),
-        max_new_tokens=new_tokens,
+        max_new_tokens=fitting(model.config, len(prompt), config.max_new_tokens),
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
