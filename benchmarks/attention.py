@@ -7,21 +7,19 @@ void and not timed; a peer's is timed and marked. Whatever a contender raises be
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from longspan.kernels.attention import UnsupportedAttention
-
+from .attempts import caught, free
 from .contenders import OURS, Contender, contenders
 from .entrants import Entrant, rows_of, summary
 from .environment import facts_of_run
 from .plan import Plan
 from .plots import draw
-from .rows import Row, Status, markdown, save
+from .rows import Row, markdown, save
 from .shapes import FLASH, FLEX, Case
 from .tensors import Inputs, Sample, Values, by_rows, errors, exact_values, excess, low_precision, make_inputs, sample
 from .timing import Clock, interleaved, make_clock, measure_machine, peak_memory, warm_up
@@ -76,7 +74,7 @@ def run(plan: Plan, tell: Tell = print) -> Outcome:
         longest = max(longest, time.monotonic() - began - elapsed)
         for line in summary(case, entrants, fresh):
             tell(line)
-        lost = _caught(clock.synchronize)
+        lost = caught(clock.synchronize)
         if lost is not None:  # after an illegal access every later call fails
             stopped = f"the GPU no longer answers ({lost[1]})"
             break
@@ -106,15 +104,15 @@ def _measure(case: Case, plan: Plan, clock: Clock) -> list[Entrant]:
     def measure() -> None:
         torch.compiler.reset()  # torch.compile gives up on a function after eight shapes
         _judge(entrants, everybody, case, plan, yardstick)
-        _free(plan.device)
+        free(plan.device)
         _race([entrant for entrant in entrants.values() if entrant.timed], clock, plan)
 
-    problem = _caught(measure)
+    problem = caught(measure)
     for entrant in entrants.values():
         if problem is not None:
             entrant.drop("failed", f"the case failed: {problem[1]}")
         entrant.prepared = None
-    _caught(lambda: _free(plan.device))  # a lost GPU is told by `run`
+    caught(lambda: free(plan.device))  # a lost GPU is told by `run`
     return [entrants[name] for name in asked]
 
 
@@ -129,7 +127,7 @@ def _judge(
     for entrant in entrants.values():
         contender = everybody[entrant.name]
         _attempt(entrant, lambda entrant=entrant, by=contender: _check(entrant, by, case, inputs, chosen, exact))
-        _free(plan.device)
+        free(plan.device)
     budget = entrants[yardstick].errors if yardstick in entrants else {}
     if not budget:
         yardstick = _TWIN
@@ -161,7 +159,7 @@ def _race(entrants: Sequence[Entrant], clock: Clock, plan: Plan) -> None:
         for name, samples in interleaved(steps, clock, plan.repetitions).items():
             running[name].samples = samples
 
-    problem = _caught(race)
+    problem = caught(race)
     if problem is not None:
         for entrant in running.values():
             entrant.drop("failed", f"while all were timed: {problem[1]}")
@@ -194,28 +192,6 @@ def _warm(entrant: Entrant, clock: Clock, device: torch.device) -> None:
 
 
 def _attempt(entrant: Entrant, work: Callable[[], None]) -> None:
-    problem = _caught(work)
+    problem = caught(work)
     if problem is not None:
         entrant.drop(*problem)
-
-
-def _caught(work: Callable[[], None]) -> tuple[Status, str] | None:
-    """What `work` raised, as a status and one line."""
-    try:
-        work()
-    except UnsupportedAttention as error:
-        return "skipped", _one_line(error)
-    except Exception as error:  # noqa: BLE001 (whatever a peer or a compiler raises is a result, and the suite goes on)
-        return "failed", _one_line(error)
-    return None
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
-
-
-def _free(device: torch.device) -> None:
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from longspan.kernels.attention import attend
 
+from .attempts import missing
 from .shapes import CUDNN, FLASH, FLASH_4, FLEX, LONGFORMER, Case
 from .tensors import Inputs, Values, document_ids, global_flags, make_context
 from .timing import Step
@@ -213,7 +213,7 @@ class Longformer:
             return "has no grouped key/value heads"
         if case.length % (2 * window.left):
             return f"needs a length that is a multiple of {2 * window.left}"
-        return _missing("transformers", "transformers")
+        return missing("transformers", "transformers")
 
     def prepare(self, case: Case, inputs: Inputs) -> Prepared:
         from transformers import LongformerConfig
@@ -276,7 +276,7 @@ class Flash4:
             return "has no global tokens, no dilation, and block masks by CuTe functions only"
         if device.type != "cuda":
             return "runs on CUDA only"
-        return _missing("flash_attn.cute", "flash-attn-4")
+        return missing("flash_attn.cute", "flash-attn-4")
 
     def prepare(self, case: Case, inputs: Inputs) -> Prepared:
         from flash_attn.cute import flash_attn_func, flash_attn_varlen_func  # pyright: ignore[reportMissingImports]: an optional peer
@@ -309,11 +309,3 @@ class Flash4:
             return out
 
         return _time_first(inputs, forward)
-
-
-def _missing(module: str, package: str) -> str | None:
-    try:
-        found = find_spec(module)
-    except ModuleNotFoundError:  # not even its parent is there
-        found = None
-    return f"{package} is not installed" if found is None else None

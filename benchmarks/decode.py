@@ -25,7 +25,8 @@ from torch import Tensor
 from longspan.kernels.attention import AttentionContext, AttentionParams, AttentionSpec, Window, attend
 from longspan.kernels.attention.quantize import quantize
 
-from .environment import append, facts_of_run, quantiles
+from .attempts import caught, missing, short
+from .environment import SMOKE, append, facts_of_run, installed, quantiles
 from .timing import Clock, Machine, interleaved_calls, make_clock, measure_machine
 
 Storage = Literal["bfloat16", "int8", "float8_e4m3fn"]
@@ -33,7 +34,7 @@ OURS = "longspan-decode"
 _GRAPHED_BELOW = 64 * 2**20  # bytes of K and V: what a token takes there is launches rather than memory
 _GRAPH_CALLS = 32
 _SHARE, _LARGE = 0.85, 256 * 2**20
-_TOLD = ("case", "contender", "status", "us", "gb_per_s", "of_copy", "graph_us", "error", "storage_error")
+_TOLD = ("case", "contender", "version", "status", "us", "gb_per_s", "of_copy", "graph_us", "error", "storage_error")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,30 +162,90 @@ def _paged(x_BSGD: Tensor, page: int, order: Tensor) -> Tensor:
 Call = Callable[[], Tensor]  # -> [B, 1, H, D]
 
 
-def contenders(case: DecodeCase, inputs: Inputs) -> dict[str, Call]:
-    """Ours first. Peers read contiguous bf16 whatever ours reads: that is what they have."""
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """prepare   makes the call, with everything that is done once for many calls
+    missing   why it cannot take part, known without trying
+    package   whose version belongs to the number; "": torch's or ours
+    """
 
-    def ours() -> Tensor:
-        k, v = inputs.kept
-        return attend(
-            inputs.q, k, v, spec=case.spec, context=inputs.context, params=inputs.params, backend="decode"
-        ).out
+    prepare: Callable[[], Call]
+    missing: str | None = None
+    package: str = ""
 
-    q_BHTD, k_BGSD, v_BGSD = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+
+def contenders(case: DecodeCase, inputs: Inputs) -> dict[str, Contender]:
+    """Ours first. Peers read bf16 whatever ours reads, and contiguous keys (FlashInfer pages): that is theirs."""
+    q_BTHD, k_BSGD, v_BSGD = inputs.q, inputs.k, inputs.v
     shared = case.heads != case.kv_heads
     start = 0 if case.window is None else max(0, case.length - case.window)
 
-    def sdpa() -> Tensor:
-        k, v = k_BGSD[:, :, start:], v_BGSD[:, :, start:]
-        return torch.nn.functional.scaled_dot_product_attention(q_BHTD, k, v, enable_gqa=shared).transpose(1, 2)
+    def ours() -> Call:
+        k, v = inputs.kept
+        return lambda: (
+            attend(q_BTHD, k, v, spec=case.spec, context=inputs.context, params=inputs.params, backend="decode").out
+        )
 
-    every: dict[str, Call] = {OURS: ours, "sdpa": sdpa}
-    if inputs.q.is_cuda and case.window is None:
+    def sdpa() -> Call:
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSGD[:, start:], v_BSGD[:, start:]))
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return lambda: attention(q, k, v, enable_gqa=shared).transpose(1, 2)
+
+    def flex() -> Call:
         from torch.nn.attention.flex_attention import flex_attention
 
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSGD, v_BSGD))
         compiled = torch.compile(flex_attention, dynamic=False)
-        every["flex"] = lambda: compiled(q_BHTD, k_BGSD, v_BGSD, enable_gqa=shared).transpose(1, 2)
+        return lambda: compiled(q, k, v, enable_gqa=shared).transpose(1, 2)
+
+    every = {OURS: Contender(ours), "sdpa": Contender(sdpa)}
+    if q_BTHD.is_cuda and case.window is None:
+        every["flex"] = Contender(flex)
+    every["flashinfer"] = Contender(
+        lambda: _flashinfer(case, inputs), missing("flashinfer", "flashinfer-python"), "flashinfer-python"
+    )
+    every["xformers"] = Contender(lambda: _xformers(case, inputs, start), missing("xformers", "xformers"), "xformers")
     return every
+
+
+def _flashinfer(case: DecodeCase, inputs: Inputs) -> Call:
+    """Its batched decoding over pages, planned once for all layers of a step, as its documentation has it."""
+    import flashinfer  # pyright: ignore[reportMissingImports]: an optional peer
+
+    B, page, device = case.batch, case.page or 16, inputs.q.device
+    pages = math.ceil(case.length / page)
+    in_order = torch.arange(B * pages, device=device)
+    # Keys of all heads side by side ("NHD"), which is its default.
+    k, v = (_paged(x, page, in_order).contiguous() for x in (inputs.k, inputs.v))
+    workspace = torch.empty(128 * 2**20, dtype=torch.uint8, device=device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        workspace, "NHD", use_tensor_cores=case.heads >= 4 * case.kv_heads
+    )
+    wrapper.plan(
+        torch.arange(0, (B + 1) * pages, pages, dtype=torch.int32, device=device),
+        in_order.int(),
+        torch.full((B,), case.length - (pages - 1) * page, dtype=torch.int32, device=device),
+        case.heads,
+        case.kv_heads,
+        case.head_dim,
+        page,
+        window_left=-1 if case.window is None else case.window - 1,
+        q_data_type=inputs.q.dtype,
+        kv_data_type=k.dtype,
+    )
+    q_BHD = inputs.q[:, 0].contiguous()
+    return lambda: wrapper.run(q_BHD, (k, v))[:, None]
+
+
+def _xformers(case: DecodeCase, inputs: Inputs, start: int) -> Call:
+    """memory_efficient_attention_forward, which picks its split-K kernel for single queries; query heads that share
+    keys are an axis of their own, over which keys are expanded without a copy."""
+    from xformers.ops import memory_efficient_attention_forward  # pyright: ignore[reportMissingImports]: an optional peer
+
+    groups = (case.kv_heads, case.heads // case.kv_heads)
+    q_BTGRD = inputs.q.unflatten(2, groups)
+    k_BSGRD, v_BSGRD = (x[:, start:, :, None].expand(-1, -1, -1, groups[1], -1) for x in (inputs.k, inputs.v))
+    return lambda: memory_efficient_attention_forward(q_BTGRD, k_BSGRD, v_BSGRD).flatten(2, 3)
 
 
 def exact(case: DecodeCase, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -219,7 +280,9 @@ def run(
     facts = facts_of_run()
     clock = make_clock(device)
     machine = None if device.type == "cpu" else measure_machine(clock)
-    if machine is not None:
+    if machine is None:
+        print(SMOKE)
+    else:
         print(f"copy {machine.copy_tb_per_s:.2f} TB/s read and written")
     chosen = [case for case in cases(shapes) if only is None or only in case.name]
     sound = bool(chosen)
@@ -241,15 +304,20 @@ def _measure(
     truth, before_storage = exact(case, inputs)
     running: dict[str, Call] = {}
     found: dict[str, tuple[str, float | None]] = {}
-    for name, call in contenders(case, inputs).items():
-        try:
+    versions: dict[str, str] = {}
+    for name, contender in contenders(case, inputs).items():
+        versions[name] = installed(contender.package) if contender.package and contender.missing is None else ""
+
+        def check(name: str = name, contender: Contender = contender) -> None:
+            call = contender.prepare()
             out = call()
             clock.synchronize()
-        except Exception as error:  # noqa: BLE001 (whatever a peer raises is a result)
-            found[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}", None
-            continue
-        found[name] = "ok", _error(out, truth if name == OURS else before_storage)
-        running[name] = call
+            found[name] = "ok", _error(out, truth if name == OURS else before_storage)
+            running[name] = call
+
+        problem = ("skipped", contender.missing) if contender.missing is not None else caught(check)
+        if problem is not None:
+            found[name] = f"{problem[0]}: {problem[1]}", None
     budget = max(2 * (found["sdpa"][1] or 0.0), 1e-5)
     mine = found[OURS][1]
     if mine is not None and not mine <= budget:
@@ -263,6 +331,7 @@ def _measure(
     rows: list[dict[str, object]] = []
     for name, (status, error) in found.items():
         row = _row(case, name, status, error, samples.get(name), machine)
+        row["version"] = versions[name]
         row["graph_us"] = _in_a_graph(running[name]) if graphed and name in running else ""
         rows.append(row)
     quantised = _error(truth, before_storage) if case.storage != "bfloat16" else ""
@@ -290,22 +359,18 @@ def _row(
         "contender": name,
         "status": status,
         "n": 0 if samples is None else len(samples),
-        "us_p20": _short(1e3 * p20),
-        "us": _short(1e3 * p50),
-        "us_p80": _short(1e3 * p80),
+        "us_p20": short(1e3 * p20),
+        "us": short(1e3 * p50),
+        "us_p80": short(1e3 * p80),
         "kv_mib": round(nbytes / 2**20, 3),
-        "gb_per_s": _short(rate),
-        "of_copy": "" if share is None else _short(share),
+        "gb_per_s": short(rate),
+        "of_copy": "" if share is None else short(share),
         "target": f"≥ {_SHARE} of the run's copy at ≥ 256 MiB" if asked else "",
         "target_met": ("yes" if share is not None and share >= _SHARE else "no") if asked else "",
         "error": "" if error is None else f"{error:.2e}",
         "copy_tb_per_s": "" if machine is None else round(machine.copy_tb_per_s, 3),
         "smoke": machine is None,
     }
-
-
-def _short(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.4g}"
 
 
 def _in_a_graph(call: Call) -> str:
@@ -316,12 +381,15 @@ def _in_a_graph(call: Call) -> str:
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    try:
+
+    def record() -> None:
         with torch.cuda.graph(graph):
             for _ in range(_GRAPH_CALLS):
                 call()
-    except Exception as error:  # noqa: BLE001 (a peer that cannot be recorded)
-        return f"not recordable: {type(error).__name__}"
+
+    problem = caught(record)
+    if problem is not None:
+        return f"not recordable: {problem[1].partition(':')[0]}"
     times: list[float] = []
     for _ in range(20):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -330,4 +398,4 @@ def _in_a_graph(call: Call) -> str:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / _GRAPH_CALLS)
-    return _short(sorted(times)[len(times) // 2])
+    return short(sorted(times)[len(times) // 2])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+SMOKE = "smoke run on a CPU: it shows that everything works, and no speed"
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

@@ -2,8 +2,9 @@
 
     longspan bench suite=generation [shapes=tiny|quick|full] [only=…]
 
-Both continue the same random prompt with random weights of the same shape, greedily. A step's time is the difference
-between generating many tokens and few, divided by the difference in tokens, so that neither prefill nor set-up counts.
+Both continue the same random prompt with random weights of the same shape, greedily. A step's time is that of many
+steps divided by their number: ours after a few that do not count; theirs as the difference between generating many
+tokens and few, so that neither prefill nor set-up counts. Each repetition runs every contender once.
 The limit is the time to read the weights and the keys and values once, at the rate of a copy in the same run.
 """
 
@@ -12,14 +13,13 @@ from __future__ import annotations
 import datetime
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from longspan.kernels.attention import UnsupportedAttention
 from longspan.model import accounting
 from longspan.model.cache import create_cache
 from longspan.model.config import DecoderConfig
@@ -27,10 +27,13 @@ from longspan.model.decoder import Decoder, from_config
 from longspan.model.generation import prefill
 from longspan.model.step import DecodeStep
 
-from .environment import append, facts_of_run, installed
+from .attempts import caught, free, missing, short
+from .environment import SMOKE, append, facts_of_run, quantiles
 from .timing import make_clock, measure_machine
 
 FEW, MANY = 8, 72
+REPETITIONS = 5  # at most: each takes theirs two whole texts
+OURS = "longspan"
 DYNAMIC, STATIC = "transformers dynamic cache", "transformers static cache"  # the second compiles itself
 _CHUNK = 8192  # tokens of a prompt that are read at a time
 
@@ -91,28 +94,36 @@ def llama(kv_heads: int) -> DecoderConfig:
     )
 
 
+Measure = Callable[[], float]  # milliseconds a step
+
+
 @torch.no_grad()
-def ours(case: ModelCase, device: torch.device, *, compiled: bool) -> float:
-    """Milliseconds a step."""
+def ours(case: ModelCase, device: torch.device, *, compiled: bool) -> Measure:
+    """The prompt is read once; each repetition goes back to its end."""
     model = build(case.config, device)
-    tokens_BT = prompt(case, device)
-    cache = create_cache(model, case.batch, case.context + MANY + 8)
-    logits_BV = prefill(model, tokens_BT, cache, chunk=_CHUNK)
+    cache = create_cache(model, case.batch, case.context + MANY + 8, kind="contiguous")
+    first_B = prefill(model, prompt(case, device), cache, chunk=_CHUNK).argmax(dim=-1)
     step = DecodeStep(model, cache, compiled=compiled)
-    token_B = logits_BV.argmax(dim=-1)
-    for _ in range(FEW):  # recorded on the way
-        token_B = step(token_B).argmax(dim=-1)
-    _wait(device)
-    began = time.perf_counter()
-    for _ in range(MANY - FEW):
-        token_B = step(token_B).argmax(dim=-1)
-    _wait(device)
-    return (time.perf_counter() - began) / (MANY - FEW) * 1e3
+
+    @torch.no_grad()
+    def measure() -> float:
+        cache.truncate(case.context)
+        token_B = first_B
+        for _ in range(FEW):  # recorded on the way, the first time
+            token_B = step(token_B).argmax(dim=-1)
+        _wait(device)
+        began = time.perf_counter()
+        for _ in range(MANY - FEW):
+            token_B = step(token_B).argmax(dim=-1)
+        _wait(device)
+        return (time.perf_counter() - began) / (MANY - FEW) * 1e3
+
+    return measure
 
 
 @torch.no_grad()
-def hugging_face(case: ModelCase, device: torch.device, *, static: bool) -> float:
-    """Milliseconds a step of `generate`, with its dynamic or its static cache (which it compiles)."""
+def hugging_face(case: ModelCase, device: torch.device, *, static: bool) -> Measure:
+    """Its `generate`, with its dynamic or its static cache (which it compiles)."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     config = case.config
@@ -154,16 +165,19 @@ def hugging_face(case: ModelCase, device: torch.device, *, static: bool) -> floa
             cache_implementation="static" if static else None,
         )
 
+    def measure() -> float:
+        seconds = {}
+        for n_tokens in (FEW, MANY):
+            _wait(device)
+            began = time.perf_counter()
+            generate(n_tokens)
+            _wait(device)
+            seconds[n_tokens] = time.perf_counter() - began
+        return (seconds[MANY] - seconds[FEW]) / (MANY - FEW) * 1e3
+
     for n_tokens in (FEW, MANY):  # a static cache is as long as the text, and compiled for its length
         generate(n_tokens)
-    seconds = {}
-    for n_tokens in (FEW, MANY):
-        _wait(device)
-        began = time.perf_counter()
-        generate(n_tokens)
-        _wait(device)
-        seconds[n_tokens] = time.perf_counter() - began
-    return (seconds[MANY] - seconds[FEW]) / (MANY - FEW) * 1e3
+    return measure
 
 
 def build(config: DecoderConfig, device: torch.device) -> Decoder:
@@ -187,65 +201,126 @@ def limit_bytes(case: ModelCase, bytes_per_element: int = 2) -> int:
     return weights * bytes_per_element + kv
 
 
-def run(shapes: str, device: torch.device, output: Path, *, command: str, only: str | None = None) -> bool:
+@dataclass(slots=True)
+class _Entrant:
+    """A contender in one case: what came of it."""
+
+    status: str = "ok"
+    samples: list[float] = field(default_factory=list)
+    measure: Measure | None = None
+
+    @property
+    def quantiles(self) -> tuple[float, float, float]:
+        """p20, p50 and p80 of the milliseconds."""
+        if len(self.samples) > 1:
+            return quantiles(self.samples)
+        only = self.samples[0] if self.samples else math.nan
+        return only, only, only
+
+
+def run(
+    shapes: str,
+    device: torch.device,
+    output: Path,
+    *,
+    command: str,
+    only: str | None = None,
+    repetitions: int = REPETITIONS,
+) -> bool:
     """Measure, print, append to `generation.csv`. False when ours failed."""
     facts = facts_of_run()
     copy = None if device.type == "cpu" else measure_machine(make_clock(device)).copy_tb_per_s
-    contenders: dict[str, Callable[[ModelCase], float]] = {
-        DYNAMIC: lambda case: hugging_face(case, device, static=False),
-        "longspan": lambda case: ours(case, device, compiled=False),
-        "longspan compiled": lambda case: ours(case, device, compiled=True),
-        STATIC: lambda case: hugging_face(case, device, static=True),
-    }
-    if device.type == "cpu":
-        contenders = {name: contenders[name] for name in ("longspan", DYNAMIC)}
-    if installed("transformers") == "none":
-        contenders = {name: each for name, each in contenders.items() if name.startswith("longspan")}
+    if copy is None:
+        print(SMOKE)
     sound = True
     for case in cases(shapes):
         if only is not None and only not in case.name:
             continue
-        limit = math.nan if copy is None else limit_bytes(case) / copy * 1e-9
-        rows: list[dict[str, object]] = []
-        for name, measure in contenders.items():
-            torch.compiler.reset()
-            status, milliseconds = "ok", math.nan
-            try:
-                milliseconds = measure(case)
-            except (UnsupportedAttention, RuntimeError, ValueError, ImportError) as error:
-                status = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                sound = sound and not name.startswith("longspan")
-            _free(device)
-            rows.append(
-                {
-                    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                    "command": command,
-                    "case": case.name,
-                    "contender": name,
-                    "status": status,
-                    "ms_per_step": _short(milliseconds),
-                    "tokens_per_s": _short(case.batch / milliseconds * 1e3),
-                    "byte_limit_ms": _short(limit),
-                    "times_limit": _short(milliseconds / limit),
-                }
-            )
+        entrants = _raced(case, device, repetitions)
+        sound = sound and all(each.status == "ok" for name, each in entrants.items() if name.startswith(OURS))
+        rows = _rows(case, entrants, copy)
         for row in rows:
-            own = str(row["contender"]).startswith("longspan")
-            factors = {
-                name: _milliseconds(rows, name) / float(str(row["ms_per_step"] or "nan")) for name in (DYNAMIC, STATIC)
-            }
-            row["times_dynamic"], row["times_static"] = (_short(factors[name]) for name in (DYNAMIC, STATIC))
-            row["target"] = _target(case) if own else ""
-            met = _verdict(case, factors[DYNAMIC], float(str(row["times_limit"] or "nan")))
-            row["target_met"] = met if own else ""
-            row["smoke"] = copy is None
-            print("  ".join(f"{key}={row[key]}" for key in list(row)[2:] if row[key] != ""))
-        append("generation.csv", [{**row, **facts} for row in rows], output)
+            print("  ".join(f"{key}={row[key]}" for key in row if row[key] != ""))
+        date = datetime.datetime.now(datetime.UTC).date().isoformat()
+        append("generation.csv", [{"date": date, "command": command, **row, **facts} for row in rows], output)
     return sound
 
 
-def _milliseconds(rows: Sequence[dict[str, object]], contender: str) -> float:
-    return next((float(str(row["ms_per_step"] or "nan")) for row in rows if row["contender"] == contender), math.nan)
+def _raced(case: ModelCase, device: torch.device, repetitions: int) -> dict[str, _Entrant]:
+    """Everybody prepared, then each in turn, a different one first each time, so that clocks and heat favour nobody."""
+    makers: dict[str, Callable[[], Measure]] = {
+        OURS: lambda: ours(case, device, compiled=False),
+        DYNAMIC: lambda: hugging_face(case, device, static=False),
+    }
+    if device.type != "cpu":
+        makers[f"{OURS} compiled"] = lambda: ours(case, device, compiled=True)
+        makers[STATIC] = lambda: hugging_face(case, device, static=True)
+    torch.compiler.reset()
+    entrants = {name: _Entrant() for name in makers}
+    absent = missing("transformers", "transformers")
+
+    def attempt(entrant: _Entrant, work: Callable[[], None]) -> None:
+        problem = caught(work)
+        if problem is not None:
+            entrant.status, entrant.measure, entrant.samples = f"{problem[0]}: {problem[1]}", None, []
+
+    for name, make in makers.items():
+        entrant = entrants[name]
+        if absent is not None and not name.startswith(OURS):
+            entrant.status = f"skipped: {absent}"
+            continue
+
+        def prepare(entrant: _Entrant = entrant, make: Callable[[], Measure] = make) -> None:
+            entrant.measure = make()
+            entrant.measure()  # what is compiled or recorded at first does not count
+
+        attempt(entrant, prepare)
+        free(device)
+    names = list(entrants)
+    for repetition in range(repetitions):
+        turn = repetition % len(names)
+        for name in names[turn:] + names[:turn]:
+            entrant = entrants[name]
+            if entrant.measure is not None:
+
+                def measure(entrant: _Entrant = entrant, once: Measure = entrant.measure) -> None:
+                    entrant.samples.append(once())
+
+                attempt(entrant, measure)
+    for entrant in entrants.values():
+        entrant.measure = None
+    free(device)
+    return entrants
+
+
+def _rows(case: ModelCase, entrants: Mapping[str, _Entrant], copy: float | None) -> list[dict[str, object]]:
+    limit = math.nan if copy is None else limit_bytes(case) / copy * 1e-9
+    medians = {name: entrant.quantiles[1] for name, entrant in entrants.items()}
+    rows: list[dict[str, object]] = []
+    for name, entrant in entrants.items():
+        p20, p50, p80 = entrant.quantiles
+        factors = {peer: medians.get(peer, math.nan) / p50 for peer in (DYNAMIC, STATIC)}
+        own = name.startswith(OURS)
+        rows.append(
+            {
+                "case": case.name,
+                "contender": name,
+                "status": entrant.status,
+                "n": len(entrant.samples),
+                "ms_p20": short(p20),
+                "ms_per_step": short(p50),
+                "ms_p80": short(p80),
+                "tokens_per_s": short(case.batch / p50 * 1e3),
+                "byte_limit_ms": short(limit),
+                "times_limit": short(p50 / limit),
+                "times_dynamic": short(factors[DYNAMIC]),
+                "times_static": short(factors[STATIC]),
+                "target": _target(case) if own else "",
+                "target_met": _verdict(case, factors[DYNAMIC], p50 / limit) if own else "",
+                "smoke": copy is None,
+            }
+        )
+    return rows
 
 
 def _target(case: ModelCase) -> str:
@@ -269,15 +344,3 @@ def _verdict(case: ModelCase, factor: float, times_limit: float) -> str:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _free(device: torch.device) -> None:
-    import gc
-
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _short(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.4g}"

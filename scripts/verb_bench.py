@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
 import torch
 
 from longspan.benchmarks import decode, generation
@@ -19,16 +22,13 @@ from .output import as_yaml
 
 def run(config: BenchConfig) -> int:
     device = _device(config)
-    if config.suite in ("decode", "generation"):
-        return _by_name(config, device)
+    shapes = config.shapes or ("tiny" if device.type == "cpu" else "quick")
+    if config.suite == "decode" or config.suite == "generation":
+        every = decode.cases(shapes) if config.suite == "decode" else generation.cases(shapes)
+        return _decoding(config, device, shapes, _chosen(config, shapes, every))
     if config.backend not in available():
         raise UserError(f"backend={config.backend}: registered are {', '.join(available())}")
-    shapes = config.shapes or ("tiny" if device.type == "cpu" else "quick")
-    every = suite(config.suite, shapes)
-    cases = tuple(case for case in every if config.only is None or config.only in case.name)
-    if not cases:
-        names = "; ".join(case.name for case in every)
-        raise UserError(f"only={config.only}: in the name of no case of suite={config.suite} shapes={shapes}: {names}")
+    cases = _chosen(config, shapes, suite(config.suite, shapes))
     if config.dry_run:
         print(as_yaml(plain(config)), end="")
         print("\n".join(f"# {case.name}: {case.flops('both') / 1e12:.3g} TFLOP forward and backward" for case in cases))
@@ -66,27 +66,35 @@ def run(config: BenchConfig) -> int:
     return 0
 
 
-def _by_name(config: BenchConfig, device: torch.device) -> int:
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+C = TypeVar("C", bound=_Named)
+
+
+def _chosen(config: BenchConfig, shapes: str, every: Sequence[C]) -> tuple[C, ...]:
+    cases = tuple(case for case in every if config.only is None or config.only in case.name)
+    if not cases:
+        names = "; ".join(case.name for case in every)
+        raise UserError(f"only={config.only}: in the name of no case of suite={config.suite} shapes={shapes}: {names}")
+    return cases
+
+
+def _decoding(config: BenchConfig, device: torch.device, shapes: str, cases: Sequence[_Named]) -> int:
     """The suites of decoding, which have contenders and rows of their own."""
-    shapes = config.shapes or ("tiny" if device.type == "cpu" else "quick")
-    every = decode.cases(shapes) if config.suite == "decode" else generation.cases(shapes)
-    named = [case.name for case in every]
-    if config.only is not None and not any(config.only in name for name in named):
-        raise UserError(
-            f"only={config.only}: in the name of no case of suite={config.suite} shapes={shapes}: {'; '.join(named)}"
-        )
     if config.dry_run:
         print(as_yaml(plain(config)), end="")
-        print("\n".join(f"# {name}" for name in named if config.only is None or config.only in name))
+        print("\n".join(f"# {case.name}" for case in cases))
         return 0
-    command = f"longspan bench suite={config.suite} shapes={shapes} repetitions={config.repetitions}"
+    times = config.repetitions if config.suite == "decode" else min(config.repetitions, generation.REPETITIONS)
+    command = f"longspan bench suite={config.suite} shapes={shapes} repetitions={times}"
     if config.only is not None:
         command += f" only='{config.only}'"
     output = output_directory(config.output, smoke=device.type == "cpu")
-    if config.suite == "decode":
-        sound = decode.run(shapes, device, output, command=command, only=config.only, repetitions=config.repetitions)
-    else:
-        sound = generation.run(shapes, device, output, command=command, only=config.only)
+    suite_of = decode if config.suite == "decode" else generation
+    sound = suite_of.run(shapes, device, output, command=command, only=config.only, repetitions=times)
     print(f"rows appended to {output / config.suite}.csv")
     if not sound:
         print("something of ours was void or failed")

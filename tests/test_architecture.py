@@ -115,8 +115,8 @@ SIGNATURES = {
     "longspan.model.generation.generate": "model tokens_BT * max_new_tokens temperature top_k top_p min_p "
     "repetition_penalty seed seeds stop_tokens pad_token prompt_mask_BT is_global_BT num_beams length_penalty cache "
     "storage on_token prefill_chunk steps",
-    "longspan.model.generation.complete": "model prompts sampling * tokenizer stop_strings global_positions cache storage "
-    "on_text steps",
+    "longspan.model.generation.complete": "model prompts sampling * tokenizer stop_strings global_positions cache "
+    "storage on_text steps",
 }
 
 

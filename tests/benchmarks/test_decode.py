@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 from longspan.benchmarks import decode, generation
 from longspan.benchmarks.decode import OURS, DecodeCase, cases, exact, make_inputs
+from longspan.benchmarks.environment import RESULTS
 from longspan.benchmarks.generation import ModelCase, limit_bytes
-from longspan.kernels.attention import attend
+from longspan.kernels.attention import (
+    AttentionContext,
+    AttentionOutput,
+    AttentionParams,
+    AttentionSpec,
+    Window,
+    attend,
+)
 from longspan.model import accounting
 from longspan.model.config import DecoderConfig
 from longspan.scripts.cli import main
@@ -46,11 +59,17 @@ def test_pages_and_8_bits_hold_the_same_keys(case: DecodeCase) -> None:
     assert apart == 0 if case.storage == "bfloat16" else 1e-4 < apart < 0.05
 
 
-def test_the_suite_runs_and_appends(tmp_path: Path) -> None:
+def test_the_suite_runs_and_appends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "suite=decode", "device=cpu", "repetitions=3"]) == 0
+    assert "smoke run on a CPU: it shows that everything works, and no speed" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "bench/decode.csv").read_text().splitlines()))
     assert [row["case"] for row in rows if row["contender"] == OURS] == [case.name for case in cases("tiny")]
     for row in rows:
+        if row["contender"] in ("flashinfer", "xformers"):
+            package = {"flashinfer": "flashinfer-python"}.get(row["contender"], row["contender"])
+            assert row["status"] == f"skipped: {package} is not installed"
+            assert (row["us"], row["version"]) == ("", "")
+            continue
         assert row["status"] == "ok"
         assert row["n"] == "3"
         assert 0 < float(row["us_p20"]) <= float(row["us"]) <= float(row["us_p80"])
@@ -58,13 +77,61 @@ def test_the_suite_runs_and_appends(tmp_path: Path) -> None:
         assert float(row["gb_per_s"]) == pytest.approx(rate, rel=0.1)  # kv_mib is rounded
 
 
-def test_ours_beyond_the_budget_is_void(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def off(*args: object, **kwargs: object) -> object:
-        return attend(*args, **kwargs) if kwargs["backend"] != "decode" else wrong(*args, **kwargs)  # pyright: ignore[reportArgumentType]  # passed on
+def test_peers_that_are_installed_are_called_as_they_are_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the peers' signatures, computed by the reference: pages, groups and windows reach them right."""
 
-    def wrong(*args: object, **kwargs: object) -> object:
-        out = attend(*args, **kwargs)  # pyright: ignore[reportArgumentType]  # passed on
-        return type(out)(out.out * 1.01)
+    class Wrapper:
+        def __init__(self, workspace: Tensor, layout: str, *, use_tensor_cores: bool) -> None:
+            assert layout == "NHD"
+
+        def plan(
+            self, indptr: Tensor, indices: Tensor, last: Tensor, heads: int, kv_heads: int, head_dim: int, page: int,
+            *, window_left: int, q_data_type: torch.dtype, kv_data_type: torch.dtype,
+        ) -> None:  # fmt: skip
+            pages = indices.view(len(last), -1)
+            assert torch.equal(indptr, torch.arange(len(last) + 1, dtype=torch.int32) * pages.shape[1])
+            lengths = (pages.shape[1] - 1) * page + last
+            self.window = None if window_left < 0 else window_left
+            self.context = AttentionContext(
+                page_table=pages, kv_lengths=lengths.long(), q_positions=lengths[:, None].long() - 1
+            )
+
+        def run(self, q_BHD: Tensor, pools: tuple[Tensor, Tensor]) -> Tensor:
+            spec = AttentionSpec(causal=True, window=Window(left=self.window))
+            out = attend(q_BHD[:, None], *pools, spec=spec, context=self.context, backend="reference").out
+            return out[:, 0]
+
+    def efficient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.flatten(2, 3) for x in (q, k, v))
+        return attend(q, k, v, spec=AttentionSpec(causal=False), backend="reference").out.unflatten(2, (2, -1))
+
+    flashinfer, xformers, ops = ModuleType("flashinfer"), ModuleType("xformers"), ModuleType("xformers.ops")
+    monkeypatch.setattr(flashinfer, "BatchDecodeWithPagedKVCacheWrapper", Wrapper, raising=False)
+    monkeypatch.setattr(ops, "memory_efficient_attention_forward", efficient, raising=False)
+    for module in (flashinfer, xformers, ops):
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for case in cases("tiny"):
+        inputs = make_inputs(case, CPU)
+        _, plain = exact(case, inputs)
+        for name in ("flashinfer", "xformers"):
+            found = decode.contenders(case, inputs)[name].prepare()()
+            torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_ours_beyond_the_budget_is_void(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def off(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        spec: AttentionSpec,
+        backend: str,
+        context: AttentionContext | None = None,
+        params: AttentionParams | None = None,
+    ) -> AttentionOutput:
+        right = attend(q, k, v, spec=spec, context=context, params=params, backend=backend)
+        return right if backend != "decode" else AttentionOutput(right.out * 1.01, None)
 
     monkeypatch.setattr(decode, "attend", off)
     assert not decode.run("tiny", CPU, tmp_path, command="test", only="window", repetitions=2)
@@ -92,10 +159,45 @@ def test_limit_counts_what_a_step_reads() -> None:
 
 
 def test_generation_steps_are_timed(tmp_path: Path) -> None:
-    assert generation.run("tiny", CPU, tmp_path, command="test")
+    """As often as the rows say, in turn, with a spread."""
+    assert generation.run("tiny", CPU, tmp_path, command="test", repetitions=2)
     rows = list(csv.DictReader((tmp_path / "generation.csv").read_text().splitlines()))
     assert "longspan" in [row["contender"] for row in rows]
     for row in rows:
-        assert row["status"] == "ok"
-        assert 0 < float(row["ms_per_step"]) < 1e4
+        assert (row["status"], row["n"]) == ("ok", "2")
+        assert 0 < float(row["ms_p20"]) <= float(row["ms_per_step"]) <= float(row["ms_p80"]) < 1e4
         assert math.isclose(float(row["tokens_per_s"]), 2e3 / float(row["ms_per_step"]), rel_tol=0.01)
+
+
+def test_repetitions_take_turns_and_a_failure_costs_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def entrant(name: str, fails_at: int | None = None) -> Callable[[], float]:
+        def measure() -> float:
+            calls.append(name)
+            if calls.count(name) == fails_at:
+                raise RuntimeError("out of order")
+            return float(len(calls))
+
+        return measure
+
+    monkeypatch.setattr(generation, "ours", lambda case, device, compiled: entrant("ours"))
+    monkeypatch.setattr(generation, "hugging_face", lambda case, device, static: entrant("theirs", fails_at=3))
+    (case,) = generation.cases("tiny")
+    found = generation._raced(case, CPU, 3)
+    assert calls == ["ours", "theirs", "ours", "theirs", "theirs", "ours", "ours"]  # the first of each is a rehearsal
+    assert found["longspan"].samples == [3.0, 6.0, 7.0]
+    assert found["transformers dynamic cache"].status == "failed: RuntimeError: out of order"
+    assert found["transformers dynamic cache"].samples == []
+
+
+@pytest.mark.parametrize("suite", ["decode", "generation"])
+def test_results_that_are_there_have_the_columns_of_today(
+    suite: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Or the next run could not be appended."""
+    monkeypatch.setattr(generation, "hugging_face", lambda case, device, static: lambda: 1.0)
+    run = decode.run if suite == "decode" else generation.run
+    run("tiny", CPU, tmp_path, command="test", repetitions=1 if suite == "generation" else 2)
+    fresh = (tmp_path / f"{suite}.csv").read_text().splitlines()[0]
+    assert fresh == (RESULTS / f"{suite}.csv").read_text().splitlines()[0]

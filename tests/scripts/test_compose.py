@@ -55,7 +55,7 @@ def test_an_attention_pattern_changes_in_yaml_and_nothing_else() -> None:
         ("prompt=def f(a, b): return {a: [b]}", "def f(a, b): return {a: [b]}"),
         ("prompt=", ""),
         ("prompt= x ", " x "),
-        ("prompt='x'", "x"),
+        ("prompt='x'", "'x'"),  # quotes may be what it is about
         ("prompt=null", None),
         ("prompt=${seed} $(x) \\n", "${seed} $(x) \\n"),
         ("prompt=1e-3", "1e-3"),

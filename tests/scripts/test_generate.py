@@ -203,11 +203,12 @@ def test_answers_of_another_command_are_noticed(generate: Callable[..., str], re
     generate(requests({"prompt": "a"}, {"prompt": "b"}), *arguments)
     where = f"checkpoint={workshop / 'runs/tiny'}"
     advice = "; choose another output, or remove this file to answer everything anew"
-    for source, other, said in (
-        (requests({"prompt": "A"}, {"prompt": "b"}), arguments, "another prompt than line 1 of the requests has now"),
-        (requests({"prompt": "a"}, {"prompt": "b"}), (*arguments[:2], "temperature=1"), "other settings than line 1"),
-        (requests({"prompt": "a"}, {"prompt": "b"}), (*arguments, "logprobs=true"), "other settings than line 1"),
+    for first, other, said in (
+        ("A", arguments, "another prompt than line 1 of the requests has now"),
+        ("a", (*arguments[:2], "temperature=1"), "other settings than line 1 of the requests has now"),
+        ("a", (*arguments, "logprobs=true"), "other settings than line 1 of the requests has now"),
     ):
+        source = requests({"prompt": first}, {"prompt": "b"})
         (line,) = refused("generate", where, "precision=fp32", "stop=false", source, *other)
         assert f"was made from {said}" in line
         assert line.endswith(advice)
