@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .batch import IGNORE
 from .examples import ExampleStore
-from .shards import StoreError
 from .tokenizer import Tokenizer
 from .writer import Split
 
@@ -66,12 +65,14 @@ class Seq2SeqBatch:
 class PairFrame:
     """The special tokens around what a model reads and writes: BART's `<s> source </s>` and `<s> target </s>`.
 
-    before     stands before a source; its first token is LED's global one
-    after      stands behind a source
-    begin      stands before a target; () where the tokenizer has no token that begins a text
-    end        stands behind a target, and fills what is free
-    start      what the decoder reads before a target
-    is_global  whether the first token of a source is global
+    before          stands before a source; its first token is LED's global one
+    after           stands behind a source
+    begin           stands before a target; () where the tokenizer has no token that begins a text
+    end             stands behind a target, and fills what is free
+    start           what the decoder reads before a target
+    is_global       whether the first token of a source is global
+    source_context  tokens of a source at most, special ones included: no batch is wider
+    target_context  the same of a target
     """
 
     before: tuple[int, ...]
@@ -80,16 +81,18 @@ class PairFrame:
     end: int
     start: int
     is_global: bool
+    source_context: int
+    target_context: int
 
     @property
-    def around_source(self) -> int:
-        """How many tokens a source has beside its text."""
-        return len(self.before) + len(self.after)
+    def source_room(self) -> int:
+        """Tokens of text that a source has room for."""
+        return self.source_context - len(self.before) - len(self.after)
 
     @property
-    def around_target(self) -> int:
-        """How many tokens a target has beside its text."""
-        return len(self.begin) + 1
+    def target_room(self) -> int:
+        """Tokens of text that a target has room for."""
+        return self.target_context - len(self.begin) - 1
 
     def source(self, text: np.ndarray) -> np.ndarray:
         return np.array([*self.before, *text.tolist(), *self.after], dtype=np.int64)
@@ -101,8 +104,8 @@ class PairFrame:
         """The texts of some sources and their targets, framed, shifted and padded."""
         sources = [self.source(source) for source, _ in pairs]
         targets = [self.target(target) for _, target in pairs]
-        source_BS = np.full((len(pairs), _padded(sources)), self.end, dtype=np.int64)
-        targets_BT = np.full((len(pairs), _padded(targets)), IGNORE, dtype=np.int64)
+        source_BS = np.full((len(pairs), _padded(sources, self.source_context)), self.end, dtype=np.int64)
+        targets_BT = np.full((len(pairs), _padded(targets, self.target_context)), IGNORE, dtype=np.int64)
         decoder_input_BT = np.full_like(targets_BT, self.end)
         decoder_input_BT[:, 0] = self.start
         for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
@@ -125,26 +128,18 @@ class PairItems:
     """The records of a split as pairs of their `source` and `target`. Of a text that is too long the beginning is
     taken; of a target, what ends it still follows.
 
-    source_context, target_context   tokens of each at most, special ones included
-    n_cut, longest                   how many of each are longer, and those limits, by name
-    Raises StoreError for a limit without room for a token.
+    n_cut    how many texts of each name are longer than the frame has room for
+    lengths  tokens of each pair, special ones included
     """
 
-    def __init__(
-        self, store: ExampleStore, *, split: Split, frame: PairFrame, source_context: int, target_context: int
-    ) -> None:
-        self.store, self.records = store, store.records(split)
-        self._frame = frame
-        self.longest = {"source": source_context, "target": target_context}
-        around = {"source": frame.around_source, "target": frame.around_target}
-        self._rooms = {name: most - around[name] for name, most in self.longest.items()}
-        for name, room in self._rooms.items():
-            if room < 1:
-                raise StoreError(f"{name}s of {self.longest[name]} tokens at most: special tokens fill them")
+    def __init__(self, store: ExampleStore, *, split: Split, frame: PairFrame) -> None:
+        self.store, self.records, self.frame = store, store.records(split), frame
+        self._rooms = {"source": frame.source_room, "target": frame.target_room}
         whole = {name: store.lengths(name)[self.records] for name in self._rooms}
         self.n_cut = {name: int((whole[name] > room).sum()) for name, room in self._rooms.items()}
-        kept = [np.minimum(whole[name], room) + around[name] for name, room in self._rooms.items()]
-        self.lengths = kept[0] + kept[1]
+        around = frame.source_context + frame.target_context - sum(self._rooms.values())
+        kept = [np.minimum(whole[name], room) for name, room in self._rooms.items()]
+        self.lengths = kept[0] + kept[1] + around
 
     def pair(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of a source and its target, unframed."""
@@ -153,10 +148,12 @@ class PairItems:
         return source, target
 
     def batch(self, items: Sequence[int], indices: Sequence[int]) -> Seq2SeqBatch:
-        return self._frame.batch([self.pair(item) for item in items], indices)
+        return self.frame.batch([self.pair(item) for item in items], indices)
 
 
-def pair_frame(tokenizer: Tokenizer, *, start: int, is_global: bool) -> PairFrame:
+def pair_frame(
+    tokenizer: Tokenizer, *, start: int, is_global: bool, source_context: int, target_context: int
+) -> PairFrame:
     """The tokenizer's own way to frame a text (`Tokenizer.frame`). A tokenizer that has no token to begin texts with
     begins a target with its text, so that the token that ends it stands nowhere else."""
     frame = tokenizer.frame
@@ -167,8 +164,11 @@ def pair_frame(tokenizer: Tokenizer, *, start: int, is_global: bool) -> PairFram
         end=tokenizer.eos_id,
         start=start,
         is_global=is_global,
+        source_context=source_context,
+        target_context=target_context,
     )
 
 
-def _padded(rows: Sequence[np.ndarray]) -> int:
-    return -(-max(len(row) for row in rows) // PAD_TO) * PAD_TO
+def _padded(rows: Sequence[np.ndarray], most: int) -> int:
+    longest = max(len(row) for row in rows)
+    return max(longest, min(most, -(-longest // PAD_TO) * PAD_TO))

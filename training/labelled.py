@@ -98,9 +98,10 @@ def described(store: ExampleStore, data: StreamData) -> Iterator[str]:
     if isinstance(items, TextItems) and items.n_cut:
         yield f"{items.n_cut:,} training texts are longer than data.context; their beginning is read"
     if isinstance(items, PairItems):
+        most = {"source": items.frame.source_context, "target": items.frame.target_context}
         for name, count in items.n_cut.items():
             if count:
-                yield f"{count:,} training {name}s are longer than {items.longest[name]:,} tokens; they are cut there"
+                yield f"{count:,} training {name}s are longer than {most[name]:,} tokens; they are cut there"
     if isinstance(items, WindowItems):
         yield f"{len(items.lengths):,} training windows; the answer is whole in {items.n_answered:,} of them"
         if items.n_cut:

@@ -36,7 +36,7 @@ def denoising_data(
     """Packed sequences of a token store that are read damaged and written whole; arguments as of `packed_data`. A
     source or target has at most `config.context` tokens, its special ones included.
 
-    Raises UserError for a tokenizer without a mask token, or one that a model's start token is a text of.
+    Raises UserError for a tokenizer without a mask token, and as `frame_for`.
     """
     chosen = denoising_of(config)
     if chosen is None:
@@ -47,10 +47,8 @@ def denoising_data(
             "data.denoising: the tokenizer has no mask token (looked for <|mask|>, [MASK], <mask>); use one that has, "
             "or let data.tokenizer.kind=bpe make one"
         )
-    frame = frame_for(tokenizer, model)
-    text = config.context - max(frame.around_source, frame.around_target)
-    if text < 1:
-        raise UserError(f"data.context={config.context}: special tokens fill it; raise it")
+    frame = frame_for(tokenizer, model, config)
+    text = min(frame.source_room, frame.target_room)
     packed = partial(PackedDataset, store, context=text, packing=config.packing)
     train = packed(split="train", weights=weights, seed=seed, shuffle=config.shuffle)
     validation = packed(split="validation", single_pass=True) if store.n_tokens("validation") else None
@@ -82,11 +80,11 @@ def pairs_data(
     """Pairs of like length in each step, another order in every pass. A source has at most `data.context` tokens and a
     target `target_context`, special ones included; of longer ones the beginning is taken.
 
-    Raises UserError for a tokenizer that a model's start token is a text of.
+    Raises UserError as `frame_for`.
     """
-    data, most = config.data, target_context(config.data, model)
-    frame = frame_for(store.tokenizer(), model)
-    items = partial(PairItems, store, frame=frame, source_context=data.context, target_context=most)
+    data = config.data
+    frame = frame_for(store.tokenizer(), model, data)
+    items = partial(PairItems, store, frame=frame)
     held_out = None
     if len(store.records("validation")):
         held_out = ItemPass(items(split="validation"), bucket=plan.micro_batch)
@@ -98,8 +96,6 @@ def pairs_data(
             "store": store.manifest["self_sha256"],
             "tokenizer": store.tokenizer_sha256,
             "seed": config.seed,
-            "context": data.context,
-            "target_context": most,
             "shuffle": data.shuffle,
             "frame": asdict(frame),
         },
@@ -109,15 +105,27 @@ def pairs_data(
     )
 
 
-def frame_for(tokenizer: Tokenizer, model: Seq2SeqConfig) -> PairFrame:
-    """How this tokenizer's texts are framed for this model. Raises UserError where they don't fit."""
+def frame_for(tokenizer: Tokenizer, model: Seq2SeqConfig, data: DataConfig) -> PairFrame:
+    """How this tokenizer's texts are framed for this model. Raises UserError for a start token that is text to the
+    tokenizer, and lengths that special tokens fill."""
     start = model.decoder_start_token
     if start not in tokenizer.special_ids:
         raise UserError(
             f"model.decoder_start_token={start}: is a piece of text in this tokenizer ({tokenizer.decode([start])!r}); "
             f"set model.decoder_start_token={tokenizer.eos_id}, the token that ends its texts"
         )
-    return pair_frame(tokenizer, start=start, is_global=has_globals(model))
+    most = target_context(data, model)
+    frame = pair_frame(
+        tokenizer, start=start, is_global=has_globals(model), source_context=data.context, target_context=most
+    )
+    asked = {
+        f"data.context={data.context}": frame.source_room,
+        f"data.examples.target_context={most}": frame.target_room,
+    }
+    for words, room in asked.items():
+        if room < 1:
+            raise UserError(f"{words}: special tokens fill it; raise it")
+    return frame
 
 
 def has_globals(model: Seq2SeqConfig) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from longspan.model import accounting
 from longspan.model.accounting import MemoryEstimate, ParameterCount
-from longspan.model.config import ModelConfig
+from longspan.model.config import ModelConfig, Seq2SeqConfig
 
 from .costs import sequence_costs
 from .errors import UserError
@@ -104,9 +104,9 @@ class Plan:
             f"time        {time} ({self.basis})",
         ]
         if self.kv_cache_bytes is not None:
-            lines.insert(
-                4, f"kv cache    {short_count(self.kv_cache_bytes)}B for a sequence of data.context tokens, in bf16"
-            )
+            whose = "a source and its target" if isinstance(self.model, Seq2SeqConfig) else "a sequence"
+            size = short_count(self.kv_cache_bytes)
+            lines.insert(4, f"kv cache    {size}B for {whose} of data.context tokens, in bf16")
         return lines + (stage_table(self.stages) if self.stages else [])
 
 

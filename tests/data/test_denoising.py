@@ -24,6 +24,7 @@ from longspan.data.tokenizer import Tokenizer, byte_level, train_bpe
 
 BYTES = byte_level(mask=True)
 MASK = BYTES.mask_id
+WIDE = {"source_context": 64, "target_context": 64}
 SPANS = Denoising(permute_sentences=False)
 TEXT = 'One. Two is 2.5 (or so?) Three!\n"Four?" Five... six'
 SENTENCES = ["One.", " Two is 2.5 (or so?)", " Three!", '\n"Four?"', " Five...", " six"]
@@ -137,7 +138,7 @@ def test_the_expected_length_is_that_of_the_damage() -> None:
 
 
 def test_a_batch_is_framed_shifted_and_padded() -> None:
-    frame = PairFrame(before=(0,), after=(2,), begin=(0,), end=2, start=2, is_global=True)
+    frame = PairFrame(before=(0,), after=(2,), begin=(0,), end=2, start=2, is_global=True, **WIDE)
     short, long = np.array([5, 6]), np.arange(10, 19)
     batch = frame.batch([(short, long), (long, short)], [7, 3])
     assert batch.source_BS.shape == (2, 2 * PAD_TO)
@@ -152,20 +153,20 @@ def test_a_batch_is_framed_shifted_and_padded() -> None:
     assert batch.is_global_BS is not None
     assert batch.is_global_BS.sum(1).tolist() == [1, 1]
     assert batch.is_global_BS[:, 0].all()
-    plain = PairFrame(before=(0,), after=(2,), begin=(0,), end=2, start=2, is_global=False)
+    plain = PairFrame(before=(0,), after=(2,), begin=(0,), end=2, start=2, is_global=False, **WIDE)
     assert plain.batch([(short, long)], [0]).is_global_BS is None
 
 
 def test_frames_are_the_tokenizers_own() -> None:
-    assert pair_frame(BYTES, start=256, is_global=True) == PairFrame(
-        before=(256,), after=(256,), begin=(), end=256, start=256, is_global=True
+    assert pair_frame(BYTES, start=256, is_global=True, **WIDE) == PairFrame(
+        before=(256,), after=(256,), begin=(), end=256, start=256, is_global=True, **WIDE
     )
     inner = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "<pad>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="a"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.add_special_tokens(["<s>", "<pad>", "</s>"])
     inner.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    bart = pair_frame(Tokenizer(inner.to_str(), "</s>"), start=2, is_global=False)
-    assert bart == PairFrame(before=(0,), after=(2,), begin=(0,), end=2, start=2, is_global=False)
+    bart = pair_frame(Tokenizer(inner.to_str(), "</s>"), start=2, is_global=False, **WIDE)
+    assert bart == PairFrame(before=(0,), after=(2,), begin=(0,), end=2, start=2, is_global=False, **WIDE)
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
@@ -180,7 +181,7 @@ def test_a_denoised_stream_asks_for_the_packed_text(packing: str, tmp_path: Path
     )
     prepared = prepare(settings)
     packed = PackedDataset(prepared.store, "train", context=40, packing=packing, seed=2)  # type: ignore[arg-type]
-    frame = pair_frame(prepared.tokenizer, start=256, is_global=True)
+    frame = pair_frame(prepared.tokenizer, start=256, is_global=True, source_context=42, target_context=41)
     data = DenoisedDataset(packed, Denoiser(Denoising(), prepared.tokenizer, seed=2), frame)
     assert data.n_sequences == packed.n_sequences
     for k in range(2 * data.n_sequences):
@@ -190,7 +191,8 @@ def test_a_denoised_stream_asks_for_the_packed_text(packing: str, tmp_path: Path
         assert set(rows[len(whole) :]) <= {prepared.store.eos_id}
         batch = data.batch([k])
         assert batch.targets_BT[0][batch.targets_BT[0] != IGNORE].tolist() == [*whole, 256]
-        assert batch.source_lengths_B.max() <= 42
+        assert batch.source_BS.shape[1] <= 42
+        assert batch.targets_BT.shape[1] <= 41
         source = batch.source_BS[0, 1 : int(batch.source_lengths_B[0]) - 1]
         assert source.tolist() == data.pair(k)[0].tolist()
         assert int((source != MASK).sum()) == len(whole) - round(0.3 * len(whole))

@@ -42,7 +42,16 @@ def batch(first: int, rows: int, *, silent: int = 0, documents: bool = False) ->
 def pairs(first: int, rows: int) -> Seq2SeqBatch:
     """The same text as sources, whole, and as targets, halved."""
     text = batch(first, rows).tokens_BT.numpy() % 250
-    frame = PairFrame(before=(250,), after=(251,), begin=(), end=251, start=251, is_global=True)
+    frame = PairFrame(
+        before=(250,),
+        after=(251,),
+        begin=(),
+        end=251,
+        start=251,
+        is_global=True,
+        source_context=T + 2,
+        target_context=T,
+    )
     return frame.batch([(row, row[::2]) for row in text], range(first, first + rows))
 
 
