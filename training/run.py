@@ -35,7 +35,7 @@ from .datamodule import BatchPlan, StreamData
 from .errors import RunFailed, Terminated, UserError
 from .finish import answer, evaluate, sample
 from .fit import Given, Session, fit
-from .labelled import Scored, described, score_checkpoint
+from .labelled import Scored, described, mean_row, score_checkpoint
 from .module import checkpoint_activations, compile_blocks
 from .new_head import HeadChange, fit_weights, has_new_head
 from .objectives import objective_for
@@ -212,7 +212,7 @@ def _log_start(session: Session, origin: Origin, prepared: AnyPrepared, streams:
     else:
         for words in described(prepared.store, streams[0]):
             logger.info("data: %s", words)
-    if session.peak.flops is not None:
+    if session.peak.flops is not None and mean_row(streams[0]) is None:
         note = f"; {session.costs.flops_note}" if session.costs.flops_note else ""
         logger.info("mfu is the share of %.3g TFLOP/s, %s%s", session.peak.flops / 1e12, session.peak.basis, note)
     if session.step:
