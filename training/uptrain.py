@@ -66,8 +66,7 @@ def uptrain(request: UptrainConfig, recipe: Mapping[str, Any] | None) -> Path:
         done = {cell.name: _loss(directory, cell.name) for cell in grid.cells if workshop.is_done(cell)}
         view = GridView(grid, style, console, done=done)
         with view:
-            for chains in _phases(grid):
-                _make(workshop, chains, view, signals)
+            _make(workshop, view, signals)
         _measure_speed(workshop, view)
         page = write_ablation(directory)
         chosen = read_grid(directory).found.recommended
@@ -91,20 +90,28 @@ def _phases(grid: Uptraining) -> tuple[list[Chain], list[Chain]]:
     return conversions, sorted(trainings, key=lambda chain: -chain.steps)
 
 
-def _make(workshop: Workshop, chains: list[Chain], view: GridView, signals: SignalFlag) -> None:
+def _make(workshop: Workshop, view: GridView, signals: SignalFlag) -> None:
+    """Everything that is not there yet, in this process or in one for each device."""
     grid = workshop.grid
-    chains = [chain for chain in chains if not all(workshop.is_done(cell) for cell in chain.cells)]
+    phases = [
+        [chain for chain in chains if not all(workshop.is_done(cell) for cell in chain.cells)]
+        for chains in _phases(grid)
+    ]
     gpus = torch.cuda.device_count() if workshop.device.type == "cuda" else 0
-    workers = min(grid.request.workers or max(1, gpus), len(chains))
-    if chains and chains[0].steps:
-        for chain in chains:  # weights that were taken away when the grid was done are made again, by one process
-            workshop.convert(chain.start)
-    if workers <= 1:
-        for chain in chains:
-            workshop.make(chain, view.tell)
-        return
-    with Pool(grid, environments(workers, visible_gpus(gpus) if gpus else []), signals) as pool:
-        pool.make(chains, view.tell)
+    workers = min(grid.request.workers or max(1, gpus), max(map(len, phases)))
+    with ExitStack() as stack:
+        pool = None
+        if workers > 1:
+            pool = stack.enter_context(Pool(grid, environments(workers, visible_gpus(gpus)), signals))
+        for chains in phases:
+            for chain in chains if pool is not None else []:
+                if chain.steps:  # weights that were taken away when the grid was done are made again by one process
+                    workshop.convert(chain.start)
+            if pool is not None:
+                pool.make(chains, view.tell)
+                continue
+            for chain in chains:
+                workshop.make(chain, view.tell)
 
 
 def _measure_speed(workshop: Workshop, view: GridView) -> None:

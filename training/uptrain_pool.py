@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Queue
 
@@ -115,15 +116,15 @@ class _Worker:
 
     def give(self, chain: Chain) -> None:
         if self._process.stdin is not None:
-            try:
+            with suppress(BrokenPipeError):  # it has failed; its reader says so
                 self._process.stdin.write(chain.name + "\n")
                 self._process.stdin.flush()
-            except BrokenPipeError:  # it has failed; its reader says so
-                return
 
     def stop(self) -> None:
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+        """At the next step, after saving; at once where it waits for work."""
+        if self._process.stdin is not None:
+            with suppress(BrokenPipeError):  # it has ended already
+                self._process.stdin.close()
 
     def wait(self, seconds: float) -> None:
         try:
@@ -132,9 +133,8 @@ class _Worker:
             self._process.kill()
             self._process.wait()
         self._reader.join(5)
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
 
     def _read(self) -> None:
         if self._process.stdout is None:
@@ -147,5 +147,5 @@ class _Worker:
             if isinstance(event, dict):
                 self._put(self, event)
         code = self._process.wait()
-        if code not in (0, 143):
+        if code not in (0, 143, -signal.SIGTERM):
             self._put(self, {"failed": f"process {self._process.pid} ended with code {code}; see uptrain.log"})

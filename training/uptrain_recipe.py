@@ -193,6 +193,7 @@ def _base(
     raw["data"] = data
     for name, values in request.overrides.items():
         raw[name] = _merged(raw.get(name, {}), values)
+    raw["evaluation"] = {**raw.get("evaluation", {}), "enabled": False}  # cells are measured apart from their runs
     config = validate({**raw, "checkpoint": str(parent)})
     data_config = config.data
     if config.context_open:
@@ -207,7 +208,6 @@ def _base(
         trainer=replace(config.trainer, devices=1, nodes=1, strategy="auto", keep=1),
         logger=LoggerConfig(wandb="off"),
         callbacks=CallbacksConfig(progress="off", report=False),
-        evaluation=replace(config.evaluation, enabled=False),
         sample=replace(config.sample, prompt=""),
     )
     if problems := list(check_lengths(config, fixed_by=str(parent))):
