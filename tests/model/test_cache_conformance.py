@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -118,6 +119,53 @@ class Forking:
         self.cache.truncate(length)
 
 
+class InFixedSteps:
+    """Single tokens of all rows go through `fixed_step`, as a recorded step takes them; everything else as it comes."""
+
+    def __init__(self, cache: ContiguousCache | PagedCache) -> None:
+        self.cache = cache
+
+    @property
+    def length(self) -> int:
+        return self.cache.length
+
+    def begin(self, n_tokens: int, context: AttentionContext) -> CacheStep:
+        if n_tokens > 1 or context.kv_lengths is not None:
+            return self.cache.begin(n_tokens, context)
+        stack = ExitStack()
+        stack.enter_context(self.cache.fixed_step())
+        FIXED_STEPS.append(n_tokens)
+        return _LeftWhenFinished(self.cache.begin(n_tokens, context), stack)
+
+    def truncate(self, length: int) -> None:
+        self.cache.truncate(length)
+
+
+FIXED_STEPS: list[int] = []
+
+
+class _LeftWhenFinished:
+    def __init__(self, step: CacheStep, stack: ExitStack) -> None:
+        self._step, self._stack = step, stack
+        self.positions_BT, self.reach, self.capacity = step.positions_BT, step.reach, step.capacity
+
+    def append(self, layer: int, k_BTGD: Tensor, v_BTGE: Tensor) -> CachedKeys:
+        return self._step.append(layer, k_BTGD, v_BTGE)
+
+    def finish(self) -> None:
+        self._step.finish()
+        self._stack.close()
+
+
+def in_fixed_steps(make: MakeCache) -> MakeCache:
+    def wrapped(*arguments: Any) -> KeyValueCache:
+        cache = make(*arguments)
+        assert isinstance(cache, ContiguousCache | PagedCache)
+        return InFixedSteps(cache)
+
+    return wrapped
+
+
 def in_eight_bits(storage: Storage) -> Callable[[Tensor], Tensor]:
     def stored(x: Tensor) -> Tensor:
         return dequantize(*quantize(x, getattr(torch, storage)), torch.float32)
@@ -131,6 +179,8 @@ KINDS: dict[str, Callable[[Storage | None], MakeCache]] = {
     "paged": paged,
     "pages of 16": lambda storage: paged(storage, page_size=16),
     "forked": lambda storage: paged(storage, wrap=Forking),
+    "rings in fixed steps": lambda storage: in_fixed_steps(contiguous(storage, rings=True)),
+    "pages in fixed steps": lambda storage: in_fixed_steps(paged(storage)),
 }
 
 
@@ -144,7 +194,9 @@ def conforms(kind: str, storage: Storage | None = None, **settings: Any) -> Cach
     [*((kind, None) for kind in KINDS), ("rings", "int8"), ("forked", "int8"), ("paged", "float8_e4m3fn")],
 )
 def test_every_cache_conforms(kind: str, storage: Storage | None) -> None:
+    FIXED_STEPS.clear()
     conforms(kind, storage, thorough=False, examples=5).raise_if_failed()
+    assert (len(FIXED_STEPS) > 20) == ("fixed" in kind)
 
 
 @pytest.mark.parametrize("backend", ["reference", ("decode", "reference")])
