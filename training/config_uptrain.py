@@ -18,11 +18,12 @@ _DECIDED = {
 
 def check_uptrain(request: UptrainRequest, overrides: dict[str, dict[str, object]]) -> Iterator[Problem]:
     """`overrides` are the sections as they were written."""
+    yield from _outside(request)
     for key in ("kv_heads", "init", "alpha", "seeds"):
         values = getattr(request, key)
         for value in dict.fromkeys(value for value in values if values.count(value) > 1):
             yield Problem((key,), f"{assignment(key, list(values))}: {value} is there twice")
-    if not any(request.alpha) and request.distill.enabled:
+    if all(alpha == 0 for alpha in request.alpha) and request.distill.enabled:
         yield Problem(("distill.enabled", "alpha"), "distill.enabled=true: needs training; give an alpha above 0")
     if request.warmup > 1 and request.warmup != int(request.warmup):
         yield Problem(
@@ -44,3 +45,16 @@ def check_uptrain(request: UptrainRequest, overrides: dict[str, dict[str, object
             ("overwrite", "resume"),
             f"overwrite=true: would delete the cells that resume={request.resume} keeps; give one of them",
         )
+
+
+def _outside(request: UptrainRequest) -> Iterator[Problem]:
+    """Numbers of lists, each told alone."""
+    for alpha in request.alpha:
+        if not 0 <= alpha <= 1:
+            yield Problem(("alpha",), f"alpha={alpha:g}: expected a share of the parent's steps, from 0 to 1")
+    for heads in request.kv_heads:
+        if heads < 1:
+            yield Problem(("kv_heads",), f"kv_heads={heads}: expected a whole number, at least 1")
+    for seed in request.seeds:
+        if seed < 0:
+            yield Problem(("seeds",), f"seeds={seed}: expected a whole number, at least 0")

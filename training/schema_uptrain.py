@@ -67,19 +67,19 @@ class RetrievalConfig:
 class _UptrainKeys:
     checkpoint: str = Field(description="the parent: a checkpoint directory, or a run (its best, else its last)")
     output: str = Field(description="directory of the grid: cells, their runs, the report")
-    kv_heads: Annotated[tuple[Count, ...], BeforeValidator(_one_or_several)] = Field(
+    kv_heads: Annotated[tuple[int, ...], BeforeValidator(_one_or_several)] = Field(
         min_length=1, description="key/value heads that are left: one number or a list"
     )
     init: Annotated[tuple[Init, ...], BeforeValidator(_one_or_several)] = Field(
         default=("mean",), min_length=1, description="what a group's one head is made of: one name or a list"
     )
-    alpha: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], BeforeValidator(_one_or_several)] = Field(
+    alpha: Annotated[tuple[float, ...], BeforeValidator(_one_or_several)] = Field(
         default=(0.0, 0.05),
         min_length=1,
         description="extra training as a share of the parent's steps: one number or a list; 0 is conversion alone and "
         "always there",
     )
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_one_or_several)] = Field(
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_one_or_several)] = Field(
         default=(0,),
         min_length=1,
         description="of the order of the data, dropout and random heads: one number or a list; intervals need two",

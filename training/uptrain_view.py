@@ -44,7 +44,7 @@ class GridView:
     def __enter__(self) -> GridView:
         if self._style == "table":
             self._live = self._stack.enter_context(
-                Live(console=self._console, get_renderable=self._table, refresh_per_second=1)
+                Live(console=self._console, get_renderable=self.table, refresh_per_second=1)
             )
         if self._kept:
             self.say(f"{len(self._kept)} of {len(self._grid.cells)} cells are done already")
@@ -84,7 +84,8 @@ class GridView:
             return None
         return (time.monotonic() - self._started) * (1 - share) / (share - kept)
 
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """A row a model, a column an alpha; losses of the seeds side by side."""
         left = self.seconds_left()
         eta = "" if left is None else f", about {clock(left)} left"
         passed = clock(time.monotonic() - self._started)

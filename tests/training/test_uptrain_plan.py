@@ -134,7 +134,8 @@ def test_numbers_and_names_stand_for_lists_of_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"alpha": [-0.1]}, "alpha=-0.1: expected"),
+        ({"alpha": [-0.1]}, "alpha=-0.1: expected a share of the parent's steps, from 0 to 1"),
+        ({"alpha": [0, 1.5]}, "alpha=1.5: expected a share of the parent's steps, from 0 to 1"),
         ({"alpha": [0.05, "x"]}, "alpha=x: expected"),
         ({"alpha": []}, "alpha=[]: expected a non-empty list"),
         ({"kv_heads": [2, 0]}, "kv_heads=0: expected"),
