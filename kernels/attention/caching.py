@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .context import AttentionContext
 
-AS_STORED = (
-    16  # a call of at most this many tokens reads the storage as it lies (pages, 8-bit); longer ones plain tensors
-)
+# A call of at most this many tokens reads the storage as it lies (pages, 8-bit), which the `decode` backend takes;
+# longer ones read plain tensors.
+AS_STORED = 16
 
 
 @dataclass(frozen=True, slots=True)

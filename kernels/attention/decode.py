@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from .backend import AttentionCall, AttentionOutput, AttentionParams, Capabilities, Feature, Phase, Reason, check, short
+from .caching import AS_STORED
 from .context import AttentionContext
 from .flash import OLDEST, interpreted, oldest_capability
 from .quantize import dequantize
 from .reference import gather_pages, key_distance
 from .spec import AttentionSpec
 
-MOST_QUERIES = 16
 FLOAT8 = (8, 9)  # the compute capability that converts it
 INTERPRETED_DTYPES = (torch.float32, torch.float16)  # bfloat16 it multiplies wrongly
 
 
 class Decode:
-    """Attention of at most 16 queries a row. Forward only; deterministic.
+    """Attention of few queries a row, as many as a cache hands its storage over for. Forward only; deterministic.
 
     CUDA (compute capability 8.0 and newer), and CPU under TRITON_INTERPRET=1: the Triton kernel. It reads a key and its
     value once for all query heads that share them, skips what causality, windows and lengths hide, and never waits for
@@ -44,7 +44,7 @@ class Decode:
             "cuda": (torch.bfloat16, torch.float16, torch.float32),
         },
         max_head_dim=256,
-        max_queries=MOST_QUERIES,
+        max_queries=AS_STORED,
         notes={Feature.DROPOUT: "for generation only", Feature.BACKWARD: "for generation only"},
     )
 

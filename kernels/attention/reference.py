@@ -104,14 +104,11 @@ def key_distance(context: AttentionContext, n_queries: int, n_keys: int, device:
 # -- keys as they are stored -------------------------------------------------------------------------------------------
 
 
-def dequantized(
-    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, params: AttentionParams, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """k and v as numbers where they are stored in eight bits: in `dtype`, by default fp32 (fp64 for an fp64 q)."""
+def dequantized(q_BTHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, params: AttentionParams) -> tuple[Tensor, Tensor]:
+    """k and v as numbers where they are stored in eight bits: in fp32 (fp64 for an fp64 q)."""
     if params.k_scale_BSG is None or params.v_scale_BSG is None:
         return k_BSGD, v_BSGE
-    if dtype is None:
-        dtype = torch.float64 if q_BTHD.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if q_BTHD.dtype == torch.float64 else torch.float32
     return dequantize(k_BSGD, params.k_scale_BSG, dtype), dequantize(v_BSGE, params.v_scale_BSG, dtype)
 
 

@@ -14,6 +14,7 @@ from zlib import crc32
 import torch
 
 from ..attention.backend import Capabilities, Feature, Phase
+from ..attention.quantize import LARGEST
 from ..attention.spec import AttentionSpec, BlockLayout, Window
 from .cases import Case, Lengths, Memory, Positions, Values
 from .tensors import reach
@@ -297,6 +298,6 @@ def _values(limits: Limits, make: Maker) -> Iterator[Case]:
 
 POSITIONS: tuple[Positions, ...] = ("offset", "chunk", "left padding", "ring")
 LENGTHS: tuple[Lengths, ...] = ("ragged", "a row without keys")
-STORED = (torch.int8, torch.float8_e4m3fn)
+STORED = tuple(LARGEST)
 PAGES = (1, 2, 3, 4, 8, 16, 32, 64)
 VALUES: tuple[Values, ...] = ("normal", "normal", "outliers")

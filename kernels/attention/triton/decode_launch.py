@@ -5,6 +5,7 @@ Legend: B batch, T queries, S keys, H query heads, G key/value heads, D head dim
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,7 +17,7 @@ from ..spec import AttentionSpec
 from ..tiles import INTERPRETED as INTERPRETED_TILES
 from ..tiles import choose_decode, n_splits
 from .decode import decode_kernel, join_splits_kernel
-from .launch import parse_spec, spec_text
+from .launch import parse_spec, spec_text, unit_stride
 from .mask import INTERPRETED
 
 CHUNK = 16  # splits that are joined at a time
@@ -44,10 +45,43 @@ def decode_attention(
     """
     if torch.compiler.is_compiling():
         return _operator(q, k, v, k_scale, v_scale, slopes, sinks, q_pos, k_pos, lengths, table, mask, spec_text(spec))
+    B, T, H, D = q.shape
+    G, E, page = k.shape[2], v.shape[3], k.shape[1]
+    S = page if table is None else page * table.shape[1]
+    out = q.new_empty(B, T, H, E)
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    lengths, table, q_pos, k_pos, slopes, sinks = (
+        None if x is None else unit_stride(x) for x in (lengths, table, q_pos, k_pos, slopes, sinks)
+    )
+    mask = None if mask is None else mask.contiguous().view(torch.uint8)
+
+    skips = mask is None and k_pos is None
+    plan = _plan(
+        spec, B, T, S, H, G, D, E, 0 if table is None else page, q.element_size(), k.element_size(), skips, q.device
+    )
+    part = None
+    if plan.splits > 1:
+        part = q.new_empty(B * T * H * plan.splits * (E + 1), dtype=torch.float32)
+    with _on_device_of(q):
+        decode_kernel[plan.grid](
+            q, k, v, out, lse, part, k_scale, v_scale, slopes, sinks, q_pos, k_pos, lengths, table, mask,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(k_scale), *_strides(v_scale),
+            _row(q_pos), _row(k_pos), 0 if table is None else table.stride(0), _row(mask),
+            T, S, plan.splits, *plan.scalars, **plan.constants,
+        )  # fmt: skip
+        if part is not None:
+            join_splits_kernel[T * H, B](part, out, lse, sinks, T, plan.splits, **plan.join_constants)
+    return out, lse
+
+
+def _on_device_of(q: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device; to ask is cheaper than to switch."""
     if not q.is_cuda or q.device.index == torch.cuda.current_device():
-        return _run(q, k, v, k_scale, v_scale, slopes, sinks, q_pos, k_pos, lengths, table, mask, spec)
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        return _run(q, k, v, k_scale, v_scale, slopes, sinks, q_pos, k_pos, lengths, table, mask, spec)
+        return nullcontext()
+    return torch.cuda.device_of(q)
 
 
 def _decode_attention(
@@ -65,61 +99,19 @@ def _decode_attention(
     mask: Tensor | None,
     spec: str,
 ) -> tuple[Tensor, Tensor]:
-    return _run(q, k, v, k_scale, v_scale, slopes, sinks, q_pos, k_pos, lengths, table, mask, parse_spec(spec))
+    """An operator's signature is its schema, so it is spelled out once more."""
+    return decode_attention(
+        q, k, v, k_scale, v_scale, slopes, sinks, q_pos, k_pos, lengths, table, mask, parse_spec(spec)
+    )
 
 
 _operator = torch.library.custom_op("longspan::decode_attention", _decode_attention, mutates_args=())
 
 
 @_operator.register_fake
-def _(q, k, v, k_scale, v_scale, slopes, sinks, q_pos, k_pos, lengths, table, mask, spec):
+def _(q, k, v, *_others):
     B, T, H = q.shape[:3]
     return q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, H, T, dtype=torch.float32)
-
-
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-    q_pos: Tensor | None,
-    k_pos: Tensor | None,
-    lengths: Tensor | None,
-    table: Tensor | None,
-    mask: Tensor | None,
-    spec: AttentionSpec,
-) -> tuple[Tensor, Tensor]:
-    B, T, H, D = q.shape
-    G, E, page = k.shape[2], v.shape[3], k.shape[1]
-    S = page if table is None else page * table.shape[1]
-    out = q.new_empty(B, T, H, E)
-    lse = q.new_empty(B, H, T, dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    q, k, v = _dense(q), _dense(k), _dense(v)
-    lengths, table, q_pos, k_pos = _dense(lengths), _dense(table), _dense(q_pos), _dense(k_pos)
-    mask = None if mask is None else mask.contiguous().view(torch.uint8)
-    slopes, sinks = _dense(slopes), _dense(sinks)
-
-    skips = mask is None and k_pos is None
-    plan = _plan(
-        spec, B, T, S, H, G, D, E, 0 if table is None else page, q.element_size(), k.element_size(), skips, q.device
-    )
-    part = None
-    if plan.splits > 1:
-        part = q.new_empty(B * T * H * plan.splits * (E + 1), dtype=torch.float32)
-    decode_kernel[plan.grid](
-        q, k, v, out, lse, part, k_scale, v_scale, slopes, sinks, q_pos, k_pos, lengths, table, mask,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(k_scale), *_strides(v_scale),
-        _row(q_pos), _row(k_pos), 0 if table is None else table.stride(0), _row(mask),
-        T, S, plan.splits, *plan.scalars, **plan.constants,
-    )  # fmt: skip
-    if part is not None:
-        join_splits_kernel[T * H, B](part, out, lse, sinks, T, plan.splits, **plan.join_constants)
-    return out, lse
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +194,6 @@ def _plan(
             "num_warps": 4,
         },
     )
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
-    """With elements of the last axis side by side, which a cache's are."""
-    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:

@@ -187,7 +187,8 @@ def _dense_tile(most: int, tile: int) -> int:
     return min(tile, max(16, triton.next_power_of_2(most)))
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
+    """With the elements of the last axis side by side, as kernels read them."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -271,7 +272,7 @@ def forward(
     shape = _Shape.of(q, k, v)
     B, T, S, H, E = shape.B, shape.T, shape.S, shape.H, shape.E
     walk = _Walk(parsed, explicit=q_pos is not None, maskable=q_doc is not None or lengths is not None)
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     slopes, sinks = _contiguous(slopes), _contiguous(sinks)
     q_pos, k_pos, q_doc, k_doc = (_per_batch(x, B) for x in (q_pos, k_pos, q_doc, k_doc))
     q_span, is_global, always, n_always, rows, n_rows = (
@@ -346,7 +347,7 @@ def backward(
     shape = _Shape.of(q, k, v)
     B, T, S, H, G, D, E = shape.B, shape.T, shape.S, shape.H, shape.G, shape.D, shape.E
     walk = _Walk(parsed, explicit=q_pos is not None, maskable=q_doc is not None or lengths is not None)
-    q, k, v, d_out = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(d_out)
+    q, k, v, d_out = unit_stride(q), unit_stride(k), unit_stride(v), unit_stride(d_out)
     d_lse, slopes, sinks = d_lse.contiguous(), _contiguous(slopes), _contiguous(sinks)
     q_pos, k_pos, q_doc, k_doc = (_per_batch(x, B) for x in (q_pos, k_pos, q_doc, k_doc))
     q_span, k_span, is_global = (_per_batch(x, B) for x in (q_span, k_span, is_global))
