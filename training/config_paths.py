@@ -88,6 +88,8 @@ def _problems(config: object) -> Iterator[Problem]:
         path = config.overrides.get("data", {}).get("path")
         if isinstance(path, str):
             yield from _missing("data.path", path)
+        if config.statistics is not None:
+            yield from _missing("statistics", config.statistics, globs=False)
     elif isinstance(config, ImportConfig):
         yield from _missing("source", config.source, globs=False)
     elif isinstance(config, ExportConfig):

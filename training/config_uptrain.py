@@ -36,6 +36,12 @@ def check_uptrain(request: UptrainRequest, overrides: dict[str, dict[str, object
             ("grouping", "init"),
             "grouping=similar with init=random: new heads are like no others; choose grouping=contiguous",
         )
+    if request.statistics is not None and request.grouping != "similar" and not {"aligned", "svd"} & set(request.init):
+        yield Problem(
+            ("statistics", "init"),
+            f"{assignment('statistics', request.statistics)}: init={', '.join(request.init)} compares no heads; leave "
+            "it out, or add aligned or svd",
+        )
     for key, reason in _DECIDED.items():
         section, _, name = key.partition(".")
         if name in overrides.get(section, {}):

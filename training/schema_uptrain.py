@@ -85,6 +85,11 @@ class _UptrainKeys:
         description="of the order of the data, dropout and random heads: one number or a list; intervals need two",
     )
     grouping: Literal["contiguous", "similar"] = Field(default="contiguous", description="which heads share one")
+    statistics: str | None = Field(
+        default=None,
+        description="init=aligned, init=svd, grouping=similar: texts (a file or a folder) on which heads are compared "
+        "by what they compute; null: by their weights alone",
+    )
     control: bool = Field(
         default=True, description="train the parent, all heads kept, for the same steps: what the rest is compared with"
     )

@@ -33,14 +33,14 @@ from .precision import choose_device
 from .progress import logging_to
 from .schema_uptrain import UptrainConfig
 from .signals import SignalFlag
-from .uptrain_cells import Workshop, forget_models
+from .uptrain_cells import STATISTICS, Workshop, forget_models
 from .uptrain_plan import Chain
 from .uptrain_pool import Pool, environments, visible_gpus
 from .uptrain_recipe import Uptraining, settle_uptraining
 from .uptrain_view import GridStyle, GridView
 
 LOG = "uptrain.log"
-_OURS = ("cells", "runs", GRID, SPEED, LOG, files.CONFIG, files.LINEAGE)
+_OURS = ("cells", "runs", GRID, SPEED, STATISTICS, LOG, files.CONFIG, files.LINEAGE)
 
 
 def uptrain(request: UptrainConfig, recipe: Mapping[str, Any] | None) -> Path:

@@ -8,6 +8,7 @@ runs/<chain>/              the training run of a chain, with its metrics; its ch
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -23,6 +24,7 @@ from longspan.data.sources import SourceError
 from longspan.data.store import Documents
 from longspan.data.tokenizer import Tokenizer
 from longspan.evaluation.ablation import RESULT
+from longspan.evaluation.calibration import input_moments
 from longspan.evaluation.evaluate import evaluate_documents
 from longspan.evaluation.retrieval import fitting_lengths, measure_recall
 from longspan.evaluation.similarity import embedding_distance
@@ -41,7 +43,7 @@ from longspan.model.checkpoint import (
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import Decoder
 from longspan.model.encoder import Encoder
-from longspan.model.surgery import GroupedQuery, convert_model
+from longspan.model.surgery import GroupedQuery, convert_model, save_moments
 
 from . import run_directory as files
 from .checkpointing import Checkpoints
@@ -61,6 +63,7 @@ Tell = Callable[[Event, Cell, Mapping[str, object]], object]
 
 logger = logging.getLogger("longspan.training")
 
+STATISTICS = "statistics"
 _MODEL = "model"
 _POOL = 200_000  # held-out tokens that retrieval takes its texts from
 _STORE_CHANGED = ("path", "sources", "tokenizer", "name", "validation_fraction", "prompt_field", "response_field")
@@ -104,11 +107,30 @@ class Workshop:
         target = self._directory(cell) / _MODEL
         remove_unfinished(target.parent)
         if not (target / CONFIG).is_file():
+            grouping = self.grid.request.grouping
+            compares = start.init in ("aligned", "svd") or grouping == "similar"
             surgery = GroupedQuery(
-                kv_heads=start.kv_heads, init=start.init, grouping=self.grid.request.grouping, seed=start.seed or 0
+                kv_heads=start.kv_heads,
+                init=start.init,
+                grouping=grouping,
+                seed=start.seed or 0,
+                statistics=self._statistics() if compares else None,
             )
             convert_model(self.grid.parent, target, [surgery], overwrite=True)
         return target
+
+    def _statistics(self) -> str | None:
+        """A file of what the parent's attentions read on the texts asked for, made once for the grid."""
+        asked = self.grid.request.statistics
+        if asked is None or asked.endswith(".safetensors"):
+            return asked
+        path = self.grid.directory / STATISTICS / f"{Path(asked).name}.safetensors"  # lineage.json names the file
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            moments = input_moments(load_model(self.grid.parent), Tokenizer.load(self.grid.parent), asked)
+            save_moments(moments, partial := path.with_name(f".{path.name}.tmp-{os.getpid()}"))
+            partial.replace(path)
+        return str(path)
 
     def _converted(self, cell: Cell) -> dict[str, object]:
         return self._measured(cell, self.convert(cell.start), seconds=0.0)

@@ -352,6 +352,16 @@ def test_wrong_requests_leave_nothing_behind(changes: dict, said: str, parent: P
     assert not output.exists()
 
 
+def test_heads_are_compared_on_the_texts_given(parent: Path, corpus: Path, tmp_path: Path) -> None:
+    asked = request(parent, tmp_path / "grid", init=["mean", "aligned"], alpha=0, statistics=str(corpus), keep="all")
+    uptrain(validate_uptrain(asked), None)
+    model = tmp_path / "grid/cells/kv2-aligned-a0/model"
+    (entry,) = json.loads((model / "lineage.json").read_text())["surgery"]
+    assert entry["changes"]["statistics"] == corpus.name
+    losses = {name: record["loss"] for name, record in results(tmp_path / "grid").items()}
+    assert len({losses["kv2-aligned-a0"], losses["kv2-mean-a0"], losses["control-a0"]}) == 3
+
+
 # -- encoders and distillation -----------------------------------------------------------------------------------------
 
 

@@ -149,6 +149,7 @@ def test_numbers_and_names_stand_for_lists_of_one() -> None:
         ({"resume": "auto", "overwrite": True}, "overwrite=true: would delete the cells that resume=auto keeps"),
         ({"warmup": 2.5}, "warmup=2.5: is neither a share of the parent's steps (below 1) nor a whole number"),
         ({"init": "random", "grouping": "similar"}, "grouping=similar with init=random"),
+        ({"statistics": "x"}, "statistics=x: init=mean compares no heads; leave it out, or add aligned or svd"),
         ({"alpha": 0, "distill": {"enabled": True}}, "distill.enabled=true: needs training"),
         ({"kvheads": 1}, "kvheads=1: unknown key; did you mean kv_heads?"),
         ({"data": {"contex": 64}}, "data.contex=64: unknown key; did you mean data.context?"),
