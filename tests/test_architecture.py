@@ -111,6 +111,8 @@ SIGNATURES = {
     "longspan.model.zoo.build": "name overrides * seed",
     "longspan.model.checkpoint.load_model": "directory * device dtype fused_qkv",
     "longspan.model.checkpoint.save_model": "model directory tokenizer * lineage state also overwrite",
+    "longspan.model.surgery.convert_model": "checkpoint output surgeries * overwrite progress",
+    "longspan.model.surgery.plan_conversion": "checkpoint surgeries",
     "longspan.model.decoder.Decoder.forward": "self tokens_BT context * positions_BT cache",
     "longspan.model.generation.generate": "model tokens_BT * max_new_tokens temperature top_k top_p min_p "
     "repetition_penalty seed seeds stop_tokens pad_token prompt_mask_BT is_global_BT num_beams length_penalty cache "
