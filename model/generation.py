@@ -311,7 +311,7 @@ def _ready(
 ) -> tuple[Generative | Unread, Prompts, Sampling]:
     """What decoding takes. The prompts of an encoder–decoder are its sources, and it is prompted with start tokens."""
     if is_global_BT is not None and not isinstance(model, Seq2Seq):
-        raise ValueError("global tokens: only sources have them here; generate with an encoder–decoder")
+        raise ValueError("only sources have global tokens here; leave them out, or generate with an encoder–decoder")
     if not isinstance(model, Seq2Seq):
         sampling = _as_configured(model, prompts, sampling)
         _check(model.config, prompts, sampling)
