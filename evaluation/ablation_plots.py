@@ -171,7 +171,7 @@ def recall(
 def speed(rows: Sequence[Mapping[str, float]], *, width: float) -> Figure | None:
     """Milliseconds of a decoding step over the number of heads, a panel a (batch, context); the limit of memory dotted.
 
-    rows   batch, context, kv_heads, decode_ms, limit_ms
+    rows   batch, context, kv_heads, decode_ms, decode_low_ms, decode_high_ms, limit_ms
     """
     shapes = list(dict.fromkeys((row["batch"], row["context"]) for row in rows))
     if not shapes:
@@ -185,6 +185,14 @@ def speed(rows: Sequence[Mapping[str, float]], *, width: float) -> Figure | None
                 (row for row in rows if (row["batch"], row["context"]) == (batch, context)), key=lambda r: r["kv_heads"]
             )
             places = range(len(line))
+            each.fill_between(
+                places,
+                [row["decode_low_ms"] for row in line],
+                [row["decode_high_ms"] for row in line],
+                color=BLUE,
+                alpha=0.16,
+                linewidth=0,
+            )
             each.plot(
                 places, [row["decode_ms"] for row in line], color=BLUE, marker="o", linewidth=1.6, label="measured"
             )

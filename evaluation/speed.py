@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 
 import torch
 
@@ -28,7 +28,8 @@ _COPIED = {"cuda": 2**30, "cpu": 2**26}  # bytes: beyond the caches
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
     """prefill_ms   to read `context` tokens of each of `batch` sequences, median of `repetitions`
-    decode_ms       to write one token of each with that context in the cache, median of `steps`
+    decode_ms       to write one token of each with that context in the cache, median of `steps`; `decode_low_ms` and
+                    `decode_high_ms`, their 20 % and 80 % quantiles
     limit_ms        that a step takes at least, where memory is read as fast as it is copied
     kv_bytes        of the cache that a step reads
     weight_bytes    that a step reads
@@ -40,6 +41,8 @@ class Speed:
     context: int
     prefill_ms: float
     decode_ms: float
+    decode_low_ms: float
+    decode_high_ms: float
     limit_ms: float
     kv_bytes: int
     weight_bytes: int
@@ -105,6 +108,8 @@ def measure_speed(
         context=context,
         prefill_ms=1e3 * median(prefills),
         decode_ms=1e3 * median(decodes),
+        decode_low_ms=1e3 * quantiles(decodes, n=5)[0],
+        decode_high_ms=1e3 * quantiles(decodes, n=5)[-1],
         limit_ms=1e3 * (weights + kv) / copied,
         kv_bytes=kv,
         weight_bytes=weights,
