@@ -253,8 +253,9 @@ def speed_words(files: AblationFiles) -> str:
     each = files.speed[0]
     return (
         f"Measured on {each['device']} in {each['dtype']} with random weights of the model's shape: medians of "
-        f"{each['repetitions']:g} prefills and {each['steps']:g} steps, with the range of most of them; where "
-        f"those overlap, nothing was measured to be faster. The limit is the time to read the step's weights, keys and values once at the rate of a copy, {each['copy_gb_per_s']:.0f} GB/s read and written."
+        f"{each['repetitions']:g} prefills and {each['steps']:g} steps, with the range of most of them; where those "
+        "overlap, nothing was measured to be faster. The limit is the time to read the step's weights, keys and values "
+        f"once at the rate of a copy, {each['copy_gb_per_s']:.0f} GB/s read and written."
     )
 
 
