@@ -280,7 +280,7 @@ def lively_bart() -> nn.Module:
         forced_eos_token_id=None,
     )
     model = transformers.BartForConditionalGeneration(config).eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if "norm" in name:
@@ -289,7 +289,7 @@ def lively_bart() -> nn.Module:
             elif name.endswith("bias"):
                 tensor.zero_()
             else:
-                std = 0.1 if "encoder_attn" in name else 0.5 if "embed_positions" in name else 0.6
+                std = 0.1 if "encoder_attn" in name else 1.0 if "embed_positions" in name else 0.6
                 tensor.normal_(0.0, std, generator=generator)
         embedding = model.get_input_embeddings().weight
         embedding.mul_(3.0 / embedding.norm(dim=1, keepdim=True))
@@ -313,7 +313,9 @@ def test_transformers_reads_it_as_an_led(convert: Convert, tmp_path: Path) -> No
     found = led.eval()(tokens, decoder_input_ids=target, **told, global_attention_mask=is_global.long()).logits
     close(found, expected, 1e-4)  # logits of this model are of size 8
     close(ours(tokens, target, source_lengths_B=real.sum(dim=1), is_global_BS=is_global), expected, 1e-4)
-    texts = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "num_beams": 1}
+    texts = {"max_new_tokens": 24, "do_sample": False, "num_beams": 1}
+    for model in (bart, led):
+        model.generation_config.eos_token_id = None  # all of them to the end
     written = bart.generate(tokens, **told, **texts)[:, -24:]  # type: ignore[operator]
     assert len(written.unique()) > 8
     assert torch.equal(led.generate(tokens, **told, **texts)[:, -24:], written)
