@@ -137,7 +137,7 @@ def test_a_list_takes_the_place_of_a_section_and_a_section_of_a_list() -> None:
     assert series.raw["stages"] == {"steps": [3, 2]}
     changed = compose("train", ["experiment=longformer_bytes", "stages.lr_ratio=1"], schema=RunRequest)
     assert changed.raw["stages"]["lr_ratio"] == 1
-    assert changed.raw["stages"]["steps"] == [320, 110, 70]
+    assert changed.raw["stages"]["steps"] == [240, 80, 40]
     merged = compose("train", ["experiment=longformer_bytes", "stages={lr_ratio: 1}"], schema=RunRequest)
     assert merged.raw["stages"] == changed.raw["stages"]
     assert compose("train", ["experiment=longformer_bytes", "stages=null"], schema=RunRequest).raw["stages"] is None
