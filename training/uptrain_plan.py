@@ -9,8 +9,9 @@ lie on one run, whose steps are those of the largest alpha; under `rewarm` each 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Protocol
 
 from .errors import UserError
@@ -176,16 +177,29 @@ def schedule_of(
     return ScheduleConfig(name="constant", warmup=float(steps))
 
 
-def done_share(chains: Sequence[Chain], done: Sequence[str], *, evaluation_steps: float) -> float:
-    """How much of the grid's work the named cells are, 0 … 1: steps of training, and a measurement counted as
-    `evaluation_steps` steps."""
-    total = finished = 0.0
-    names = set(done)
+def steps_between(chains: Sequence[Chain]) -> dict[str, int]:
+    """By cell: the steps that it takes from the cell before it in its run."""
+    found: dict[str, int] = {}
     for chain in chains:
         before = 0
         for cell in chain.cells:
-            work = cell.steps - before + evaluation_steps
-            before = cell.steps
-            total += work
-            finished += work if cell.name in names else 0.0
-    return finished / total if total else 1.0
+            found[cell.name], before = cell.steps - before, cell.steps
+    return found
+
+
+def seconds_left(steps: Mapping[str, int], waiting: Iterable[str], taken: Mapping[str, float]) -> float | None:
+    """What the waiting cells will take one after the other, from the seconds that others took: a measurement as long as
+    those without steps took, and each step its share of what the others took beyond that. None as long as no cell of a
+    kind that is waiting is done.
+    """
+    measuring = [seconds for name, seconds in taken.items() if not steps[name]]
+    trained = [name for name in taken if steps[name]]
+    each = fmean(measuring) if measuring else 0.0
+    per_step = None
+    if trained:
+        beyond = sum(max(0.0, taken[name] - each) for name in trained)
+        per_step = beyond / sum(steps[name] for name in trained)
+    left = list(waiting)
+    if (any(steps[name] for name in left) and per_step is None) or not taken:
+        return None
+    return sum(each + steps[name] * (per_step or 0.0) for name in left)

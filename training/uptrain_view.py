@@ -17,7 +17,7 @@ from longspan.evaluation.ablation import heads_in_words
 
 from .metrics import clock, read_rows
 from .uptrain_cells import Event
-from .uptrain_plan import Cell, done_share
+from .uptrain_plan import Cell, seconds_left, steps_between
 from .uptrain_recipe import Uptraining
 
 logger = logging.getLogger("longspan.training.uptrain")
@@ -26,7 +26,7 @@ GridStyle = Literal["table", "lines", "off"]
 
 
 class GridView:
-    """Keeps count of the cells. `measuring` is what a measurement costs, in steps, until it is known better."""
+    """Keeps count of the cells, and of the time that they take. `done`: losses of those that are there already."""
 
     def __init__(self, grid: Uptraining, style: GridStyle, console: Console, *, done: Mapping[str, float]) -> None:
         self._grid = grid
@@ -34,11 +34,12 @@ class GridView:
         self._style = style
         self._losses = dict(done)
         self._kept = set(done)
-        self._begun: set[str] = set()
+        self._begun: dict[str, float] = {}  # when
         self._started = time.monotonic()
         self._stack = ExitStack()
-        trained = [cell.steps for cell in grid.cells if cell.steps]
-        self._measuring = 0.05 * max(trained, default=20)  # until something is known
+        self._steps = steps_between(grid.chains)
+        self._taken: dict[str, float] = {}  # seconds
+        self._at_once = 1
         self._live: Live | None = None
 
     def __enter__(self) -> GridView:
@@ -59,9 +60,10 @@ class GridView:
     def tell(self, event: Event, cell: Cell, record: Mapping[str, object]) -> None:
         """What the workshops report."""
         if event == "begun":
-            self._begun.add(cell.name)
+            self._begun[cell.name] = time.monotonic()
+            self._at_once = max(self._at_once, len(self._begun))
             return
-        self._begun.discard(cell.name)
+        self._taken[cell.name] = time.monotonic() - self._begun.pop(cell.name, time.monotonic())
         loss = record["loss"]
         self._losses[cell.name] = float(loss) if isinstance(loss, int | float) else float("nan")
         text = f"{len(self._losses)}/{len(self._grid.cells)} {cell.name}: loss {self._losses[cell.name]:.4f}"
@@ -76,13 +78,10 @@ class GridView:
             self._console.print(words, markup=False, highlight=False, soft_wrap=True)
 
     def seconds_left(self) -> float | None:
-        """From the share of the work that this session did; None before anything is done."""
-        names = set(self._losses)
-        share = done_share(self._grid.chains, sorted(names), evaluation_steps=self._measuring)
-        kept = done_share(self._grid.chains, sorted(self._kept), evaluation_steps=self._measuring)
-        if share <= kept:
-            return None
-        return (time.monotonic() - self._started) * (1 - share) / (share - kept)
+        """From what cells took in this session; None before there is one of each kind that is left."""
+        waiting = [cell.name for cell in self._grid.cells if cell.name not in self._losses]
+        alone = seconds_left(self._steps, waiting, self._taken)
+        return None if alone is None else alone / self._at_once
 
     def table(self) -> Table:
         """A row a model, a column an alpha; losses of the seeds side by side."""

@@ -124,7 +124,7 @@ def test_the_table_shows_what_is_done_and_what_goes_on() -> None:
     assert "3.2500" in text
     assert "step 3/5" in text
     view.tell("done", trained, {"loss": 2.125})
-    assert view.seconds_left() is not None
+    assert view.seconds_left() is not None  # from here on it is known what a step takes
     console.print(view.table())
     text = console.export_text()
     assert "2.1250" in text

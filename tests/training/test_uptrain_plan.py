@@ -17,7 +17,7 @@ from longspan.training.errors import UserError
 from longspan.training.optim import build_schedule
 from longspan.training.schema import ConfigError, validate_uptrain
 from longspan.training.schema_uptrain import Init, UptrainSchedule
-from longspan.training.uptrain_plan import chains_of, done_share, schedule_of, steps_of
+from longspan.training.uptrain_plan import chains_of, schedule_of, seconds_left, steps_between, steps_of
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,24 @@ def test_learning_rates() -> None:
         schedule_of("constant", parent_steps=5000, warmup=0.002, final_ratio=0.1, shortest=5)
 
 
-def test_the_share_that_is_done() -> None:
-    chains = chains_of(Asked(kv_heads=(2,), init=("mean",), seeds=(0,)), 1000)
-    # Six cells measured for 10 steps each, two runs of 50 steps.
-    done = ["control-a0", "kv2-mean-a0", "kv2-mean-a0.02-seed0"]
-    assert done_share(chains, done, evaluation_steps=10) == pytest.approx((10 + 10 + 20 + 10) / (6 * 10 + 2 * 50))
-    assert done_share(chains, [], evaluation_steps=10) == 0
+def test_the_time_that_is_left() -> None:
+    steps = steps_between(chains_of(Asked(kv_heads=(2,), init=("mean",), seeds=(0,)), 1000))
+    assert steps == {
+        "control-a0": 0,
+        "kv2-mean-a0": 0,
+        "control-a0.02-seed0": 20,
+        "control-a0.05-seed0": 30,  # of 50, 20 are there
+        "kv2-mean-a0.02-seed0": 20,
+        "kv2-mean-a0.05-seed0": 30,
+    }
+    trained = [name for name, count in steps.items() if count]
+    assert seconds_left(steps, steps, {}) is None
+    assert seconds_left(steps, ["kv2-mean-a0"], {"control-a0": 4.0}) == 4
+    assert seconds_left(steps, trained, {"control-a0": 4.0}) is None  # what a step takes is not known
+    # A measurement takes 4 s and a step 0.5 s.
+    taken = {"control-a0": 3.0, "kv2-mean-a0": 5.0, "control-a0.02-seed0": 14.0}
+    assert seconds_left(steps, trained[1:], taken) == pytest.approx(3 * 4 + 80 * 0.5)
+    assert seconds_left(steps, [], taken) == 0
 
 
 RAW = {"checkpoint": "x", "output": "y", "kv_heads": 2}
