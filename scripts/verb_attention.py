@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from longspan.kernels.attention import AttentionCall, Phase, explain
+from longspan.model.config import DecoderConfig, EncoderConfig, ModelConfig, Seq2SeqConfig
 from longspan.training.precision import choose_device
 from longspan.training.schema import Accelerator, ExplainConfig, as_request
 
@@ -17,15 +18,30 @@ def run(config: ExplainConfig) -> int:
     if config.dry_run:
         print(as_yaml(as_request(config)), end="")
         return 0
-    model = config.model
+    for heading, half in _halves(config.model):
+        if heading:
+            print(heading)
+        _explain(half, config)
+    return 0
+
+
+def _halves(model: ModelConfig) -> list[tuple[str, DecoderConfig | EncoderConfig]]:
+    """The model itself, or both stacks of an encoder–decoder, each with its heading."""
+    if not isinstance(model, Seq2SeqConfig):
+        return [("", model)]
+    return [("encoder", model.encoder_half), ("decoder", model.decoder_half)]
+
+
+def _explain(model: DecoderConfig | EncoderConfig, config: ExplainConfig) -> None:
     context = config.context or model.max_positions
+    phases = tuple(Phase) if isinstance(model, DecoderConfig) else (Phase.TRAIN,)  # an encoder has no cache
     for name, groups in model.pattern_groups().items():
         layers = [str(layer) for layer in range(model.n_layers) if model.attention.of_layer(layer)[0] == name]
         print(f"pattern {name}: layers {', '.join(layers)}")
         for group in groups:
             if len(groups) > 1:
                 print(f"  {group.heads} of {model.n_heads} query heads")
-            for phase in Phase:
+            for phase in phases:
                 call = AttentionCall(
                     phase=phase,
                     device=_device(config.accelerator),
@@ -38,7 +54,6 @@ def run(config: ExplainConfig) -> int:
                     needs_grad=phase is Phase.TRAIN,
                 )
                 print("\n".join(f"  {line}" for line in explain(group.spec, call).splitlines()))
-    return 0
 
 
 def _device(accelerator: Accelerator) -> str:

@@ -488,6 +488,16 @@ def test_generation_past_the_positions_is_refused(refused: Refused, workshop: Pa
     assert "max_new_tokens" in line
 
 
+def test_attention_explains_both_stacks_of_an_encoder_decoder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attention", "model=led-tiny", "precision=fp32", "accelerator=cpu"]) == 0
+    encoder, decoder = capsys.readouterr().out.split("\ndecoder\n")
+    assert encoder.startswith("encoder\npattern layer: layers 0, 1\n  window=(8, 8), global_tokens; train")
+    assert "prefill on" not in encoder  # it has no cache
+    assert decoder.startswith("pattern full: layers 0, 1\n  causal; train")
+    assert "; prefill on cpu" in decoder
+    assert "; decode on cpu" in decoder
+
+
 def test_attention_explains_every_pattern_in_every_phase(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["attention", "attention=local_global", "model=llama-20m", "precision=bf16"]) == 0
     out = capsys.readouterr().out
