@@ -104,7 +104,8 @@ class ItemStream(Generic[BatchT_co]):
 
     def __init__(self, items: Items[BatchT_co], *, bucket: int, seed: int, shuffle: bool = True) -> None:
         self.items = items
-        self._order = BucketedStream(items.lengths, bucket=bucket, seed=seed if shuffle else None)
+        padded = -(-items.lengths // _MULTIPLE)  # what is padded to one length is of one length: the more of chance
+        self._order = BucketedStream(padded, bucket=bucket, seed=seed if shuffle else None)
 
     @property
     def n_sequences(self) -> int:

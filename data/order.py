@@ -127,7 +127,8 @@ class BucketedStream:
         key = hash_ints(seed, 0, epoch)
         places = range(pool * self._pool, min((pool + 1) * self._pool, size))
         items = np.array([permute(place, size, key=key) for place in places])
-        items = items[np.lexsort((items, self._lengths[items]))]
+        # Stable: items of one length stay shuffled. (In stored order they would often be of one class.)
+        items = items[np.argsort(self._lengths[items], kind="stable")]
         whole = len(items) // self._bucket
         groups = [items[group * self._bucket : (group + 1) * self._bucket] for group in range(whole)]
         key = hash_ints(seed, 1, epoch, pool)

@@ -142,6 +142,12 @@ class TestBuckets:
         means = groups.mean(1)  # short and long groups come in no order
         assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.2
 
+    def test_items_of_one_length_meet_by_chance(self):
+        """Not by their place in the store, where neighbours are often of one class."""
+        stream = BucketedStream(np.full(800, 7), bucket=16, pools=50, seed=0)
+        groups = np.array([stream.address(k).index for k in range(800)]).reshape(-1, 16)
+        assert (groups.max(1) - groups.min(1)).min() > 400
+
     def test_stored_order(self):
         stream = BucketedStream(np.array([3, 1, 2]), bucket=2, seed=None)
         assert [stream.address(k).index for k in range(5)] == [0, 1, 2, 0, 1]
