@@ -6,7 +6,7 @@ parameters  the parameters of a function, by its name, in a piece of source of s
             read(` is asked for, and `self, size=-1` is the answer where it stands. To find the name and to copy what
             follows is all that it takes; nothing has to be understood
 
-outlines    the names of the functions and classes that a piece of source of some fifteen hundred characters defines, in
+outlines    the names of the functions and classes that a piece of source of some four hundred characters defines, in
             their order. To find what follows `def` and `class` and to copy it is all that it takes
 
 All are to try a training with, and no benchmarks: they differ from one Python version to the next.
@@ -32,7 +32,7 @@ PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml
 
 _PIECE_LINES = 40
 _PIECE_CHARACTERS = 1_200
-_OUTLINED_CHARACTERS = 1_500
+_OUTLINED_CHARACTERS = 400
 _QUESTIONS = 2  # asked of a piece at most
 _SIGNATURE = re.compile(r"^ *(?:async )?def (\w+)\(([^()\n]{2,40},[^()\n]{2,40})\)", re.MULTILINE)
 

@@ -114,7 +114,7 @@ def test_micro_batches_do_not_change_the_step(text: Path) -> None:
     [
         ({"data": {"masking": None}}, "data.masking=null: an encoder sees the next token"),
         ({"model": {"name": "gpt-tiny"}}, "data.masking: a decoder predicts the next token"),
-        ({"model": {"head": "none"}}, "model.head=none: train teaches the masked-LM head"),
+        ({"model": {"head": "none"}}, "model.head=none: documents teach the masked-LM head"),
         ({"data": {"masking": {"masked": 0.9, "random": 0.3}}}, "data.masking.masked=0.9: and data.masking.random=0.3"),
         ({"model": {"vocab_size": 257}}, "makes 258 tokens, more than model.vocab_size=257"),
         ({"model": {"n_type": 3}}, "model.n_type=3: unknown key; did you mean model.n_types?"),
