@@ -126,7 +126,7 @@ def _tiles(run: RunFiles) -> Html:
             note = f"nats per token; 95 % interval {interval[0]:.3f} – {interval[1]:.3f} over documents"
     else:
         loss = number(run.summary, "validation_loss") or last(run, "validation_loss")
-        note = f"nats per {_LOSS_OF.get(_architecture(run), 'token')}, packed validation sequences"
+        note = f"nats per {_LOSS_OF.get(_architecture(run), 'token')}, validation sequences"
     seconds = last(run, "seconds")
     speed = typical(run, "tokens_per_second")
     mfu = typical(run, "mfu")
