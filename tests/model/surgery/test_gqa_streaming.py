@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -17,6 +18,16 @@ from longspan.model.surgery import GroupedQuery, LazyTensor, operate, plan_steps
 CONFIG = DecoderConfig(vocab_size=64, n_layers=6, d_model=64, n_heads=8, d_ff=64, max_positions=16, positions="rope")
 
 
+@pytest.fixture
+def quick_collections() -> Iterator[None]:
+    """What other tests of the process have left is not looked through at every collection."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("quick_collections")
 @pytest.mark.parametrize("keys", [{"init": "mean"}, {"init": "svd", "grouping": "similar"}, {"init": "random"}])
 def test_one_attention_at_a_time(keys: dict[str, object]) -> None:
     weights = build_from(CONFIG, seed=0).state_dict()
