@@ -1,0 +1,92 @@
+"""What a task is: where its questions come from, how they are asked, and what counts as right.
+
+A definition is data and imports no torch, so that the names of tasks can be checked before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from longspan.data.questions import Question
+
+Ask = Literal["generate", "choose", "force", "classify", "extract"]
+"""generate  the model writes on after the prompt, greedily
+choose    the choice that is likeliest after the prompt
+force     is every token of the reference the likeliest one, given those before it?
+classify  an encoder's classification head reads the text
+extract   an encoder's head for answers points at a part of the text
+"""
+
+Truncation = Literal["refuse", "keep_head", "keep_tail", "cut_middle"]
+"""What becomes of a text that is longer than the model can take: nothing is asked (an error that says so), or its
+beginning, its end, or both ends are kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """What questions are made of.
+
+    lengths  tokens of a prompt with its answer, for tasks that are made to length
+    samples  questions per cell (a length, or a length and a depth); of data from files, questions in all; None: all
+    seed     of everything that is drawn
+    files    directory with the local files of tasks that read some
+    count    tokens that a text has
+    """
+
+    lengths: tuple[int, ...]
+    samples: int | None
+    seed: int
+    files: Path | None
+    count: Callable[[str], int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a model said to one question.
+
+    text       what it wrote, or the choice it took
+    logprob    of the reference (force) or of each choice; None: not asked for
+    right      force: whether each token of the reference was the likeliest
+    """
+
+    text: str
+    logprobs: tuple[float, ...] | None = None
+    right: tuple[bool, ...] | None = None
+
+
+Score = Callable[[Question, Answer], Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A named, versioned measurement. A change of data, prompt or scoring that moves its numbers raises `version`.
+
+    summary         one line: what is asked, and the source of the definition
+    asks            how it can be asked, the preferred way first; a model takes the first that it can do
+    questions       its questions, the same for the same material
+    score           numbers of one answer; a result is their mean over questions
+    combine         further numbers made of those means (a geometric mean of ROUGE)
+    headline        the number that stands for the task
+    truncation      of a text that is too long
+    max_new_tokens  that an answer may have
+    stop            generation ends before the first of these strings
+    made_to_length  whether `lengths` is what its questions are made to
+    files           what must lie in the directory of local files, in words; None: it needs none
+    """
+
+    name: str
+    version: int
+    summary: str
+    asks: tuple[Ask, ...]
+    questions: Callable[[Material], Iterable[Question]]
+    score: Score
+    headline: str
+    combine: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
+    truncation: Truncation = "refuse"
+    max_new_tokens: int = 32
+    stop: tuple[str, ...] = ()
+    made_to_length: bool = False
+    files: str | None = None
