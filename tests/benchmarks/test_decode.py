@@ -181,10 +181,10 @@ def test_repetitions_take_turns_and_a_failure_costs_its_own_row(monkeypatch: pyt
 
         return measure
 
-    monkeypatch.setattr(generation, "ours", lambda case, device, compiled: entrant("ours"))
+    monkeypatch.setattr(generation, "ours", lambda case, model, compiled: entrant("ours"))
     monkeypatch.setattr(generation, "hugging_face", lambda case, device, static: entrant("theirs", fails_at=3))
     (case,) = generation.cases("tiny")
-    found = generation._raced(case, CPU, 3)
+    found = generation._raced(case, generation.build(case.config, CPU), CPU, 3)
     assert calls == ["ours", "theirs", "ours", "theirs", "theirs", "ours", "ours"]  # the first of each is a rehearsal
     assert found["longspan"].samples == [3.0, 6.0, 7.0]
     assert found["transformers dynamic cache"].status == "failed: RuntimeError: out of order"
