@@ -15,12 +15,11 @@ import numpy as np
 from .example_records import ExampleColumns, ExampleRecord, token_span
 from .examples import FORMAT, VERSION, ExampleStore
 from .prepare import Progress, TokenizerSettings, built_once, file_name
+from .refused import Refused
 from .shards import StoreError, split_hash, token_dtype
 from .sources import SourceError, SourceSpec, fingerprint, read_table
 from .tokenizer import Tokenizer, byte_level, train_bpe
 from .writer import SPLITS, HashedFiles, save_tokenizer, sync_directory, write_manifest
-
-SHOWN = 5  # refused records that are named
 
 _GROUP = 1 << 20  # characters of records tokenised at once
 
@@ -98,22 +97,9 @@ class PreparedExamples:
     directory: Path
 
 
-class _Refused:
-    """Records that could not be used: how many, and the first of them."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: list[str] = []
-
-    def __call__(self, error: SourceError) -> None:
-        self.count += 1
-        if len(self.first) < SHOWN:
-            self.first.append(str(error))
-
-
 def _build(settings: ExampleSettings, directory: Path, tokenizer: Tokenizer, progress: Progress | None) -> None:
     """One pass over the records into the files of a store; the manifest comes last."""
-    refused = _Refused()
+    refused = Refused()
     labels: list[str | None] = []
     hashes: list[int] = []
     n_characters = n_train = 0
@@ -240,7 +226,7 @@ def _training_texts(settings: ExampleSettings, progress: Progress | None) -> Ite
     """The texts of the first training records, `train_bytes` characters of them."""
     held_out = int(settings.validation_fraction * 2**64) if settings.validation is None else 0
     room, done = settings.tokenizer.train_bytes, 0
-    for record in _read(settings.source, settings.columns, _Refused()):
+    for record in _read(settings.source, settings.columns, Refused()):
         if _identity(record, settings.columns) < held_out:
             continue
         for text in record.texts.values():
@@ -252,15 +238,11 @@ def _training_texts(settings: ExampleSettings, progress: Progress | None) -> Ite
             return
 
 
-def _check(settings: ExampleSettings, refused: _Refused, *, n_records: int, n_train: int) -> None:
+def _check(settings: ExampleSettings, refused: Refused, *, n_records: int, n_train: int) -> None:
     """Raises StoreError where too much cannot be used, or nothing is left."""
-    seen = n_records + refused.count
-    if refused.count > settings.tolerance * seen:
-        more = f"; and {refused.count - SHOWN} more" if refused.count > SHOWN else ""
-        raise StoreError(
-            f"{refused.count} of {seen} examples cannot be used, more than data.examples.tolerance="
-            f"{settings.tolerance:g} allows: {'; '.join(refused.first)}{more}"
-        )
+    objection = refused.objection(n_records, settings.tolerance, what="examples", key="data.examples.tolerance")
+    if objection is not None:
+        raise StoreError(objection)
     if n_train == 0:
         raise StoreError("data.examples.path holds no examples")
     if settings.validation is not None and n_train == n_records:

@@ -42,8 +42,9 @@ R_co = TypeVar("R_co", covariant=True)
 class Columns(Protocol[R_co]):
     """Which columns of a table are read, and what becomes of a row.
 
-    `check` raises SourceError where a column is missing. `of_row` gives None for a row that holds nothing, and raises
-    SourceError for one that cannot be used; `where` names the file, `place` the row in it.
+    `names` may hold columns that a table can do without; `check` raises SourceError where one that it needs is missing.
+    `of_row` gives None for a row that holds nothing, and raises SourceError for one that cannot be used; `where` names
+    the file, `place` the row in it.
     """
 
     @property
@@ -273,12 +274,12 @@ def _read_table(path: Path, kind: str | None, columns: Columns[R_co], refuse: Re
         with pa.OSFile(str(path)) if kind == "parquet" else pa.memory_map(str(path)) as file:
             if kind == "parquet":
                 table = pq.ParquetFile(file)
-                columns.check(table.schema_arrow.names, str(path))
-                batches = table.iter_batches(batch_size=64, columns=list(columns.names))
+                wanted = _wanted(columns, table.schema_arrow.names, path)
+                batches = table.iter_batches(batch_size=64, columns=wanted)
             else:
                 batches = _arrow_batches(path, file, columns)
             for batch in batches:
-                for values in batch.select(list(columns.names)).to_pylist():
+                for values in batch.to_pylist():
                     try:
                         record = columns.of_row(values, str(path), f"row {row}")
                     except SourceError as error:
@@ -298,13 +299,19 @@ def _arrow_batches(path: Path, file: object, columns: Columns[object]) -> Iterat
         is_file_format = head.read(6) == b"ARROW1"
     if is_file_format:
         reader = pa.ipc.open_file(file)
-        columns.check(reader.schema.names, str(path))
+        wanted = _wanted(columns, reader.schema.names, path)
         for index in range(reader.num_record_batches):
-            yield reader.get_batch(index)
+            yield reader.get_batch(index).select(wanted)
     else:
         stream = pa.ipc.open_stream(file)
-        columns.check(stream.schema.names, str(path))
-        yield from stream
+        wanted = _wanted(columns, stream.schema.names, path)
+        for batch in stream:
+            yield batch.select(wanted)
+
+
+def _wanted(columns: Columns[object], present: list[str], path: Path) -> list[str]:
+    columns.check(present, str(path))
+    return [name for name in columns.names if name in present]
 
 
 def _encodable(text: str) -> bool:

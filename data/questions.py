@@ -22,6 +22,8 @@ class Question:
     references  the answers that count as right, as they would be written; a multiple choice has its right choices here
     choices     what there is to choose from; (): anything can be answered
     groups      what results are broken down by: length, depth, source, …
+    query       the question alone, where `after` words it for a model that writes on: what an encoder is asked, and
+                what parts of the text are compared with; "": there is none
     """
 
     id: str
@@ -33,6 +35,7 @@ class Question:
     references: tuple[str, ...]
     choices: tuple[str, ...] = ()
     groups: Mapping[str, GroupValue] = field(default_factory=dict)
+    query: str = ""
 
     def __post_init__(self) -> None:
         if not self.references:
