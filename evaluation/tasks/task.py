@@ -33,6 +33,7 @@ class Material:
     samples  questions per cell (a length, or a length and a depth); of data from files, questions in all; None: all
     seed     of everything that is drawn
     files    directory with the local files of tasks that read some
+    hub      what is not among them may be read from the hub
     count    tokens that a text has
     """
 
@@ -41,6 +42,7 @@ class Material:
     seed: int
     files: Path | None
     count: Callable[[str], int]
+    hub: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +75,9 @@ class Task:
     truncation      of a text that is too long
     max_new_tokens  that an answer may have
     stop            generation ends before the first of these strings
+    samples         what `Material.samples` is unless a user says otherwise
     made_to_length  whether `lengths` is what its questions are made to
+    has_depths      whether they are also made at each depth
     files           what must lie in the directory of local files, in words; None: it needs none
     """
 
@@ -88,5 +92,7 @@ class Task:
     truncation: Truncation = "refuse"
     max_new_tokens: int = 32
     stop: tuple[str, ...] = ()
+    samples: int | None = None
     made_to_length: bool = False
+    has_depths: bool = False
     files: str | None = None
