@@ -18,6 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
+from longspan.data.questions import Question
+
 from .tasks.task import Truncation
 
 _WORD = re.compile(r"\w+")
@@ -62,6 +66,17 @@ def chunk_spans(n_tokens: int, size: int, overlap: int = 0) -> tuple[range, ...]
     step = size - overlap
     starts = range(0, max(n_tokens - overlap, min(n_tokens, 1)), step)
     return tuple(range(start, min(start + size, n_tokens)) for start in starts)
+
+
+def context_span(question: Question, chars_T2: np.ndarray) -> tuple[int, int]:
+    """The tokens [first, last) of a whole prompt that stand for characters of the context and of nothing else: a token
+    that reaches beyond it stays whatever is cut.
+
+    chars_T2   characters [start, end) of the prompt that each token stands for
+    """
+    begin, end = len(question.before), len(question.before) + len(question.context)
+    inside = np.flatnonzero((chars_T2[:, 0] >= begin) & (chars_T2[:, 1] <= end))
+    return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
 
 
 def _taken(tokens: Sequence[int], spans: Sequence[range]) -> list[int]:
