@@ -19,12 +19,13 @@ SAMPLE_SEED = 0  # every budgeted sample of ours: two evaluations of the same st
 class EvalDocument:
     """A document to score.
 
-    tokens     integer ids [n]
-    n_bytes    UTF-8 bytes of the text that the scored tokens stand for (control tokens count none)
-    source     which source of the mixture it comes from
-    id         names it in messages
-    truncated  whether `tokens` are only the beginning of the document
-    prompt     how many tokens, from the first on, are read and not scored
+    tokens        integer ids [n]
+    n_bytes       UTF-8 bytes of the text that the scored tokens stand for (control tokens count none)
+    source        which source of the mixture it comes from
+    id            names it in messages
+    truncated     whether `tokens` are only the beginning of the document
+    prompt        how many tokens, from the first on, are read and not scored
+    n_characters  Unicode code points of that text; None: not counted
     """
 
     tokens: np.ndarray
@@ -33,6 +34,7 @@ class EvalDocument:
     id: str = ""
     truncated: bool = False
     prompt: int = 0
+    n_characters: int | None = None
 
     def text(self, decode: Callable[[Sequence[int]], str]) -> str:
         """What the scored tokens stand for, by a tokenizer's `decode`."""
@@ -104,7 +106,7 @@ def documents_from(
     max_tokens  at most this many tokens. The document that would exceed them is cut there when `decode` (a tokenizer's)
                 is given, so that its bytes can be counted, and left out otherwise
     The prompts of documents that have one (their tokens carry no loss in training) are read and not scored; `decode`
-    is needed for them.
+    is needed for them, and to count characters.
     Returns them in the order of the store, each with its index as id. Raises ValueError when the budget admits none.
     """
     chosen: list[tuple[int, int]] = []
@@ -142,12 +144,13 @@ def in_full_windows(
     prompt = max(document.prompt, first + window - stride)
     if prompt >= end:
         return None
-    before, through = (len(decode(document.tokens[:n].tolist()).rstrip("\ufffd").encode()) for n in (prompt, end))
+    before, through = (decode(document.tokens[:n].tolist()).rstrip("\ufffd") for n in (prompt, end))
     return replace(
         document,
         tokens=document.tokens[:end],
         prompt=prompt,
-        n_bytes=through - before,
+        n_bytes=len(through.encode()) - len(before.encode()),
+        n_characters=len(through) - len(before),
         truncated=document.truncated or end < len(document.tokens),
     )
 
@@ -161,11 +164,12 @@ def _stored(
         tokens=tokens, n_bytes=int(documents.n_bytes(i)), source=str(documents.source(i)), id=str(i), prompt=prompt
     )
     if take == len(tokens) and not prompt:
-        return whole
+        return whole if decode is None else replace(whole, n_characters=len(whole.text(decode)))
     if decode is None:
         raise ValueError(f"document {i} has a prompt, which is not scored: pass decode, to count the bytes of the rest")
     taken = replace(whole, tokens=tokens[:take], truncated=take < len(tokens), prompt=min(prompt, take))
-    return replace(taken, n_bytes=len(taken.text(decode).encode()))
+    text = taken.text(decode)
+    return replace(taken, n_bytes=len(text.encode()), n_characters=len(text))
 
 
 def _prompt_length(documents: StoredDocuments, i: int) -> int:

@@ -71,6 +71,19 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Row:
+    """One sequence of a forward pass: prediction i reads inputs[: i + 1] and is asked for targets[i].
+
+    inputs, targets  integer ids [T]
+    first            the predictions before this one are not wanted
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenScores:
     """The nll of every scored token, in document order.
 
@@ -94,6 +107,7 @@ class TokenScores:
             self.document,
             self.position,
             n_bytes=[document.n_bytes for document in self.documents],
+            n_characters=[document.n_characters for document in self.documents],
             sources=[document.source for document in self.documents],
             protocol=self.protocol,
             seed=seed,
@@ -112,7 +126,6 @@ def windows_of(n: int, *, window: int, stride: int, document: int = 0, unscored:
             yield Window(document, end - window, max(scored, unscored), end)
 
 
-@torch.no_grad()
 def score(
     model: LanguageModel,
     documents: Sequence[EvalDocument],
@@ -143,7 +156,7 @@ def score(
     The model is evaluated in eval mode and returned to the mode that it had. Logits exist a chunk at a time only.
     Raises ValueError when nothing can be scored, or a token id lies outside the model's vocabulary.
     """
-    _check_request(model, documents, window=window, stride=stride, batch=batch, bos=bos)
+    check_request(model, documents, window=window, stride=stride, batch=batch, bos=bos)
     inputs, targets = zip(*(_inputs_and_targets(document, bos) for document in documents))
     first_scored = 0 if bos is not None else 1
     # Predictions of a prompt; prediction 0 is asked for the document's token number `first_scored`.
@@ -176,20 +189,20 @@ def score(
     for piece in windows:
         at = starts_d[piece.document]
         context_N[at + piece.scored : at + piece.end] = np.arange(piece.scored, piece.end) - piece.start + 1
-    done = 0
-    was_training = model.training
-    model.train(False)
-    try:
-        longest_first = sorted(passes, key=lambda piece: piece.start - piece.end)  # the sort is stable
-        for first in range(0, len(longest_first), batch):
-            pieces = longest_first[first : first + batch]
-            at_N = np.concatenate([np.arange(p.scored, p.end) + starts_d[p.document] for p in pieces])
-            nll_N[at_N] = _score_batch(model, pieces, inputs, targets, device=torch.device(device), precision=precision)
-            done += len(at_N)
-            if progress is not None:
-                progress(done, n)
-    finally:
-        model.train(was_training)
+    rows = [
+        Row(
+            inputs=inputs[piece.document][piece.start : piece.end],
+            targets=targets[piece.document][piece.start : piece.end],
+            first=piece.scored - piece.start,
+        )
+        for piece in passes
+    ]
+    for piece, nll in zip(
+        passes,
+        score_rows(model, rows, batch=batch, device=device, precision=precision, progress=progress),
+    ):
+        at = starts_d[piece.document]
+        nll_N[at + piece.scored : at + piece.end] = nll
 
     first_d = unscored_d + first_scored
     return TokenScores(
@@ -220,33 +233,63 @@ def _inputs_and_targets(document: EvalDocument, bos: int | None) -> tuple[np.nda
     return np.concatenate([[bos], tokens[:-1]])[: len(tokens)], tokens
 
 
-def _score_batch(
+@torch.no_grad()
+def score_rows(
     model: LanguageModel,
-    pieces: Sequence[Window],
-    inputs: Sequence[np.ndarray],
-    targets: Sequence[np.ndarray],
+    rows: Sequence[Row],
     *,
-    device: torch.device,
-    precision: Precision,
-) -> np.ndarray:
-    """nll of the new predictions of each window, one after the other."""
-    length = max(piece.end - piece.start for piece in pieces)
-    tokens_BT = np.zeros((len(pieces), length), dtype=np.int64)
-    new_BT = np.zeros((len(pieces), length), dtype=bool)
-    for row, piece in enumerate(pieces):
-        tokens_BT[row, : piece.end - piece.start] = inputs[piece.document][piece.start : piece.end]
-        new_BT[row, piece.scored - piece.start : piece.end - piece.start] = True
-    targets_N = np.concatenate([targets[piece.document][piece.scored : piece.end] for piece in pieces])
+    batch: int,
+    device: torch.device | str,
+    precision: Precision = "fp32",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[np.ndarray]:
+    """The nll of the wanted predictions of each row, float32 [T - first] nats, in the order of `rows`.
+
+    batch     rows in a forward pass. Rows of one length go together; shorter ones are padded on the right, where causal
+              attention never looks
+    progress  called with (predictions scored, predictions in all) after each forward pass
+
+    The model is evaluated in eval mode and returned to the mode that it had. Logits exist a chunk at a time only.
+    """
+    found: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(rows)
+    done, total = 0, sum(len(row.inputs) - row.first for row in rows)
+    was_training = model.training
+    model.train(False)
+    try:
+        longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i].inputs))  # the sort is stable
+        for begin in range(0, len(rows), batch):
+            chosen = longest_first[begin : begin + batch]
+            wanted = [len(rows[i].inputs) - rows[i].first for i in chosen]
+            nll_N = _score_batch(model, [rows[i] for i in chosen], torch.device(device), precision)
+            for i, part in zip(chosen, np.split(nll_N, np.cumsum(wanted)[:-1])):
+                found[i] = part
+            done += len(nll_N)
+            if progress is not None:
+                progress(done, total)
+    finally:
+        model.train(was_training)
+    return found
+
+
+def _score_batch(model: LanguageModel, rows: Sequence[Row], device: torch.device, precision: Precision) -> np.ndarray:
+    """nll of the wanted predictions of each row, one after the other."""
+    length = max(len(row.inputs) for row in rows)
+    tokens_BT = np.zeros((len(rows), length), dtype=np.int64)
+    wanted_BT = np.zeros((len(rows), length), dtype=bool)
+    for i, row in enumerate(rows):
+        tokens_BT[i, : len(row.inputs)] = row.inputs
+        wanted_BT[i, row.first : len(row.inputs)] = True
+    targets_N = np.concatenate([row.targets[row.first :] for row in rows])
 
     autocast = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
     with autocast:
         hidden_BTD = model.hidden(torch.from_numpy(tokens_BT).to(device))
-        hidden_ND = hidden_BTD[torch.from_numpy(new_BT).to(device)]
+        hidden_ND = hidden_BTD[torch.from_numpy(wanted_BT).to(device)]
         nll_N = token_nll(hidden_ND, model.head_weight, torch.from_numpy(targets_N).to(device))
     return nll_N.float().cpu().numpy()
 
 
-def _check_request(
+def check_request(
     model: LanguageModel,
     documents: Sequence[EvalDocument],
     *,
@@ -255,6 +298,7 @@ def _check_request(
     batch: int,
     bos: int | None,
 ) -> None:
+    """Raises ValueError, in one line, for documents, windows and tokens that cannot be scored."""
     if not documents:
         raise ValueError("no documents to evaluate")
     if window < 1:

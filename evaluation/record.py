@@ -51,7 +51,7 @@ def evaluation_record(result: PerplexityResult, baseline: BaselineResult | None 
     record: dict[str, object] = {"perplexity": result.to_dict()}
     if baseline is not None:
         record["baseline"] = asdict(baseline)
-    return {key: _finite(value) for key, value in record.items()}
+    return {key: finite(value) for key, value in record.items()}
 
 
 def write_evaluation(
@@ -86,6 +86,7 @@ def markdown(result: PerplexityResult, baseline: BaselineResult | None = None, *
         ("perplexity", f"{result.perplexity:,.3f} per token"),
         ("bits per token", f"{result.bits_per_token:.4f}"),
         ("bits per byte", _optional(result.bits_per_byte)),
+        ("bits per character", _optional(result.bits_per_character)),
         ("scored", f"{result.tokens:,} tokens, {result.bytes:,} bytes, {result.documents:,} documents"),
     ]
     if baseline is not None:
@@ -95,15 +96,32 @@ def markdown(result: PerplexityResult, baseline: BaselineResult | None = None, *
             change = 100 * (result.bits_per_byte / baseline.bits_per_byte - 1)
             note += f"; the model differs by {change:+.1f} %"
         rows.append((baseline.name, note))
-    lines = [f"# {_cell(title)}", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
+    lines = [
+        f"# {markdown_cell(title)}",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows),
+        "",
+    ]
     lines += [f"Protocol: {result.protocol.words}", ""]
     if len(result.by_source) > 1:
         lines += ["## By source", "", "| source | loss | perplexity | bits per byte | tokens | documents |"]
         lines += ["|---|--:|--:|--:|--:|--:|"]
         lines += [
-            f"| {_cell(name)} | {s.loss:.4f} | {s.perplexity:,.3f} | {_optional(s.bits_per_byte)} "
+            f"| {markdown_cell(name)} | {s.loss:.4f} | {s.perplexity:,.3f} | {_optional(s.bits_per_byte)} "
             f"| {s.tokens:,} | {s.documents:,} |"
             for name, s in result.by_source.items()
+        ]
+        lines += [""]
+    if len(result.by_length) > 1:
+        lines += ["## By length of the document", "", "| tokens in the document | loss | ± s.e. | bits per byte "]
+        lines[-1] += "| tokens | documents |"
+        lines += ["|---|--:|--:|--:|--:|--:|"]
+        lines += [
+            f"| {b.lengths} | {b.loss:.4f} | {_optional(b.standard_error)} | {_optional(b.bits_per_byte)} "
+            f"| {b.tokens:,} | {b.documents:,} |"
+            for b in result.by_length
         ]
         lines += [""]
     lines += ["## By position in the document", "", "| position | loss | ± s.e. | tokens | documents |"]
@@ -119,16 +137,17 @@ def _optional(value: float | None) -> str:
     return "—" if value is None else f"{value:.4f}"
 
 
-def _cell(text: str) -> str:
+def markdown_cell(text: str) -> str:
     """Text from a user, safe inside a Markdown table."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
+    """Plain data in which numbers that are not finite are None: JSON has neither NaN nor infinity."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return finite_or_none(value) if isinstance(value, float) else value
 
 

@@ -97,14 +97,37 @@ class PositionBucket:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LengthBucket:
+    """Documents of start to end - 1 tokens, what is read and not scored included.
+
+    `standard_error` of the loss, with documents as the independent draws; None with fewer than two of them.
+    """
+
+    start: int
+    end: int
+    loss: float
+    standard_error: float | None
+    bits_per_byte: float | None
+    tokens: int
+    documents: int
+
+    @property
+    def lengths(self) -> str:
+        """The lengths in words: "1", or "8 – 15" (both included)."""
+        return f"{self.start:,}" if self.end - self.start == 1 else f"{self.start:,} – {self.end - 1:,}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceResult:
     """One source's share of the documents."""
 
     loss: float
     perplexity: float
     bits_per_byte: float | None
+    bits_per_character: float | None
     tokens: int
     bytes: int
+    characters: int | None
     documents: int
 
 
@@ -112,11 +135,13 @@ class SourceResult:
 class PerplexityResult:
     """The numbers of one evaluation and how they were measured.
 
-    loss            nats per token: sum of nll / tokens
-    loss_interval   95 % bootstrap interval of the loss over documents (seeded); None with fewer than ten documents
-    perplexity      exp(loss)
-    bits_per_token  loss / ln 2
-    bits_per_byte   sum of nll / ln 2 / UTF-8 bytes of the scored documents; None when they have no bytes
+    loss                nats per token: sum of nll / tokens
+    loss_interval       95 % bootstrap interval of the loss over documents (seeded); None with fewer than ten documents
+    perplexity          exp(loss)
+    bits_per_token      loss / ln 2
+    bits_per_byte       sum of nll / ln 2 / UTF-8 bytes of the scored documents; None when they have no bytes
+    bits_per_character  the same over Unicode code points; None where they were not counted
+    by_length           documents by their number of tokens, in octaves
     """
 
     protocol: ScoringProtocol
@@ -125,10 +150,13 @@ class PerplexityResult:
     perplexity: float
     bits_per_token: float
     bits_per_byte: float | None
+    bits_per_character: float | None
     tokens: int
     bytes: int
+    characters: int | None
     documents: int
     by_position: tuple[PositionBucket, ...]
+    by_length: tuple[LengthBucket, ...]
     by_source: dict[str, SourceResult]
 
     def to_dict(self) -> dict[str, object]:
@@ -145,22 +173,25 @@ def summarise(
     *,
     n_bytes: Sequence[int],
     sources: Sequence[str],
+    n_characters: Sequence[int | None] | None = None,
     protocol: ScoringProtocol,
     seed: int = 0,
 ) -> PerplexityResult:
     """The token-weighted loss and everything derived from it.
 
-    nll_N, document_N, position_N  nats, document index and position in the document of each scored token
-    n_bytes, sources               one entry a document; documents without a scored token count nowhere
-    seed                           of the bootstrap
+    nll_N, document_N, position_N   nats, document index and position in the document of each scored token
+    n_bytes, sources, n_characters  one entry a document; documents without a scored token count nowhere
+    seed                            of the bootstrap
     """
     nll_N = nll_N.astype(np.float64)
     total_d = np.bincount(document_N, weights=nll_N, minlength=len(n_bytes))
     count_d = np.bincount(document_N, minlength=len(n_bytes))
     bytes_d = np.asarray(n_bytes, dtype=np.int64)
     source_d = np.asarray(sources, dtype=object)
+    # NaN: not counted, and so is every sum with it.
+    characters_d = np.array(n_characters if n_characters is not None else [None] * len(n_bytes), dtype=np.float64)
     scored_d = count_d > 0
-    everything = _of_source(total_d[scored_d], count_d[scored_d], bytes_d[scored_d])
+    everything = _of_source(total_d[scored_d], count_d[scored_d], bytes_d[scored_d], characters_d[scored_d])
     return PerplexityResult(
         protocol=protocol,
         loss=everything.loss,
@@ -168,12 +199,15 @@ def summarise(
         perplexity=everything.perplexity,
         bits_per_token=everything.loss / math.log(2),
         bits_per_byte=everything.bits_per_byte,
+        bits_per_character=everything.bits_per_character,
         tokens=everything.tokens,
         bytes=everything.bytes,
+        characters=everything.characters,
         documents=everything.documents,
         by_position=_by_position(nll_N, document_N, position_N),
+        by_length=_by_length(total_d, count_d, bytes_d, document_N, position_N),
         by_source={
-            source: _of_source(total_d[chosen_d], count_d[chosen_d], bytes_d[chosen_d])
+            source: _of_source(total_d[chosen_d], count_d[chosen_d], bytes_d[chosen_d], characters_d[chosen_d])
             for source in sorted(set(source_d[scored_d]))
             for chosen_d in [scored_d & (source_d == source)]
         },
@@ -194,9 +228,34 @@ def _by_position(nll_N: np.ndarray, document_N: np.ndarray, position_N: np.ndarr
                 start=int(edges[bucket]),
                 end=int(edges[bucket + 1]),
                 loss=float(total_d.sum() / count_d.sum()),
-                standard_error=_standard_error(total_d, count_d),
+                standard_error=standard_error(total_d, count_d),
                 tokens=int(count_d.sum()),
                 documents=len(count_d),
+            )
+        )
+    return tuple(buckets)
+
+
+def _by_length(
+    total_d: np.ndarray, count_d: np.ndarray, bytes_d: np.ndarray, document_N: np.ndarray, position_N: np.ndarray
+) -> tuple[LengthBucket, ...]:
+    """Octaves of length that hold a scored document; a document is as long as its last scored position tells."""
+    length_d = np.zeros(len(count_d), dtype=np.int64)
+    np.maximum.at(length_d, document_N, position_N + 1)
+    buckets = []
+    for octave in sorted({int(length).bit_length() for length in length_d if length}):
+        start, end = 1 << (octave - 1), 1 << octave
+        chosen_d = (length_d >= start) & (length_d < end)
+        total, count = total_d[chosen_d], count_d[chosen_d]
+        buckets.append(
+            LengthBucket(
+                start=start,
+                end=end,
+                loss=float(total.sum() / count.sum()),
+                standard_error=standard_error(total, count),
+                bits_per_byte=_bits_per(total.sum(), bytes_d[chosen_d].sum()),
+                tokens=int(count.sum()),
+                documents=len(count),
             )
         )
     return tuple(buckets)
@@ -215,23 +274,27 @@ def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _bits_per_byte(nats: float, n_bytes: int) -> float | None:
-    return float(nats / math.log(2) / n_bytes) if n_bytes > 0 else None
+def _bits_per(nats: float, units: float) -> float | None:
+    """NaN units: not counted."""
+    return float(nats / math.log(2) / units) if units > 0 else None
 
 
-def _of_source(total_d: np.ndarray, count_d: np.ndarray, bytes_d: np.ndarray) -> SourceResult:
+def _of_source(total_d: np.ndarray, count_d: np.ndarray, bytes_d: np.ndarray, characters_d: np.ndarray) -> SourceResult:
+    characters = characters_d.sum()
     loss = float(total_d.sum() / count_d.sum())
     return SourceResult(
         loss=loss,
         perplexity=_exp(loss),
-        bits_per_byte=_bits_per_byte(total_d.sum(), bytes_d.sum()),
+        bits_per_byte=_bits_per(total_d.sum(), bytes_d.sum()),
+        bits_per_character=_bits_per(total_d.sum(), characters),
         tokens=int(count_d.sum()),
         bytes=int(bytes_d.sum()),
+        characters=None if math.isnan(characters) else int(characters),
         documents=len(count_d),
     )
 
 
-def _standard_error(total_d: np.ndarray, count_d: np.ndarray) -> float | None:
+def standard_error(total_d: np.ndarray, count_d: np.ndarray) -> float | None:
     """Of the ratio Σ total / Σ count when documents are the independent draws (linearised)."""
     n = len(count_d)
     if n < 2:

@@ -167,6 +167,40 @@ def test_by_source() -> None:
     assert (by_source["a"].documents, by_source["b"].tokens, by_source["a"].bytes) == (2, 2, 8)
 
 
+def test_bits_per_character_where_characters_were_counted() -> None:
+    docs = [replace(document([1, 1], source="a"), n_characters=5), replace(document([1], source="b"), n_characters=3)]
+    result = run(ContextCounter(), docs, window=4, stride=4).summary()  # nll 1 + 2, 1
+    assert result.bits_per_character == pytest.approx(4 / math.log(2) / 8, rel=1e-5)
+    assert (result.characters, result.by_source["a"].characters) == (8, 5)
+    assert result.by_source["b"].bits_per_character == pytest.approx(1 / math.log(2) / 3, rel=1e-5)
+    uncounted = run(ContextCounter(), [docs[0], document([1], source="b")], window=4, stride=4).summary()
+    assert uncounted.bits_per_character is uncounted.characters is None
+    assert uncounted.by_source["a"].bits_per_character == pytest.approx(3 / math.log(2) / 5, rel=1e-5)
+
+
+def test_by_length_of_the_document() -> None:
+    """Documents of 1, 2, 3 and 4 tokens, nll = context: octaves [1, 2), [2, 4) and [4, 8)."""
+    result = run(ContextCounter(), ones(4, 1, 3, 2), window=8, stride=8).summary()
+    assert [(b.start, b.end, b.tokens, b.documents) for b in result.by_length] == [
+        (1, 2, 1, 1),
+        (2, 4, 5, 2),
+        (4, 8, 4, 1),
+    ]
+    middle = result.by_length[1]
+    assert middle.loss == pytest.approx((3 + 6) / 5, rel=1e-5)
+    residuals = np.array([6 - 3 * 1.8, 3 - 2 * 1.8])
+    assert middle.standard_error == pytest.approx(math.sqrt(2 * (residuals**2).sum()) / 5, rel=1e-4)
+    assert middle.bits_per_byte == pytest.approx(9 / math.log(2) / 10, rel=1e-5)
+    assert (middle.lengths, result.by_length[0].lengths) == ("2 – 3", "1")
+    assert result.by_length[2].standard_error is None
+
+
+def test_by_length_counts_what_is_only_read() -> None:
+    docs = [replace(document([1] * 9), prompt=7), document([1] * 2)]
+    result = run(ContextCounter(), docs, window=16, stride=16).summary()
+    assert [(b.start, b.tokens) for b in result.by_length] == [(2, 2), (8, 2)]
+
+
 def test_by_position_and_its_standard_error() -> None:
     """Bucket [2, 4) holds nll (3, 4) of one document and 3 of the other: a ratio, not a mean of means."""
     result = run(ContextCounter(), ones(4, 3), window=8, stride=8).summary()
@@ -383,7 +417,10 @@ def test_budget_is_kept_and_spent(lengths: list[int], budget: int, seed: int, cu
 
 def test_a_cut_inside_a_character_counts_only_whole_ones() -> None:
     (doc,) = documents_from(Stored(["aéé"]), max_tokens=4, decode=decode)
-    assert (len(doc.tokens), doc.n_bytes, doc.truncated) == (4, 3, True)
+    assert (len(doc.tokens), doc.n_bytes, doc.n_characters, doc.truncated) == (4, 3, 2, True)
+    (whole,) = documents_from(Stored(["aéé"]), decode=decode)
+    assert (whole.n_bytes, whole.n_characters) == (5, 3)
+    assert documents_from(Stored(["aéé"]))[0].n_characters is None
 
 
 def test_limit_and_seed() -> None:

@@ -23,6 +23,7 @@ def result(source: str = "books") -> PerplexityResult:
         np.array([0, 0, 1]),
         np.array([0, 1, 0]),
         n_bytes=[4, 2],
+        n_characters=[3, 1],
         sources=[source, "code"],
         protocol=ScoringProtocol(window=8, stride=4, bos=0, precision="fp32", documents=2),
     )
@@ -44,6 +45,14 @@ def test_files_and_their_numbers(tmp_path: Path) -> None:
     assert record["perplexity"]["loss"] == 2.0
     assert record["perplexity"]["perplexity"] == pytest.approx(math.exp(2))
     assert record["perplexity"]["bits_per_byte"] == pytest.approx(6 / math.log(2) / 6)
+    assert record["perplexity"]["bits_per_character"] == pytest.approx(6 / math.log(2) / 4)
+    assert set(record["perplexity"]) == {
+        *("protocol", "loss", "loss_interval", "perplexity", "bits_per_token", "bits_per_byte", "bits_per_character"),
+        *("tokens", "bytes", "characters", "documents", "by_position", "by_length", "by_source"),
+    }
+    assert set(record["perplexity"]["by_length"][0]) == {
+        *("start", "end", "loss", "standard_error", "bits_per_byte", "tokens", "documents")
+    }
     assert record["perplexity"]["protocol"]["window"] == 8
     assert "windows of at most 8 tokens that advance by 4" in record["perplexity"]["protocol"]["words"]
     assert record["baseline"]["bits_per_byte"] == baseline.bits_per_byte
@@ -52,6 +61,9 @@ def test_files_and_their_numbers(tmp_path: Path) -> None:
     assert "| a\\|b&lt;c | 1.5000 |" in text
     assert "Protocol: Each document alone" in text
     assert "| 0 | 2.0000 | 1.0000 | 2 | 2 |" in text
+    assert "| bits per character | 2.1640 |" in text
+    assert "## By length of the document" in text
+    assert "| 2 – 3 | 1.5000 | — | 1.0820 | 2 | 1 |" in text
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
