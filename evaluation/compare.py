@@ -1,0 +1,266 @@
+"""Is one checkpoint better than another, on the same documents? A difference, its interval and a p-value.
+
+The units are documents: tokens, and questions about one text, are not independent of each other. Both tests are paired.
+
+* interval: 95 % percentile bootstrap. Documents are drawn with replacement, the same ones for both checkpoints, and the
+  difference of the two weighted means is taken again (10,000 times, seeded). None with fewer than ten documents.
+* p-value: two-sided sign-flip permutation test. Under the null hypothesis that the checkpoints can be exchanged on any
+  document, each document's difference might as well have had the other sign; p is the share of sign patterns whose
+  summed difference is at least as far from zero as the one seen (Fisher; Good 2005, Permutation, Parametric and
+  Bootstrap Tests of Hypotheses, §3.2.1). All patterns where there are no more of them than resamples (up to thirteen
+  documents), else as many random ones and the one seen itself, (1 + hits) / (1 + draws), which never claims 0.
+
+Several comparisons at once are corrected by Holm's step-down method (Holm 1979, Scand. J. Statistics 6, 65-70).
+
+Legend: d documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .perplexity import TokenScores
+
+_RESAMPLES = 10_000
+_FEWEST_DOCUMENTS = 10  # for an interval: with fewer, resampling says little about the documents not seen
+_CHUNK = 1 << 22  # numbers drawn at once
+_CHANGES_NOTHING = ("merged",)  # fields of a protocol that are about how it was computed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Measured:
+    """What one checkpoint scored, document by document.
+
+    name      of the checkpoint
+    measure   what the numbers are, with their unit
+    protocol  how they were measured: numbers with different fields here are not compared
+    units     ids of the documents, each once
+    totals    float64 [d]: sum of the scores in each (nats, points)
+    weights   float64 [d]: what they are divided by (tokens, bytes, questions)
+
+    The number is Σ totals / Σ weights. Raises ValueError for arrays that don't fit together.
+    """
+
+    name: str
+    measure: str
+    protocol: Mapping[str, object]
+    units: tuple[str, ...]
+    totals: np.ndarray
+    weights: np.ndarray
+
+    def __post_init__(self) -> None:
+        if not self.units:
+            raise ValueError(f"{self.name}, {self.measure}: no documents to compare")
+        if len(set(self.units)) != len(self.units):
+            raise ValueError(f"{self.name}, {self.measure}: a document is named twice; ids tell documents apart")
+        if not len(self.units) == len(self.totals) == len(self.weights):
+            raise ValueError(
+                f"{self.name}, {self.measure}: {len(self.units)} documents, {len(self.totals)} totals and "
+                f"{len(self.weights)} weights"
+            )
+        if not np.isfinite(self.totals).all():
+            bad = self.units[int(np.flatnonzero(~np.isfinite(self.totals))[0])]
+            raise ValueError(f"{self.name}, {self.measure}: document {bad} has a score that is not a number")
+
+    @property
+    def value(self) -> float:
+        return float(np.sum(self.totals) / np.sum(self.weights))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The first checkpoint's number minus the second's, on the same documents.
+
+    interval          95 % paired bootstrap over documents; None with fewer than ten
+    p_value           two-sided, sign-flip permutation over documents
+    adjusted_p_value  for the number of comparisons made together (Holm); None: this one was made alone
+    differing         fields of the protocols that differ, where the comparison was forced
+    """
+
+    first: str
+    second: str
+    measure: str
+    first_value: float
+    second_value: float
+    difference: float
+    interval: tuple[float, float] | None
+    p_value: float
+    documents: int
+    method: str
+    adjusted_p_value: float | None = None
+    differing: tuple[str, ...] = ()
+
+
+def measured_loss(name: str, scores: TokenScores, *, per: Literal["token", "byte"] = "token") -> Measured:
+    """Loss of each document: nats per token, or bits per byte (for checkpoints with different tokenizers)."""
+    documents = scores.documents
+    nll_d = np.bincount(scores.document, weights=scores.nll.astype(np.float64), minlength=len(documents))
+    tokens_d = np.bincount(scores.document, minlength=len(documents))
+    bytes_d = np.array([document.n_bytes for document in documents])
+    weights_d = tokens_d if per == "token" else bytes_d
+    kept = np.flatnonzero((tokens_d > 0) & (weights_d > 0))
+    protocol = asdict(scores.protocol)
+    if per == "byte":
+        # Token ids, and counts of tokens, mean something within one tokenizer only.
+        protocol |= {"bos": scores.protocol.bos is not None}
+    return Measured(
+        name=name,
+        measure="loss (nats per token)" if per == "token" else "bits per byte",
+        protocol=protocol,
+        units=tuple(f"{documents[i].source}/{documents[i].id or i}" for i in kept),
+        totals=nll_d[kept] if per == "token" else nll_d[kept] / np.log(2),
+        weights=weights_d[kept].astype(np.float64),
+    )
+
+
+def measured_scores(
+    name: str, measure: str, protocol: Mapping[str, object], documents: Sequence[str], scores: Sequence[float]
+) -> Measured:
+    """Scores of single questions, of which `documents` names the text; every question weighs the same."""
+    units, unit_N = np.unique(np.asarray(documents, dtype=object).astype(str), return_inverse=True)
+    return Measured(
+        name=name,
+        measure=measure,
+        protocol=protocol,
+        units=tuple(units.tolist()),
+        totals=np.bincount(unit_N, weights=np.asarray(scores, dtype=np.float64), minlength=len(units)),
+        weights=np.bincount(unit_N, minlength=len(units)).astype(np.float64),
+    )
+
+
+def compare(
+    first: Measured, second: Measured, *, force: bool = False, resamples: int = _RESAMPLES, seed: int = 0
+) -> Comparison:
+    """The paired difference first - second.
+
+    force  compares numbers of different protocols too; the result names the fields that differ
+
+    Raises ValueError for different measures, protocols (unless forced), documents, or amounts of text in a document.
+    """
+    if first.measure != second.measure:
+        raise ValueError(
+            f"'{first.measure}' of {first.name} and '{second.measure}' of {second.name} are different measures"
+        )
+    differing = differing_fields(first.protocol, second.protocol)
+    if differing and not force:
+        key = differing[0]
+        more = f" (and {', '.join(differing[1:])})" if len(differing) > 1 else ""
+        raise ValueError(
+            f"{first.name} and {second.name} were measured by different protocols: {key} is "
+            f"{_shown(first.protocol, key)} and {_shown(second.protocol, key)}{more}; measure both alike, or force=true"
+        )
+    first_d, second_d, weight_d = _paired(first, second)
+    difference_d = first_d - second_d
+    exact = len(difference_d) <= int(np.log2(resamples))
+    return Comparison(
+        first=first.name,
+        second=second.name,
+        measure=first.measure,
+        first_value=first.value,
+        second_value=second.value,
+        difference=float(difference_d.sum() / weight_d.sum()),
+        interval=_interval(difference_d, weight_d, resamples, seed),
+        p_value=_sign_flip(difference_d, resamples, seed),
+        documents=len(difference_d),
+        method=f"paired over {len(difference_d):,} documents: 95 % percentile bootstrap ({resamples:,} resamples); "
+        + ("two-sided sign-flip test over " + ("all sign patterns" if exact else f"{resamples:,} random patterns")),
+        differing=differing,
+    )
+
+
+def compare_all(
+    measured: Sequence[Measured], *, force: bool = False, resamples: int = _RESAMPLES, seed: int = 0
+) -> list[Comparison]:
+    """Every pair, the earlier one first, with p-values adjusted for their number."""
+    found = [compare(a, b, force=force, resamples=resamples, seed=seed) for a, b in combinations(measured, 2)]
+    return [replace(each, adjusted_p_value=p) for each, p in zip(found, holm([each.p_value for each in found]))]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted so that the chance of any false positive among them stays below the level that each is held to.
+
+    Raises ValueError for a number that is no probability.
+    """
+    outside = [p for p in p_values if not 0 <= p <= 1]
+    if outside:
+        raise ValueError(f"p={outside[0]} is no probability")
+    adjusted, reached = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        reached = max(reached, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = reached
+    return adjusted
+
+
+def differing_fields(first: Mapping[str, object], second: Mapping[str, object]) -> tuple[str, ...]:
+    """Fields that only one protocol has, or that have different values; those that change no number are left out."""
+    keys = [*first, *(key for key in second if key not in first)]
+    return tuple(
+        key
+        for key in keys
+        if key not in _CHANGES_NOTHING and (key not in first or key not in second or first[key] != second[key])
+    )
+
+
+def _shown(protocol: Mapping[str, object], key: str) -> str:
+    return str(protocol[key]) if key in protocol else "not stated"
+
+
+def _paired(first: Measured, second: Measured) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(totals, totals, weights) in the order of the first one's documents."""
+    place = {unit: i for i, unit in enumerate(second.units)}
+    alone = [unit for unit in first.units if unit not in place] or [*(place.keys() - set(first.units))]
+    if alone:
+        raise ValueError(
+            f"{first.name} and {second.name} were not measured on the same documents: only one of them has "
+            f"'{sorted(alone)[0]}' ({len(first.units):,} and {len(second.units):,} documents)"
+        )
+    order = [place[unit] for unit in first.units]
+    weights = second.weights[order]
+    unequal = np.flatnonzero(first.weights != weights)
+    if len(unequal):
+        i = int(unequal[0])
+        raise ValueError(
+            f"document '{first.units[i]}' weighs {first.weights[i]:,.0f} with {first.name} and {weights[i]:,.0f} with "
+            f"{second.name}: it was cut into other tokens or has other questions; compare bits per byte"
+        )
+    return first.totals, second.totals[order], first.weights
+
+
+def _interval(difference_d: np.ndarray, weight_d: np.ndarray, resamples: int, seed: int) -> tuple[float, float] | None:
+    n = len(difference_d)
+    if n < _FEWEST_DOCUMENTS:
+        return None
+    rng = np.random.default_rng(seed)
+    found = []
+    for count in _chunks(resamples, n):
+        drawn = rng.integers(0, n, (count, n))
+        found.append(difference_d[drawn].sum(axis=1) / weight_d[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _sign_flip(difference_d: np.ndarray, resamples: int, seed: int) -> float:
+    n = len(difference_d)
+    # Sums that are equal but for rounding count as equal: ties decide exact p-values.
+    seen = abs(difference_d.sum()) - 1e-12 * np.abs(difference_d).sum()
+    if 2**n <= resamples:
+        patterns = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
+        return float(np.mean(np.abs((1 - 2 * patterns) @ difference_d) >= seen))
+    rng = np.random.default_rng([seed, 1])
+    hits = 0
+    for count in _chunks(resamples, n):
+        signs = rng.integers(0, 2, (count, n), dtype=np.int8)
+        hits += int(np.sum(np.abs((1.0 - 2.0 * signs) @ difference_d) >= seen))
+    return (1 + hits) / (1 + resamples)
+
+
+def _chunks(total: int, width: int) -> list[int]:
+    """Numbers that add up to `total`, each small enough that so many rows of `width` fit into memory."""
+    most = max(1, _CHUNK // width)
+    return [most] * (total // most) + ([total % most] if total % most else [])
