@@ -17,7 +17,9 @@ BY_NAME = {task.name: task for task in DOCUMENT_TASKS}
 
 
 def material(files: Path | None, **changes) -> Material:
-    return Material(**{"lengths": (), "samples": None, "seed": 0, "files": files, "count": len, **changes})
+    return Material(
+        **{"lengths": (), "depths": (), "samples": None, "seed": 0, "files": files, "count": len, **changes}
+    )
 
 
 def question(*references: str, choices: tuple[str, ...] = ()) -> Question:
@@ -136,3 +138,24 @@ def test_options_by_letter():
     score = BY_NAME["quality"].score
     asked = question("B", choices=("A", "B", "C", "D"))
     assert [score(asked, Answer(text=letter))["accuracy"] for letter in "AB"] == [0.0, 1.0]
+
+
+def test_the_table_of_tasks():
+    page = (Path(__file__).parents[2] / "docs" / "tasks-documents.md").read_text(encoding="utf-8")
+    for task in DOCUMENT_TASKS:
+        assert isinstance(task.questions, FromFile)
+        hub = f"`{task.questions.hub.path}`" if task.questions.hub is not None else ""
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{task.name}` |"))
+        asks, file = f"| {', '.join(task.asks)} |", f"| `{task.questions.stem}` |"
+        assert asks in row
+        assert file in row
+        assert row.endswith(f"| {hub} |" if hub else "| |")
+        of_row = next(
+            line
+            for line in page.splitlines()
+            if line.startswith("| `") and f"`{task.name}`" in line[:45] and line != row
+        )
+        words = {"keep_head": "loses its end", "keep_tail": "loses its beginning", "cut_middle": "loses its middle"}
+        assert words.get(task.truncation, "is refused") in of_row
+        if "generate" in task.asks:
+            assert f"| {task.max_new_tokens} |" in of_row

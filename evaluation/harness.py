@@ -1,0 +1,269 @@
+"""Our decoders in lm-evaluation-harness (Gao et al., github.com/EleutherAI/lm-evaluation-harness).
+
+    run_harness(model, tokenizer, ["lambada_openai"])                         its tasks, by name
+    run_harness(model, tokenizer, ["mine"], include_path=Path("my_tasks"))    tasks of one's own, without a connection
+
+The harness's own command line knows no models but its own; from Python, importing `longspan.evaluation.harness_model`
+registers ours as `longspan`. lm_eval is imported when something here is called, never before.
+
+What the harness asks for is computed as everywhere here: softmax in fp32, a rolling log-likelihood by
+`perplexity.score` with disjoint windows. Where a number depends on how a text begins, we follow the harness: nothing
+precedes a context (but a foreign tokenizer's own start tokens), and for an empty one stands the `prefix` token.
+
+Legend: B rows, T tokens of the longest of them, N scored tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+
+from longspan.data.tokenizer import Tokenizer
+from longspan.kernels.cross_entropy import CHUNK_LOGITS
+from longspan.model.decoder import Decoder
+
+from .documents import EvalDocument
+from .perplexity import Precision, score
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+logger = logging.getLogger("longspan.evaluation")
+
+Progress = Callable[[int], object]  # told how many further requests are done
+_KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
+
+
+def run_harness(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    *,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    max_length: int | None = None,
+    batch: int = 8,
+    precision: Precision = "fp32",
+    starts: bool = False,
+    seed: int = 0,
+) -> dict[str, object]:
+    """The harness's results of some of its tasks, or of those defined below `include_path`, as plain data: `results`
+    by task as the harness has them, and under `harness` its version and how it was asked.
+
+    limit         documents per task; None: all
+    num_fewshot   examples in each prompt; None: as each task has it
+    max_length    tokens that the model reads at most; None: the context that its config states
+    batch         rows in a forward pass
+    starts        contexts begin with the tokenizer's start tokens, as the models of others expect
+    seed          of what the harness draws (examples, samples)
+
+    The harness seeds the generators of random, numpy and torch. Raises ImportError where lm_eval is not installed,
+    ValueError for tasks that it does not have (with the nearest names) and for data that cannot be had.
+    """
+    if not tasks:
+        raise ValueError("no tasks for the harness: name some")
+    try:
+        import lm_eval
+        from lm_eval.evaluator import simple_evaluate
+    except ImportError as error:
+        raise ImportError(f"harness tasks need lm-evaluation-harness ({error}): pip install longspan[eval]") from error
+    from .harness_model import HarnessModel
+
+    manager = _manager(tasks, include_path)
+    adapter = HarnessModel(model, tokenizer, max_length=max_length, batch=batch, precision=precision, starts=starts)
+    try:
+        found = simple_evaluate(
+            adapter,
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"the harness cannot read the data of {', '.join(tasks)}: {reason}; its own tasks take theirs from the "
+            "hub, so be online, or define tasks with local files and give include_path"
+        ) from error
+    return {
+        "harness": {
+            "lm_eval": lm_eval.__version__,
+            "tasks": list(tasks),
+            "limit": limit,
+            "num_fewshot": num_fewshot,
+            "seed": seed,
+            **adapter.protocol,
+        },
+        **{name: _plain(each) for name, each in cast("Mapping[str, object]", found).items() if name in _KEPT},
+    }
+
+
+def _manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
+    """Raises ValueError for a name that is known neither there nor to the harness."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        if not include_path.is_dir():
+            raise ValueError(f"include_path={include_path} is not a directory: it holds tasks as YAML files")
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+        if all(manager.match_tasks([name]) for name in tasks):
+            return manager  # reading the harness's own definitions takes it a while
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    for name in tasks:
+        if not manager.match_tasks([name]):
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"the harness has no task named '{name}'{hint}")
+    return manager
+
+
+def _plain(value: object) -> object:
+    """As JSON has it: numbers of numpy unwrapped, functions and the like by their names."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, bool | str | int) or value is None:
+        return value
+    if isinstance(value, Real):
+        number = float(value)
+        return number if math.isfinite(number) else None
+    return str(value)
+
+
+# -- what the harness asks --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """An input, and the requests that are scored on it: (number of the request, its continuation)."""
+
+    tokens: tuple[int, ...]
+    asked: list[tuple[int, Sequence[int]]]
+
+
+@torch.no_grad()
+def continuations(
+    model: Decoder,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    max_length: int,
+    batch: int,
+    precision: Precision = "fp32",
+    progress: Progress | None = None,
+) -> list[tuple[float, bool]]:
+    """Of each (context, continuation): the log-likelihood of the continuation in nats, and whether each of its tokens
+    is the likeliest one. What does not fit into `max_length` tokens is left out at the context's beginning.
+
+    Inputs that are the same are computed once; rows of like length go together, longest first.
+    Raises ValueError for an empty context or continuation, and for a continuation that does not fit.
+    """
+    rows: dict[tuple[int, ...], _Row] = {}
+    n_cut = 0
+    for number, (context, continuation) in enumerate(pairs):
+        if not context or not continuation:
+            raise ValueError(f"request {number}: a continuation of at least 1 token follows a context of at least 1")
+        if len(continuation) > max_length:
+            raise ValueError(
+                f"request {number}: its continuation has {len(continuation):,} tokens, the model reads {max_length:,}"
+            )
+        tokens = (*context, *continuation)[-(max_length + 1) : -1]
+        n_cut += len(context) + len(continuation) > max_length + 1
+        rows.setdefault(tokens, _Row(tokens, [])).asked.append((number, continuation))
+    warn_cut(n_cut, len(pairs), max_length)
+    found: dict[int, tuple[float, bool]] = {}
+    order = sorted(rows.values(), key=lambda row: -len(row.tokens))
+    was_training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(order), batch):
+            of_batch = _scored(model, order[first : first + batch], precision)
+            found |= of_batch
+            if progress is not None:
+                progress(len(of_batch))
+    finally:
+        model.train(was_training)
+    return [found[number] for number in range(len(pairs))]
+
+
+def _scored(model: Decoder, rows: Sequence[_Row], precision: Precision) -> dict[int, tuple[float, bool]]:
+    device = model.head_weight.device
+    tokens_BT = torch.zeros(len(rows), len(rows[0].tokens), dtype=torch.int64)
+    row_n: list[int] = []
+    place_n: list[int] = []
+    target_n: list[int] = []
+    sizes: list[tuple[int, int]] = []  # (request, tokens of its continuation)
+    for row, each in enumerate(rows):
+        tokens_BT[row, : len(each.tokens)] = torch.tensor(each.tokens)
+        for number, continuation in each.asked:
+            row_n += [row] * len(continuation)
+            place_n += range(len(each.tokens) - len(continuation), len(each.tokens))
+            target_n += continuation
+            sizes.append((number, len(continuation)))
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
+    with autocast:
+        hidden_BTD = model.hidden(tokens_BT.to(device))  # causal: what stands behind a row is never seen from it
+        rows_N, places_N, targets_N = (torch.tensor(each, device=device) for each in (row_n, place_n, target_n))
+        logprobs, rights = [], []
+        at_a_time = max(1, CHUNK_LOGITS.get(device.type, 2**20) // model.config.vocab_size)
+        for part in torch.arange(len(target_n), device=device).split(at_a_time):
+            logits_nV = model.logits(hidden_BTD[rows_N[part], places_N[part]]).float()
+            target_n1 = targets_N[part, None]
+            logprobs.append((logits_nV.gather(1, target_n1)[:, 0] - logits_nV.logsumexp(-1)).double())
+            rights.append(logits_nV.argmax(-1) == target_n1[:, 0])
+    logprob_N, right_N = torch.cat(logprobs).cpu(), torch.cat(rights).cpu()
+    lengths = [size for _, size in sizes]
+    return {
+        number: (float(logprob.sum()), bool(right.all()))
+        for (number, _), logprob, right in zip(sizes, logprob_N.split(lengths), right_N.split(lengths), strict=True)
+    }
+
+
+def warn_cut(n_cut: int, n: int, max_length: int) -> None:
+    """Says how many of n requests lost the beginning of their context."""
+    if n_cut:
+        logger.warning("%d of %d contexts lose their beginning: the model reads %d tokens", n_cut, n, max_length)
+
+
+def rolling(
+    model: Decoder,
+    texts: Sequence[Sequence[int]],
+    *,
+    prefix: int,
+    max_length: int,
+    batch: int,
+    precision: Precision = "fp32",
+) -> list[float]:
+    """The log-likelihood of each text in nats, every token predicted once: windows of `max_length` tokens side by side,
+    the first behind `prefix`, the last ending with the text and full."""
+    documents = [EvalDocument(tokens=np.array(text, dtype=np.int64), n_bytes=0) for text in texts]
+    if not any(len(text) for text in texts):
+        return [0.0] * len(texts)
+    scores = score(
+        model,
+        documents,
+        window=max_length,
+        stride=max_length,
+        bos=prefix,
+        batch=batch,
+        device=model.head_weight.device,
+        precision=precision,
+    )
+    nll = np.bincount(scores.document, weights=scores.nll.astype(np.float64), minlength=len(texts))
+    return [-float(each) for each in nll]
