@@ -6,8 +6,11 @@ Legend: B sequences, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import FunctionType
 from typing import Literal, get_args
 
 import torch
@@ -98,42 +101,67 @@ class DecodeStep:
     def __init__(self, model: Decoder, cache: ContiguousCache | PagedCache, *, compiled: bool = False) -> None:
         self._model = model
         self._cache = cache
-        self._step = torch.compile(self._eager, fullgraph=True, dynamic=False) if compiled else self._eager
+        self._step: _Step = _compiled() if compiled else _step
+        self._token_B1: Tensor | None = None  # where every step reads: what is compiled knows its strides
         self._recorded: _Recorded | None = None
         self._taken = 0
 
     @torch.no_grad()
     def __call__(self, token_B: Tensor) -> Tensor:
         """Raises what the cache raises when a row has no room."""
+        if self._token_B1 is None:
+            self._token_B1 = torch.empty((*token_B.shape, 1), dtype=token_B.dtype, device=token_B.device)
+        self._token_B1.copy_(token_B[:, None])
         with self._cache.fixed_step():
             if self._recorded is not None:
-                logits_BV = self._recorded.replay(token_B)
+                logits_BV = self._recorded.replay()
             elif token_B.is_cuda and self._taken >= _EAGER_STEPS:
-                self._recorded = _Recorded(self._step, token_B, self._model)
-                logits_BV = self._recorded.replay(token_B)
+                self._recorded = _Recorded(self._step, self._model, self._cache, self._token_B1)
+                logits_BV = self._recorded.replay()
             else:
-                logits_BV = self._step(token_B[:, None])
+                logits_BV = self._step(self._model, self._cache, self._token_B1)
         self._taken += 1
         return logits_BV
 
-    def _eager(self, token_B1: Tensor) -> Tensor:
-        hidden_B1D = self._model.hidden(token_B1, cache=self._cache)
-        return torch.nn.functional.linear(hidden_B1D[:, -1], self._model.head_weight)
+
+_Cache = ContiguousCache | PagedCache
+_Step = Callable[[Decoder, _Cache, Tensor], Tensor]
+
+
+def _step(model: Decoder, cache: _Cache, token_B1: Tensor) -> Tensor:
+    hidden_B1D = model.hidden(token_B1, cache=cache)
+    return torch.nn.functional.linear(hidden_B1D[:, -1], model.head_weight)
+
+
+def _compiled() -> _Step:
+    """Of a copy of the code: torch.compile keeps but a few variants of one, in all that a process compiles."""
+    copy = FunctionType(_step.__code__.replace(), _step.__globals__, _step.__name__)
+    return torch.compile(copy, fullgraph=True, dynamic=False)
 
 
 class _Recorded:
     """A CUDA graph of one step. Recording computes nothing, so that the step is taken by the replay that follows."""
 
-    def __init__(self, step: Callable[[Tensor], Tensor], token_B: Tensor, model: Decoder) -> None:
-        self._token_B1 = token_B[:, None].clone()
+    def __init__(self, step: _Step, model: Decoder, cache: _Cache, token_B1: Tensor) -> None:
         # The graph knows addresses only: a table that another call replaces by a longer one must not be freed.
-        self._held = [each.detach() for each in (*model.parameters(), *model.buffers())]
+        self._held = [token_B1, *(each.detach() for each in (*model.parameters(), *model.buffers()))]
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(self._graph):
-            self._logits_BV = step(self._token_B1)
+        with _nothing_collected(), torch.cuda.graph(self._graph):
+            self._logits_BV = step(model, cache, token_B1)
 
-    def replay(self, token_B: Tensor) -> Tensor:
-        self._token_B1.copy_(token_B[:, None])
+    def replay(self) -> Tensor:
         self._graph.replay()
         return self._logits_BV
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Garbage may hold another graph, and destroying that ends a recording."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

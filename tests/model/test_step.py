@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -143,3 +145,31 @@ def test_a_compiled_step_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None
     for token in (5, 6, 7, 8):
         torch.testing.assert_close(fused(torch.tensor([token])), eager(torch.tensor([token])), rtol=1e-4, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_steps_of_many_shapes_are_compiled_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than torch.compile keeps variants of a function, from tokens that lie anyhow in memory."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model, texts_BT = from_config(TINY, seed=0).eval(), torch.arange(12).view(2, 6)
+    for n in range(torch._dynamo.config.recompile_limit + 1):
+        step = DecodeStep(model, create_cache(model, 2, 20 + n), compiled=True)
+        for place in range(3):
+            step(texts_BT[:, place] if place else texts_BT[:, place].clone())
+        assert counters["stats"]["unique_graphs"] == n + 1
+
+
+def test_a_step_is_freed_without_the_garbage_collector() -> None:
+    """A graph that a collection destroys while another is recorded ends that recording."""
+    model = from_config(TINY, seed=0).eval()
+    step = DecodeStep(model, create_cache(model, 1, 8))
+    step(torch.tensor([1]))
+    alive = weakref.ref(step)
+    gc.disable()
+    try:
+        del step
+        assert alive() is None
+    finally:
+        gc.enable()
