@@ -318,6 +318,7 @@ def _model(config: RunConfig, origin: Origin, arithmetic: Arithmetic) -> tuple[M
     if config.trainer.activation_checkpointing:
         checkpoint_activations(model)
     if config.trainer.compile:
+        torch.compiler.reset()  # a process that trains many models would run into torch's limit of recompilations
         compile_blocks(model)
     return model, change
 

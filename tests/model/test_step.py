@@ -155,9 +155,11 @@ def test_steps_of_many_shapes_are_compiled_once_each(monkeypatch: pytest.MonkeyP
     counters.clear()
     model, texts_BT = from_config(TINY, seed=0).eval(), torch.arange(12).view(2, 6)
     for n in range(torch._dynamo.config.recompile_limit + 1):
-        step = DecodeStep(model, create_cache(model, 2, 20 + n), compiled=True)
-        for place in range(3):
-            step(texts_BT[:, place] if place else texts_BT[:, place].clone())
+        cache = create_cache(model, 2, 20 + n)
+        prefill(model, texts_BT[:, :3], cache)
+        step = DecodeStep(model, cache, compiled=True)
+        for place in (3, 4, 5):
+            step(texts_BT[:, place] if place > 3 else texts_BT[:, place].clone())
         assert counters["stats"]["unique_graphs"] == n + 1
 
 
