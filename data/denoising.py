@@ -125,7 +125,9 @@ def _opens_word(piece: bytes, mark: str | None) -> bool:
     """Whether white space stands before or at the beginning of a piece."""
     if mark == "##":
         return not piece.startswith(b"##")
-    return piece.startswith("▁".encode()) if mark == "▁" else piece[:1].isspace()
+    if mark is not None:
+        return piece.startswith(mark.encode())
+    return piece[:1].isspace()
 
 
 class DenoisedDataset:

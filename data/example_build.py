@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from .prepare import Progress, TokenizerSettings, built_once, file_name
 from .refused import Refused
 from .shards import StoreError, split_hash, token_dtype
 from .sources import SourceError, SourceSpec, fingerprint, read_table
-from .tokenizer import Tokenizer, byte_level, train_bpe
+from .tokenizer import Tokenizer, byte_level
 from .writer import SPLITS, HashedFiles, save_tokenizer, sync_directory, write_manifest
 
 _GROUP = 1 << 20  # characters of records tokenised at once
@@ -26,14 +27,29 @@ _GROUP = 1 << 20  # characters of records tokenised at once
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltIn:
-    """Records that a function makes of what every machine has. `name` and `version` tell its results apart."""
+    """Records that a function makes of what every machine has.
+
+    name, version  tell its results apart
+    of_library     whether they depend on the running Python's library
+    limit          make at most this many
+    """
 
     name: str
     version: int
     make: Callable[[], Iterator[ExampleRecord]] = field(compare=False)
+    of_library: bool = True
+    limit: int | None = None
 
     def described(self) -> dict[str, object]:
-        return {"made": self.name, "version": self.version, "of": fingerprint(SourceSpec())}
+        described: dict[str, object] = {"made": self.name, "version": self.version}
+        if self.of_library:
+            described["of"] = fingerprint(SourceSpec())
+        if self.limit is not None:
+            described["limit"] = self.limit
+        return described
+
+    def records(self) -> Iterator[ExampleRecord]:
+        return islice(self.make(), self.limit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +60,7 @@ class ExampleSettings:
     source               jsonl, parquet, arrow or a hub data set (or records made by a function)
     validation           records that are held out; None: a share of the source's
     columns              what is read of each record
-    tokenizer            bpe is trained on the source's texts
+    tokenizer            bpe and words are trained on the source's texts
     validation_fraction  share of the source held out, by a hash of each record's group, answered text or texts; only
                          where `validation` is None
     tolerance            largest share of records that may be unusable; they are counted and named
@@ -53,7 +69,7 @@ class ExampleSettings:
 
     name: str = "examples"
     source: SourceSpec | BuiltIn
-    validation: SourceSpec | None = None
+    validation: SourceSpec | BuiltIn | None = None
     columns: ExampleColumns
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     validation_fraction: float = 0.1
@@ -199,7 +215,7 @@ def _read(
 ) -> Iterator[ExampleRecord]:
     if source is None:
         return iter(())
-    return source.make() if isinstance(source, BuiltIn) else read_table(source, columns, refuse)
+    return source.records() if isinstance(source, BuiltIn) else read_table(source, columns, refuse)
 
 
 def _grouped(records: Iterator[ExampleRecord]) -> Iterator[list[ExampleRecord]]:
@@ -219,7 +235,7 @@ def _trained(settings: ExampleSettings, progress: Progress | None) -> Tokenizer:
     asked = settings.tokenizer
     if asked.kind == "bytes":
         return byte_level(mask=asked.mask)
-    return train_bpe(_training_texts(settings, progress), asked.vocab_size, asked.mask)
+    return asked.train(_training_texts(settings, progress))
 
 
 def _training_texts(settings: ExampleSettings, progress: Progress | None) -> Iterator[str]:
@@ -300,7 +316,7 @@ def _u8(values: Sequence[int] | np.ndarray) -> bytes:
 
 def _key(settings: ExampleSettings, loaded: Tokenizer | None) -> str:
     asked = settings.tokenizer
-    tokenizer: dict[str, object] = asdict(asked) if asked.kind == "bpe" else {"kind": asked.kind, "mask": asked.mask}
+    tokenizer: dict[str, object] = asdict(asked) if asked.is_trained else {"kind": asked.kind, "mask": asked.mask}
     if loaded is not None:
         tokenizer = {"sha256": loaded.sha256, "eos": loaded.eos_id}
     given = (settings.source, settings.validation)

@@ -112,6 +112,8 @@ def _ends(piece: bytes, mark: str | None) -> tuple[int, int]:
     """Classes of a piece's first and last byte."""
     if mark == "##":
         return (_NEVER if piece.startswith(b"##") else _ALWAYS), _LETTER
+    if mark == "":
+        return _ALWAYS, _LETTER
     if mark == "▁":
         return (_ALWAYS if piece.startswith("▁".encode()) else _NEVER), _LETTER
     if not piece:

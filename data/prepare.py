@@ -18,7 +18,7 @@ from typing import IO, Literal
 from .shards import StoreError, split_hash
 from .sources import SourceSpec, fingerprint, read, size_hint
 from .store import SHARD_BYTES, TokenStore, build_store
-from .tokenizer import Tokenizer, byte_level, train_bpe
+from .tokenizer import Tokenizer, byte_level, train_bpe, train_words
 from .writer import VERSION
 
 Stage = Literal["waiting", "tokenizer", "tokens"]
@@ -27,24 +27,34 @@ Progress = Callable[[Stage, int, int | None], None]  # (what is going on, bytes 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerSettings:
-    """kind          bpe: train a byte-level BPE; bytes: no training; file: an existing tokenizer.json
-    vocab_size    bpe: tokens in all
+    """kind          bpe: train a byte-level BPE; bytes: no training; words: the words of the training texts; file: an
+                  existing tokenizer.json
+    vocab_size    bpe, words: tokens in all
     path          file: a tokenizer.json or a directory that holds one
-    train_bytes   bpe: bytes of training documents to train on, shared among the sources by weight
-    mask          bpe, bytes: with a mask token, for masked language modelling
+    train_bytes   bpe, words: bytes of training documents to train on, shared among the sources by weight
+    mask          bpe, bytes, words: with a mask token, for masked language modelling
     """
 
-    kind: Literal["bpe", "bytes", "file"] = "bpe"
+    kind: Literal["bpe", "bytes", "words", "file"] = "bpe"
     vocab_size: int = 8192
     path: str | None = None
     train_bytes: int = 20_000_000
     mask: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in ("bpe", "bytes", "file"):
-            raise ValueError(f"tokenizer kind '{self.kind}' is unknown: use bpe, bytes or file")
+        if self.kind not in ("bpe", "bytes", "words", "file"):
+            raise ValueError(f"tokenizer kind '{self.kind}' is unknown: use bpe, bytes, words or file")
         if (self.kind == "file") != (self.path is not None):
             raise ValueError("data.tokenizer.path goes with data.tokenizer.kind=file: give both or neither")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it depends on texts."""
+        return self.kind in ("bpe", "words")
+
+    def train(self, texts: Iterator[str]) -> Tokenizer:
+        """The tokenizer of a kind that is trained."""
+        return (train_words if self.kind == "words" else train_bpe)(texts, self.vocab_size, self.mask)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,8 +153,7 @@ def _tokenizer(building: Path, settings: PrepareSettings, progress: Progress | N
         return byte_level(mask=settings.tokenizer.mask)
     if (building / "tokenizer.json").is_file():
         return Tokenizer.load(building)
-    asked = settings.tokenizer
-    tokenizer = train_bpe(_training_texts(settings, progress), asked.vocab_size, asked.mask)
+    tokenizer = settings.tokenizer.train(_training_texts(settings, progress))
     partial = building / "tokenizer.partial"
     tokenizer.save(partial)
     (partial / "tokenizer.json").replace(building / "tokenizer.json")
@@ -183,13 +192,13 @@ def _training_texts(settings: PrepareSettings, progress: Progress | None) -> Ite
 def _key(settings: PrepareSettings, loaded: Tokenizer | None) -> str:
     tokenizer: dict[str, object] = asdict(settings.tokenizer)
     del tokenizer["mask"]  # named where there is one, so that stores without it keep their names
-    if settings.tokenizer.kind != "bpe":
+    if not settings.tokenizer.is_trained:
         tokenizer = {"kind": settings.tokenizer.kind}
     if settings.tokenizer.mask:
         tokenizer["mask"] = True
     if loaded is not None:
         tokenizer = {"sha256": loaded.sha256, "eos": loaded.eos_id}
-    weights = [source.weight for source in settings.sources] if settings.tokenizer.kind == "bpe" else None
+    weights = [source.weight for source in settings.sources] if settings.tokenizer.is_trained else None
     described = {
         "version": VERSION,
         "sources": [fingerprint(source) for source in settings.sources],

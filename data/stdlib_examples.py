@@ -1,4 +1,5 @@
-"""Labelled examples that every machine can make of its own Python library: real source text, labels read off it.
+"""Labelled examples that every machine can make: of its own Python library, real source text with labels read off it,
+or of nothing but a seed.
 
 packages    which package a piece of source is from. Pieces are of some forty lines; all pieces of a module are on the
             same side of the split, so that validation asks about modules that were never read
@@ -9,7 +10,11 @@ parameters  the parameters of a function, by its name, in a piece of source of s
 outlines    the names of the functions and classes that a piece of source of some four hundred characters defines, in
             their order. To find what follows `def` and `class` and to copy it is all that it takes
 
-All are to try a training with, and no benchmarks: they differ from one Python version to the next.
+same_document  whether two pieces of some four thousand bytes are from the same module (`synthetic.retrieval`)
+
+These are to try a training with, and no benchmarks: they differ from one Python version to the next.
+
+listops     the value of a nested operation on digits: Long Range Arena's (`synthetic.listops`), the same everywhere
 """
 
 from __future__ import annotations
@@ -17,15 +22,19 @@ from __future__ import annotations
 import re
 import tokenize
 from collections.abc import Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal
 
 from .example_build import BuiltIn
 from .example_records import Answer, ExampleRecord
 from .shards import split_hash
 from .sources import stdlib_files
+from .synthetic.listops import SIZES, listops_expression
+from .synthetic.retrieval import Document, pair_records
+from .writer import Split
 
-BuiltInName = Literal["packages", "parameters", "outlines"]
+BuiltInName = Literal["packages", "parameters", "outlines", "same_document", "listops"]
 
 # In every distribution of Python 3.11 and later, with a dozen modules and thousands of lines each.
 PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml")
@@ -33,6 +42,7 @@ PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml
 _PIECE_LINES = 40
 _PIECE_CHARACTERS = 1_200
 _OUTLINED_CHARACTERS = 400
+_PAIRS: Mapping[Split, int] = MappingProxyType({"train": 4_000, "validation": 500})
 _QUESTIONS = 2  # asked of a piece at most
 _SIGNATURE = re.compile(r"^ *(?:async )?def (\w+)\(([^()\n]{2,40},[^()\n]{2,40})\)", re.MULTILINE)
 
@@ -81,6 +91,20 @@ def outlines() -> Iterator[ExampleRecord]:
                 )
 
 
+def same_document(split: Split) -> Iterator[ExampleRecord]:
+    """Pairs of pieces of modules, and whether they are of the same one; a tenth of the modules is held out."""
+    modules = (Document(name, text) for name, text in _modules())
+    mine = (each for each in modules if (split_hash(each.name) % 10 == 0) == (split == "validation"))
+    return pair_records(mine, n=_PAIRS[split])
+
+
+def list_operations(split: Split) -> Iterator[ExampleRecord]:
+    """Nested operations and their values: Long Range Arena's numbers of them."""
+    for index in range(SIZES[split]):
+        made = listops_expression(split, index)
+        yield ExampleRecord(place=f"listops {split} {index}", texts={"text": made.text}, label=str(made.value))
+
+
 def _modules() -> Iterator[tuple[str, str]]:
     found = stdlib_files()
     for name in found.names:
@@ -102,7 +126,20 @@ def _pieces(text: str, most: int = _PIECE_CHARACTERS) -> Iterator[str]:
 
 BUILT_IN: Mapping[BuiltInName, BuiltIn] = MappingProxyType(
     {
-        name: BuiltIn(name=name, version=1, make=make)
-        for name, make in zip(get_args(BuiltInName), (packages, parameters, outlines), strict=True)
+        "packages": BuiltIn(name="packages", version=1, make=packages),
+        "parameters": BuiltIn(name="parameters", version=1, make=parameters),
+        "outlines": BuiltIn(name="outlines", version=1, make=outlines),
+        "same_document": BuiltIn(name="same_document", version=1, make=partial(same_document, "train")),
+        "listops": BuiltIn(name="listops", version=1, make=partial(list_operations, "train"), of_library=False),
     }
 )
+
+HELD_OUT: Mapping[BuiltInName, BuiltIn] = MappingProxyType(
+    {
+        "same_document": BuiltIn(name="same_document validation", version=1, make=partial(same_document, "validation")),
+        "listops": BuiltIn(
+            name="listops validation", version=1, make=partial(list_operations, "validation"), of_library=False
+        ),
+    }
+)
+"""What is validated on where a share of the training examples would not do."""

@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE (trained here or loaded), or plain bytes.
+"""Text to token ids and back: byte-level BPE (trained here or loaded), plain bytes, or whole words.
 
 Text is only ever text: the characters `<|endoftext|>` inside a document become ordinary tokens, never the control
 token, so a corpus cannot end a document or forge a role.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"  # separates documents
 MASK = "<|mask|>"  # stands for a token to be guessed
+UNKNOWN = "<|unknown|>"  # stands for the words that a vocabulary of words lacks
 # What other people's tokenizers call the same thing, tried in this order when their configuration does not say.
 _END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]", "<|eos|>")
 _MASK_TOKENS = (MASK, "[MASK]", "<mask>")
@@ -201,6 +203,21 @@ def train_bpe(texts: Iterable[str], vocab_size: int, mask: bool = False) -> Toke
     return Tokenizer(tokenizer.to_str(pretty=True), END_OF_TEXT)
 
 
+def train_words(texts: Iterable[str], vocab_size: int, mask: bool = False) -> Tokenizer:
+    """A token for each word (what has white space around it), of the commonest ones `vocab_size` tokens in all; all
+    others are one unknown token. For texts of few different words, like formal languages: text comes back with single
+    spaces, and unknown words do not. The same texts give the same tokenizer."""
+    special = [END_OF_TEXT, MASK] if mask else [END_OF_TEXT]
+    counts = Counter(word for text in texts for word in text.split())
+    known = sorted(counts.keys() - {*special, UNKNOWN}, key=lambda word: (-counts[word], word))
+    words = [*known[: vocab_size - len(special) - 1], UNKNOWN]
+    vocabulary = {word: token for token, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(special)
+    return Tokenizer(tokenizer.to_str(pretty=True), END_OF_TEXT)
+
+
 def byte_level(*, mask: bool = False) -> Tokenizer:
     """No training: token id = byte value, 256 ends a document, and 257 is the mask token if there is one."""
     vocabulary = {character: byte for byte, character in enumerate(_byte_characters())}
@@ -261,9 +278,12 @@ def _splits_words_like_gpt2(definition: dict[str, Any]) -> bool:
 
 
 def _word_mark(definition: dict[str, Any]) -> str | None:
-    """How a vocabulary marks where words begin or go on: `##` (WordPiece), `▁` (SentencePiece); None: byte-level."""
+    """How a vocabulary marks where words begin or go on: `##` (WordPiece), `▁` (SentencePiece), by nothing where each
+    token is a word; None: byte-level."""
     if definition["model"].get("type") == "WordPiece":
         return "##"
+    if (definition.get("pre_tokenizer") or {}).get("type") == "WhitespaceSplit":
+        return ""
     parts = [definition.get("pre_tokenizer") or {}, definition.get("decoder") or {}]
     kinds = {
         inner.get("type")

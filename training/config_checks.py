@@ -254,7 +254,8 @@ def _check_source(source: SourceConfig, path: str) -> Iterator[Problem]:
 def check_vocabulary(config: RunConfig) -> Iterator[Problem]:
     tokenizer = config.data.tokenizer
     special = _SPECIAL_TOKENS + (config.data.masking is not None or config.data.denoising is not None)
-    needed = {"bpe": tokenizer.vocab_size, "bytes": 256 + special, "file": 0}[tokenizer.kind]
+    # Words and files: known when they are read, and checked then.
+    needed = {"bpe": tokenizer.vocab_size, "bytes": 256 + special, "words": 0, "file": 0}[tokenizer.kind]
     if needed > config.model.vocab_size:
         key = ("data.tokenizer.vocab_size", needed) if tokenizer.kind == "bpe" else ("data.tokenizer.kind", "bytes")
         yield _problem(

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from .schema import RunConfig
     from .schema_sections import DataConfig, ExamplesConfig
 
-MADE: Mapping[str, str] = {"packages": "classification", "parameters": "qa", "outlines": "seq2seq"}
+MADE: Mapping[str, str] = {
+    "packages": "classification",
+    "parameters": "qa",
+    "outlines": "seq2seq",
+    "same_document": "classification",
+    "listops": "classification",
+}
+HELD_OUT = ("same_document", "listops")  # made with held-out examples of their own
 HEADS: Mapping[str, str] = {"classification": "classification", "qa": "qa"}
 
 _COLUMNS_OF: Mapping[str, tuple[str, ...]] = {
@@ -108,7 +115,7 @@ def _check_source(examples: ExamplesConfig) -> Iterator[Problem]:
             f"makes examples of kind={MADE[examples.made]}, and data.examples.kind={examples.kind}",
             "data.examples.kind",
         )
-    if examples.validation_limit is not None and examples.validation_path is None:
+    if examples.validation_limit is not None and examples.validation_path is None and examples.made not in HELD_OUT:
         yield _problem(
             "data.examples.validation_limit",
             examples.validation_limit,

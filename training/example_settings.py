@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from longspan.data.example_build import ExampleSettings
+from longspan.data.example_build import BuiltIn, ExampleSettings
 from longspan.data.example_records import ExampleColumns
 from longspan.data.prepare import TokenizerSettings
 from longspan.data.sources import SourceSpec, from_path
-from longspan.data.stdlib_examples import BUILT_IN
+from longspan.data.stdlib_examples import BUILT_IN, HELD_OUT
 
 from .schema_sections import DataConfig, ExamplesConfig
 
@@ -29,13 +29,15 @@ def example_settings(data: DataConfig, *, tokenizer: Path | None = None) -> Exam
     if tokenizer is not None:
         chosen = TokenizerSettings(kind="file", path=str(tokenizer))
     held_out = None
+    if examples.made is not None and examples.made in HELD_OUT:
+        held_out = replace(HELD_OUT[examples.made], limit=examples.validation_limit)
     if examples.validation_path is not None:
         held_out = replace(
             from_path(examples.validation_path), split=examples.validation_split, limit=examples.validation_limit
         )
     return ExampleSettings(
         name=examples.made or "examples",
-        source=BUILT_IN[examples.made] if examples.made is not None else _source(examples),
+        source=_source(examples),
         validation=held_out,
         columns=_columns(examples),
         tokenizer=chosen,
@@ -45,7 +47,9 @@ def example_settings(data: DataConfig, *, tokenizer: Path | None = None) -> Exam
     )
 
 
-def _source(examples: ExamplesConfig) -> SourceSpec:
+def _source(examples: ExamplesConfig) -> SourceSpec | BuiltIn:
+    if examples.made is not None:
+        return replace(BUILT_IN[examples.made], limit=examples.limit)
     return replace(from_path(examples.path or ""), split=examples.split, limit=examples.limit)
 
 

@@ -96,7 +96,12 @@ def build_schedule(config: ScheduleConfig, steps: int) -> Factor:
             )
         return lambda step: _warm(step, warmup, lambda s: warmup_stable_decay(s, steps, decay, final))
     if config.name == "rsqrt":
-        return lambda step: _warm(step, warmup, lambda s: inverse_square_root(s, config.offset))
+        offset = config.offset
+        if offset is not None:
+            return lambda step: _warm(step, warmup, lambda s: inverse_square_root(s, offset))
+        if warmup == 0:
+            raise ValueError("schedule.offset=null: counts from the warm-up, and schedule.warmup=0; give either")
+        return lambda step: _warm(step, warmup, lambda s: inverse_square_root(s + 1 - warmup, warmup))
     return lambda step: _warm(step, warmup, lambda _: 1.0)
 
 

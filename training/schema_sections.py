@@ -46,14 +46,17 @@ class SourceConfig:
 class TokenizerConfig:
     """data.tokenizer"""
 
-    kind: Literal["bpe", "bytes", "file"] = Field(
+    kind: Literal["bpe", "bytes", "words", "file"] = Field(
         default="bpe",
-        description="train a byte-level BPE on the training documents, plain bytes, or an existing tokenizer.json",
+        description="train a byte-level BPE on the training documents, plain bytes, a token for each word of theirs "
+        "(for languages of few words), or an existing tokenizer.json",
     )
-    vocab_size: int = Field(default=8192, ge=257, description="bpe: size of the vocabulary, special tokens included")
+    vocab_size: int = Field(
+        default=8192, ge=257, description="bpe: size of the vocabulary, special tokens included; words: at most"
+    )
     path: str | None = Field(default=None, description="file: a tokenizer.json or a directory that holds one")
     train_bytes: int = Field(
-        default=20_000_000, ge=1, description="bpe: how much text to train on (evenly spaced documents)"
+        default=20_000_000, ge=1, description="bpe, words: how much text to train on (evenly spaced documents)"
     )
 
 
@@ -93,19 +96,22 @@ class ExamplesConfig:
     path: str | None = Field(
         default=None, description="a file, directory or glob of .jsonl(.gz) .parquet .arrow, or hub:<name>"
     )
-    made: Literal["packages", "parameters", "outlines"] | None = Field(
+    made: Literal["packages", "parameters", "outlines", "same_document", "listops"] | None = Field(
         default=None,
-        description="instead of path, to try things out: examples made of the running Python's own library: which "
-        "package a piece of source is from (classification), what parameters a function has (qa), the names that a "
-        "piece of source defines (seq2seq)",
+        description="instead of path: Long Range Arena's ListOps (classification), or, to try things out, examples "
+        "made of the running Python's own library: which package a piece of source is from (classification), what "
+        "parameters a function has (qa), the names that a piece of source defines (seq2seq), whether two pieces are of "
+        "one module (same_document: classification)",
     )
     validation_path: str | None = Field(
         default=None, description="held-out records, like path; null: data.validation_fraction of path's"
     )
     split: str = Field(default="train", description="hub: which split path is")
     validation_split: str = Field(default="validation", description="hub: which split validation_path is")
-    limit: int | None = Field(default=None, ge=1, description="read at most this many records of path")
-    validation_limit: int | None = Field(default=None, ge=1, description="and of validation_path")
+    limit: int | None = Field(default=None, ge=1, description="read at most this many records of path, or make so many")
+    validation_limit: int | None = Field(
+        default=None, ge=1, description="and of validation_path, or of what is made to be held out"
+    )
     text_field: str = Field(default="text", description="classification: column of the text")
     label_field: str = Field(
         default="label", description="classification: column of the class, one of model.labels: text or a whole number"
@@ -226,9 +232,10 @@ class ScheduleConfig:
     decay: float = Field(
         default=0.2, gt=0, description="wsd: length of the final decay, a share of the run or a number of steps"
     )
-    offset: Count = Field(
+    offset: Count | None = Field(
         default=10_000,
-        description="rsqrt: steps that count as taken already: step s has sqrt(offset / (offset + s)) of the peak",
+        description="rsqrt: steps that count as taken already: step s has sqrt(offset / (offset + s)) of the peak; "
+        "null: the n-th step has sqrt(warmup / n), so that the warm-up ends at the peak (Vaswani et al. 2017)",
     )
 
 

@@ -15,7 +15,15 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers, processors
 
 from longspan.data import tokenizer as module
-from longspan.data.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer, TokenizerError, byte_level, train_bpe
+from longspan.data.tokenizer import (
+    END_OF_TEXT,
+    StreamDecoder,
+    Tokenizer,
+    TokenizerError,
+    byte_level,
+    train_bpe,
+    train_words,
+)
 
 CORPUS = [
     f"def function_{number}(value):\n    return value + {number}  # naïve café 日本語 🙂\n\n\n" for number in range(80)
@@ -173,3 +181,30 @@ def test_what_a_template_puts_before_a_text_is_added_when_asked() -> None:
     assert llama.encode("") == []
     assert _framed("<s> $A </s>", "<s>", "</s>").start_ids == (257,)
     assert _framed("$A </s>", "</s>").start_ids == ()
+
+
+class TestWords:
+    WORDS = train_words(["b a [MAX a", "a c <|endoftext|> <|unknown|>"], 300)
+
+    def test_the_commonest_come_first_and_others_are_unknown(self):
+        assert self.WORDS.encode("a [MAX b c") == [0, 1, 2, 3]
+        assert self.WORDS.encode(" a\n\tz  a") == [0, 4, 0]
+        assert self.WORDS.decode([1, 0, 3]) == "[MAX a c"
+        assert (self.WORDS.eos_id, self.WORDS.vocab_size) == (5, 6)
+        assert self.WORDS.frame.before == (5,)
+
+    def test_text_cannot_inject_the_control_token(self):
+        assert self.WORDS.encode(END_OF_TEXT) == [4]
+
+    def test_only_so_many_are_kept(self):
+        small = train_words(["a a a b b c"], 4)
+        assert small.encode("a b c") == [0, 1, 2]
+        assert (small.eos_id, small.vocab_size) == (3, 4)
+        masked = train_words(["a"], 300, mask=True)
+        assert masked.mask_id == 3
+
+    def test_saving_keeps_it(self, tmp_path: Path):
+        self.WORDS.save(tmp_path)
+        again = Tokenizer.load(tmp_path)
+        assert again.encode("c z") == [3, 4]
+        assert again.word_mark == ""

@@ -78,6 +78,16 @@ def test_rsqrt_goes_on_from_where_the_offset_says() -> None:
     assert factors(4, name="rsqrt", warmup=2, offset=300)[:3] == pytest.approx([0.5, 1.0, math.sqrt(300 / 302)])
 
 
+def test_rsqrt_without_offset_begins_where_the_warm_up_ends() -> None:
+    # Long Range Arena's: c · min(1, n / w) / sqrt(max(n, w)) at step n, with the peak c / sqrt(w).
+    warmup, steps = 4, 40
+    got = factors(steps, name="rsqrt", warmup=warmup, offset=None)
+    expected = [min(1, n / warmup) * math.sqrt(warmup / max(n, warmup)) for n in range(1, steps + 1)]
+    assert got[:steps] == pytest.approx(expected)
+    with pytest.raises(ValueError, match=r"schedule.offset=null: counts from the warm-up, and schedule.warmup=0"):
+        build_schedule(ScheduleConfig(name="rsqrt", warmup=0, offset=None), 10)
+
+
 def test_shares_and_step_counts() -> None:
     assert in_steps(0.25, 200) == 50
     assert in_steps(1, 200) == 1
