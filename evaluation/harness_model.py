@@ -125,6 +125,15 @@ class HarnessModel(TemplateLM):
         ids = self._text.encode(string)
         return ids if add_special_tokens is False else [*self._start, *ids]
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As the harness does it: the continuation has the tokens by which the text grows. Where a tokenizer merges
+        over spaces, so that the text doesn't grow by any, the continuation is tokenised alone."""
+        before, behind = super()._encode_pair(context, continuation)
+        if not behind:
+            spaces = context[len(context.rstrip()) :]
+            behind = self.tok_encode(spaces + continuation, add_special_tokens=False)
+        return before, behind
+
     # -- what it answers
 
     def _loglikelihood_tokens(  # pyright: ignore[reportIncompatibleMethodOverride]  # its **kwargs are other models'

@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -78,8 +79,9 @@ class TestNumbers:
         ]
         (greedy,) = generate(model, torch.tensor([encoded[0][:5]]), max_new_tokens=3, temperature=0).tolist()
         pairs.append((greedy[:5], greedy[5:]))
+        pairs.append((greedy[:5], [*greedy[5:7], greedy[7] + 1]))  # the likeliest ones, but for the last
         expected = [by_hand(model, *pair) for pair in pairs]
-        assert expected[-1][1]
+        assert (expected[-2][1], expected[-1][1]) == (True, False)
         for batch in (1, 3, 50):
             found = continuations(model, pairs, max_length=64, batch=batch)
             assert [each for each, _ in found] == pytest.approx([each for each, _ in expected], abs=1e-4)
@@ -117,10 +119,10 @@ class TestNumbers:
         texts = [tokenizer.encode(text) for text in [*TEXTS, "a"]]
         expected = []
         for ids in texts:
-            windows = get_rolling_token_windows(ids, tokenizer.eos_id, max_seq_len=max_length, context_len=1)
+            windows = get_rolling_token_windows(ids, prefix_token=7, max_seq_len=max_length, context_len=1)
             pairs = [make_disjoint_window(window) for window in windows]
             expected.append(sum(by_hand(model, *pair)[0] for pair in pairs))
-        found = rolling(model, texts, prefix=tokenizer.eos_id, max_length=max_length, batch=3)
+        found = rolling(model, texts, prefix=7, max_length=max_length, batch=3)
         assert found == pytest.approx(expected, abs=1e-4)
 
     def test_rolling_is_our_perplexity(self, model: Decoder, tokenizer: Tokenizer):
@@ -140,6 +142,14 @@ class TestNumbers:
         first = by_hand(model, tokenizer.encode("The sky is"), tokenizer.encode(" blue"))[0]
         second = by_hand(model, [tokenizer.eos_id], tokenizer.encode("The sky"))[0]
         assert [each for each, _ in found] == pytest.approx([first, second], abs=1e-4)
+
+    def test_a_tokenizer_that_merges_over_spaces(self, model: Decoder):
+        """ "a b" is one token, as "a" is: the text does not grow, and the continuation has its own tokens."""
+        ids = {"a": [5], "a b": [6], " b": [7, 8], "a c": [5, 9], "": []}
+        tokenizer: Any = SimpleNamespace(encode=ids.__getitem__, start_ids=(), eos_id=0, sha256="")
+        found = HarnessModel(model, tokenizer).loglikelihood(requests_of("loglikelihood", ("a ", "b"), ("a", " c")))
+        expected = [by_hand(model, [5], [7, 8])[0], by_hand(model, [5], [9])[0]]
+        assert [each for each, _ in found] == pytest.approx(expected, abs=1e-4)
 
 
 class TestGeneration:
