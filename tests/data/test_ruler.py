@@ -42,6 +42,20 @@ def test_there_are_thirteen_with_the_published_answer_room():
     assert [ROOM[task] for task in ("niah_single_1", "vt", "cwe", "fwe", "qa_1")] == [128, 30, 120, 50, 32]
 
 
+def test_settings_are_the_published_ones():
+    table = {name: (n.haystack, n.key, n.value, n.keys, n.values, n.queries) for name, n in NEEDLES.items()}
+    assert table == {
+        "niah_single_1": ("noise", "words", "numbers", 1, 1, 1),
+        "niah_single_2": ("essay", "words", "numbers", 1, 1, 1),
+        "niah_single_3": ("essay", "words", "uuids", 1, 1, 1),
+        "niah_multikey_1": ("essay", "words", "numbers", 4, 1, 1),
+        "niah_multikey_2": ("needle", "words", "numbers", 1, 1, 1),
+        "niah_multikey_3": ("needle", "uuids", "uuids", 1, 1, 1),
+        "niah_multivalue": ("essay", "words", "numbers", 1, 4, 1),
+        "niah_multiquery": ("essay", "words", "numbers", 4, 1, 4),
+    }
+
+
 @pytest.mark.parametrize("task", MADE_TASKS)
 @pytest.mark.parametrize("count", [n_bytes, n_words])
 def test_lengths_are_kept(task: str, count: Callable[[str], int]):
