@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#a3263a", "#8a7a1a", "#3f8fa8", "#b5649b")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_TOO_FEW = 64  # tokens of a position: their mean is noise that hides everything else
 _AXIS = {"loss": "loss (nats per token)", "distance": "1 − cosine to the parent"}
 
 
@@ -103,15 +104,17 @@ def gap_by_heads(found: Ablation, *, width: float) -> Figure | None:
         axes.set_ylabel(
             f"gap to the control at alpha={alpha:g}\n({'nats per token' if found.measure == 'loss' else '1 − cosine'})"
         )
-        axes.legend(fontsize=9)
+        # Beside no line: error bars may be anywhere.
+        axes.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(lines) + 1, frameon=False)
     return figure
 
 
 def by_position(gaps: Mapping[int, Sequence[tuple[PositionBucket, float]]], *, width: float) -> Figure | None:
     """Difference of the loss to the control's over log-spaced positions, a line a number of heads; `gaps` by number of
-    heads: each bucket with its difference."""
+    heads: each bucket with its difference. Positions of few tokens are left out where there are others."""
     if not gaps:
         return None
+    gaps = {heads: [each for each in line if each[0].tokens >= _TOO_FEW] or line for heads, line in gaps.items()}
     with panels(width, 3.5) as (figure, (axes,)):
         axes.axhline(0, color=INK, linestyle="--", linewidth=1.2)
         for (heads, line), colour, marker in zip(gaps.items(), COLOURS, MARKERS, strict=False):

@@ -8,7 +8,7 @@ speed.json            milliseconds by shape; absent where none were measured
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import plots
@@ -36,7 +36,7 @@ from .ablation_tables import (
     title_of,
 )
 from .files import write_atomically
-from .record import finite_or_none
+from .record import finite
 
 REPORT = "report"
 
@@ -45,7 +45,7 @@ def write_ablation(directory: Path) -> Path:
     """Writes report.json, report.md, report.html and the figures as report-*.png into the grid's directory; returns the
     page's path. Raises as `read_grid`."""
     files = read_grid(directory)
-    record = json.dumps(_finite(report_record(files)), indent=2, ensure_ascii=False, allow_nan=False)
+    record = json.dumps(finite(report_record(files)), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(directory / f"{REPORT}.json", (record + "\n").encode())
     for name, (drawn, _) in figures_of(files, width=8.0).items():
         path = directory / f"{REPORT}-{name}.png"
@@ -72,14 +72,6 @@ def report_record(files: AblationFiles) -> dict[str, object]:
         "retrieval": {name: recall_of(row, found) for name, row in shown_rows(found).items()},
         "speed": list(files.speed),
     }
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return finite_or_none(value) if isinstance(value, float) else value
 
 
 # -- Markdown ----------------------------------------------------------------------------------------------------------

@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from longspan.data.store import Documents
 from longspan.data.tokenizer import Tokenizer
 
 from .documents import SAMPLE_SEED, EvalDocument, StoredDocuments, documents_from, in_full_windows
-from .perplexity import LanguageModel, Precision, score
+from .names import ProtocolName
+from .perplexity import LanguageModel, Precision, TokenScores, score
+from .protocols import ProtocolResult, measure_protocols
 from .record import BaselineResult, evaluation_record, finite_or_none, measure_baseline
 from .result import PerplexityResult, Scored
 
@@ -31,6 +34,7 @@ class Scoring(Protocol):
     batch          windows in a forward pass
     scored         every token, or the last `stride` of each full window
     merge_windows  several windows in one pass, where that changes no number
+    protocols      other ways to count that are measured beside it (`protocols.measure_protocols`)
     """
 
     @property
@@ -45,6 +49,20 @@ class Scoring(Protocol):
     def scored(self) -> Scored: ...
     @property
     def merge_windows(self) -> bool: ...
+    @property
+    def protocols(self) -> tuple[ProtocolName, ...]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentScore:
+    """One document's share of a perplexity: the sum of nll of its scored tokens, in nats, how many those are, and the
+    UTF-8 bytes that they stand for."""
+
+    id: str
+    source: str
+    nll: float
+    tokens: int
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +71,12 @@ class Evaluation:
 
     result: PerplexityResult
     baseline: BaselineResult | None
+    documents: tuple[DocumentScore, ...] = ()
+    protocols: tuple[ProtocolResult, ...] = ()
 
     def record(self) -> dict[str, object]:
         """Plain data for evaluation.json."""
-        return evaluation_record(self.result, self.baseline)
+        return evaluation_record(self.result, self.baseline, self.protocols)
 
     def headline(self) -> dict[str, float | None]:
         """For summary.json: the numbers that runs are compared by; null where they are not finite or not measured."""
@@ -134,7 +154,37 @@ def evaluate_documents(
     if train is not None and len(train) and any(texts):
         prompts = [document.prompt_text(tokenizer.decode) for document in documents]
         baseline = measure_baseline(spread_texts(train, tokenizer, BASELINE_BYTES), texts, after=prompts)
-    return Evaluation(replace(scores, protocol=protocol).summary(), baseline)
+    others: list[ProtocolResult] = []
+    if scoring.protocols:
+        others = measure_protocols(
+            model,
+            drawn,
+            scoring.protocols,
+            tokenizer=tokenizer,
+            window=window,
+            bos=tokenizer.eos_id if start is None else start,
+            batch=scoring.batch,
+            device=device,
+            precision=precision,
+            stride=stride,
+            progress=progress,
+        )
+    return Evaluation(
+        replace(scores, protocol=protocol).summary(), baseline, documents=_by_document(scores), protocols=tuple(others)
+    )
+
+
+def _by_document(scores: TokenScores) -> tuple[DocumentScore, ...]:
+    n = len(scores.documents)
+    nll_d = np.bincount(scores.document, weights=scores.nll.astype(np.float64), minlength=n)
+    tokens_d = np.bincount(scores.document, minlength=n)
+    return tuple(
+        DocumentScore(
+            id=document.id, source=document.source, nll=float(nll), tokens=int(tokens), bytes=document.n_bytes
+        )
+        for document, nll, tokens in zip(scores.documents, nll_d, tokens_d, strict=True)
+        if tokens
+    )
 
 
 def _in_full_windows(

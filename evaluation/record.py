@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import plots
 from .files import write_atomically
 from .ngram import NgramBaseline
+from .protocols import ProtocolResult
 from .result import PerplexityResult
 
 
@@ -46,11 +47,16 @@ def measure_baseline(
     )
 
 
-def evaluation_record(result: PerplexityResult, baseline: BaselineResult | None = None) -> dict[str, object]:
-    """Plain data for evaluation.json: {"perplexity": …, "baseline": …}; numbers that are not finite become null."""
+def evaluation_record(
+    result: PerplexityResult, baseline: BaselineResult | None = None, protocols: Sequence[ProtocolResult] = ()
+) -> dict[str, object]:
+    """Plain data for evaluation.json: {"perplexity": …, "baseline": …, "protocols": […]}, the last two where they were
+    measured; numbers that are not finite become null."""
     record: dict[str, object] = {"perplexity": result.to_dict()}
     if baseline is not None:
         record["baseline"] = asdict(baseline)
+    if protocols:
+        record["protocols"] = [asdict(each) for each in protocols]
     return {key: finite(value) for key, value in record.items()}
 
 
@@ -59,6 +65,7 @@ def write_evaluation(
     directory: Path | str,
     *,
     baseline: BaselineResult | None = None,
+    protocols: Sequence[ProtocolResult] = (),
     title: str = "Evaluation",
 ) -> Path:
     """Write evaluation.json, evaluation.md and evaluation.png (loss by position) into a directory, made if missing.
@@ -67,17 +74,23 @@ def write_evaluation(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    record = json.dumps(evaluation_record(result, baseline), indent=2, ensure_ascii=False, allow_nan=False)
+    record = json.dumps(evaluation_record(result, baseline, protocols), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(directory / "evaluation.json", (record + "\n").encode())
-    write_atomically(directory / "evaluation.md", markdown(result, baseline, title=title).encode())
+    write_atomically(directory / "evaluation.md", markdown(result, baseline, protocols, title=title).encode())
     figure = plots.loss_by_position(result.by_position, width=8.0)
     if figure is not None:
         write_atomically(directory / "evaluation.png", plots.png(figure))
     return directory / "evaluation.json"
 
 
-def markdown(result: PerplexityResult, baseline: BaselineResult | None = None, *, title: str = "Evaluation") -> str:
-    """The result for people: headline table, protocol in words, by source, by position."""
+def markdown(
+    result: PerplexityResult,
+    baseline: BaselineResult | None = None,
+    protocols: Sequence[ProtocolResult] = (),
+    *,
+    title: str = "Evaluation",
+) -> str:
+    """The result for people: headline table, protocol in words, by protocol, by source, by position."""
     interval = ""
     if result.loss_interval is not None:
         interval = f" (95 % interval {result.loss_interval[0]:.4f} – {result.loss_interval[1]:.4f} over documents)"
@@ -105,6 +118,19 @@ def markdown(result: PerplexityResult, baseline: BaselineResult | None = None, *
         "",
     ]
     lines += [f"Protocol: {result.protocol.words}", ""]
+    if protocols:
+        lines += [
+            "## By protocol",
+            "",
+            "| protocol | loss | perplexity | scored | what it does |",
+            "|---|--:|--:|--:|---|",
+        ]
+        lines += [
+            f"| {each.name} | {each.loss:.4f} | {each.perplexity:,.3f} | {each.tokens:,} "
+            f"| {markdown_cell(each.words)} |"
+            for each in protocols
+        ]
+        lines += [""]
     if len(result.by_source) > 1:
         lines += ["## By source", "", "| source | loss | perplexity | bits per byte | tokens | documents |"]
         lines += ["|---|--:|--:|--:|--:|--:|"]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from longspan.training.errors import UserError
+
+_SECONDS = 10.0  # between lines about progress, where there is no terminal
 
 
 class _Dumper(yaml.SafeDumper):
@@ -36,10 +42,51 @@ def refuse_occupied(output: Path, *, overwrite: bool) -> None:
         raise UserError(f"output={output}: exists and is not an empty directory; choose another, or set overwrite=true")
 
 
-def progress_bars() -> Progress:
+class Progress:
+    """What a long job of several parts shows: bars with the time left on a terminal; elsewhere a line now and then, and
+    one when a part is done. All of it on stderr."""
+
+    def __init__(self, name: str, bars: Bars) -> None:
+        self._name, self._bars = name, bars
+
+    @contextmanager
+    def part(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        """A function to call with (done, total), as often as one likes."""
+        bar = self._bars.add_task(label, total=None)
+        begun, said = time.monotonic(), time.monotonic()
+        resumed: int | None = None
+
+        def advance(done: int, total: int) -> None:
+            nonlocal said, resumed
+            resumed = done if resumed is None else resumed
+            self._bars.update(bar, completed=done, total=total)
+            now = time.monotonic()
+            if self._bars.disable and (now - said > _SECONDS or done == total):
+                said = now
+                left = (total - done) * (now - begun) / (done - resumed) if done > resumed else None
+                eta = "" if left is None or done == total else f", {_clock(left)} left"
+                print(f"{self._name}: {label} {done:,} of {total:,}{eta}", file=sys.stderr, flush=True)
+
+        yield advance
+
+
+@contextmanager
+def progress(name: str) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        yield Progress(name, bars)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def progress_bars() -> Bars:
     """Bars on stderr that vanish when done; nothing where stderr is no terminal."""
     console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not console.is_terminal)
+    return Bars(console=console, transient=True, disable=not console.is_terminal)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,64 +1,174 @@
-"""`longspan evaluate`: perplexity of a checkpoint on held-out documents or on a text of one's own."""
+"""`longspan evaluate`: perplexity and long-document tasks, of one checkpoint or of several beside each other."""
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from longspan.data.sources import from_path
-from longspan.data.store import Documents
-from longspan.data.tokenizer import Tokenizer
-from longspan.evaluation.documents import StoredDocuments, text_documents
-from longspan.evaluation.evaluate import evaluate_documents
-from longspan.evaluation.record import markdown, write_evaluation
-from longspan.model.checkpoint import load_decoder, resolve_checkpoint
+from longspan.evaluation.record import write_evaluation
+from longspan.evaluation.suite import (
+    CheckpointResults,
+    Occupied,
+    begun,
+    directories,
+    distinct_names,
+    read_perplexity,
+    write_documents,
+)
+from longspan.evaluation.suite_compare import compare_checkpoints
+from longspan.evaluation.suite_context import by_retrieval
+from longspan.evaluation.suite_report import Results, markdown, write_results
+from longspan.evaluation.task_run import CannotAsk, run_task
+from longspan.evaluation.tasks.registry import check_files, chosen, gather
+from longspan.evaluation.tasks.task import Material, Task
+from longspan.model.checkpoint import resolve_checkpoint
+from longspan.model.checkpoint_files import fingerprint
 from longspan.training.config_plain import plain
-from longspan.training.errors import UserError
-from longspan.training.held_out import imported, trained_with, training_store
-from longspan.training.precision import choose_device, inference_precision
-from longspan.training.schema import EvaluateConfig, EvaluationDataConfig
+from longspan.training.errors import RunFailed, UserError
+from longspan.training.evaluating import (
+    Subject,
+    asked_model,
+    load_subject,
+    measure_context,
+    measure_harness,
+    measure_perplexity,
+)
+from longspan.training.run_directory import command, now, source_commit, versions
+from longspan.training.schema import EvaluateConfig
 
-from .output import as_yaml, progress_bars, refuse_occupied
+from .output import Progress, as_yaml, progress
+
+_NOT_ASKED = ("output", "overwrite", "dry_run", "force")  # keys that change no number
 
 
 def run(config: EvaluateConfig) -> int:
     if config.dry_run:
         print(as_yaml(plain(config)), end="")
         return 0
+    tasks = chosen(config.tasks)
+    check_files(tasks, None if config.files is None else Path(config.files), hub=config.hub)
     output = Path(config.output) if config.output is not None else _default_output(config)
-    refuse_occupied(output, overwrite=config.overwrite)
-    device = choose_device(config.accelerator, key="accelerator")
-    checkpoint = resolve_checkpoint(config.checkpoint)
-    # Asked for fp32, weights that are stored narrower are widened; else they are computed with as they are.
-    model = load_decoder(checkpoint, device=device, dtype=torch.float32 if config.precision == "fp32" else None)
-    tokenizer = Tokenizer.load(checkpoint)
-    stored, train = _documents(config.data, checkpoint, tokenizer)
-    trained = trained_with(checkpoint)
-    with progress_bars() as bars:
-        task = bars.add_task("scoring")
-        found = evaluate_documents(
-            model,
-            tokenizer,
-            stored,
-            config.evaluation,
-            context=trained.context or model.config.max_positions,
-            device=device,
-            precision=inference_precision(config.precision, device, trained_in=trained.precision),
-            train=train,
-            limit=config.data.limit,
-            start=next(iter(reversed(tokenizer.start_ids)), None) if imported(checkpoint) else None,
-            receptive_field=model.config.receptive_field,
-            progress=lambda done, total: bars.update(task, completed=done, total=total),
-        )
-    title = f"Perplexity of {checkpoint}"
-    write_evaluation(found.result, output, baseline=found.baseline, title=title)
-    print(markdown(found.result, found.baseline, title=title))
+    names = distinct_names([str(resolve_checkpoint(each)) for each in config.subjects])
+    parts = directories(output, names)
+    request = _request(config)
+    measured = []
+    try:
+        with (
+            begun(output, request, overwrite=config.overwrite, parts=parts) as resumed,
+            progress("longspan evaluate") as shown,
+        ):
+            if resumed:
+                print(f"going on with {output}/", file=sys.stderr)
+            for checkpoint, name, part in zip(config.subjects, names, parts, strict=True):
+                label = "" if len(names) == 1 else f"{name}: "
+                measured.append(_measure(config, load_subject(config, checkpoint), tasks, name, part, shown, label))
+    except Occupied as error:
+        raise UserError(str(error)) from None
+    comparisons, not_compared = compare_checkpoints(measured, seed=config.seed, force=config.force)
+    results = Results(
+        about={"finished": now(), "command": command(), "commit": source_commit(), "versions": versions()},
+        request=request,
+        measured=tuple(measured),
+        comparisons=comparisons,
+        not_compared=not_compared,
+    )
+    write_results(results, output)
+    if config.tasks == ("perplexity",) and len(parts) == 1 and not config.harness:
+        print((output / "evaluation.md").read_text(encoding="utf-8"))
+    else:
+        print(markdown(results))
     print(f"written to {output}/")
+    if not any(each.perplexity or each.tasks or each.harness for each in measured):
+        refused = next(why for each in measured for why in each.refused.values())
+        raise RunFailed(f"nothing could be measured: {refused}")
+    if not_compared:
+        raise RunFailed(f"{len(not_compared)} numbers were measured and not compared; the first: {not_compared[0]}")
     return 0
+
+
+def _measure(
+    config: EvaluateConfig,
+    subject: Subject,
+    tasks: Sequence[Task],
+    name: str,
+    part: Path,
+    shown: Progress,
+    label: str,
+) -> CheckpointResults:
+    measured = CheckpointResults(name=name, facts=subject.facts)
+    refused: dict[str, str] = {}
+    if "perplexity" in config.tasks:
+        measured = _with_perplexity(measured, config, subject, part, shown, label)
+    if "effective_context" in config.tasks:
+        with shown.part(f"{label}effective context") as advance:
+            measured = replace(measured, effective=measure_context(subject, config, advance))
+    model = asked_model(subject, batch=config.evaluation.batch, long_texts=config.long_texts)
+    for task in tasks:
+        asked = gather(task, _material(config, subject), shorten=config.lengths is None)
+        with shown.part(f"{label}{task.name}") as advance:
+            try:
+                result, scores = run_task(
+                    task,
+                    model,
+                    asked,
+                    samples=part / "samples" / f"{task.name}.jsonl",
+                    long_texts=config.long_texts,
+                    progress=advance,
+                )
+            except CannotAsk as error:
+                refused[task.name] = str(error)
+                continue
+        measured = replace(
+            measured,
+            tasks={**measured.tasks, task.name: result},
+            samples={**measured.samples, task.name: scores},
+        )
+    measured = replace(
+        measured, refused=refused, retrieves=by_retrieval(measured.tasks, measured.samples, seed=config.seed)
+    )
+    if not config.harness:
+        return measured
+    with shown.part(f"{label}lm-evaluation-harness"):
+        return replace(measured, harness=measure_harness(subject, config))
+
+
+def _with_perplexity(
+    measured: CheckpointResults, config: EvaluateConfig, subject: Subject, part: Path, shown: Progress, label: str
+) -> CheckpointResults:
+    found = read_perplexity(part)
+    if found is None:
+        with shown.part(f"{label}perplexity") as advance:
+            evaluation = measure_perplexity(subject, config, advance)
+        title = f"Perplexity of {subject.checkpoint}"
+        write_documents(part, evaluation.documents)
+        write_evaluation(
+            evaluation.result, part, baseline=evaluation.baseline, protocols=evaluation.protocols, title=title
+        )
+        found = evaluation.record(), evaluation.documents
+    record, documents = found
+    return replace(measured, perplexity=record, documents=documents)
+
+
+def _material(config: EvaluateConfig, subject: Subject) -> Material:
+    context = subject.context
+    return Material(
+        lengths=config.lengths or (context // 8, context // 4, context // 2, context),
+        depths=config.depths,
+        samples=config.samples,
+        seed=config.seed,
+        files=None if config.files is None else Path(config.files),
+        count=lambda text: len(subject.tokenizer.encode(text)),
+        hub=config.hub,
+    )
+
+
+def _request(config: EvaluateConfig) -> dict[str, object]:
+    """What decides about the numbers."""
+    asked = {key: value for key, value in plain(config).items() if key not in _NOT_ASKED}
+    return {**asked, "weights_sha256": [fingerprint(resolve_checkpoint(each)) for each in config.subjects]}
 
 
 def _default_output(config: EvaluateConfig) -> Path:
@@ -66,20 +176,7 @@ def _default_output(config: EvaluateConfig) -> Path:
     data = "held-out"
     if config.data.path is not None:
         data = re.sub(r"[^\w.-]+", "-", config.data.path.removeprefix("hub:").rstrip("/")).strip("-.") or "text"
-    return Path("evaluations", Path(config.checkpoint).resolve().name, data)
-
-
-def _documents(
-    data: EvaluationDataConfig, checkpoint: Path, tokenizer: Tokenizer
-) -> tuple[StoredDocuments, Documents | None]:
-    """What to score, and the training documents for the baseline: a text of the user's own can do without."""
-    if data.path is None:
-        store = training_store(checkpoint, tokenizer)
-        return store.documents("validation"), store.documents("train")
-    source = replace(from_path(data.path), text_field=data.text_field, limit=data.limit)
-    stored = text_documents(source, tokenizer)
-    try:
-        return stored, training_store(checkpoint, tokenizer).documents("train")
-    except UserError as error:
-        print(f"no n-gram baseline: {error}", file=sys.stderr)
-        return stored, None
+    if config.tasks != ("perplexity",):
+        data = "-".join(task for task in config.tasks)[:80] if "perplexity" not in config.tasks else f"{data}-and-tasks"
+    names = "-".join(Path(each).resolve().name for each in config.subjects)
+    return Path("evaluations", names[:120], data)

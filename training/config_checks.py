@@ -11,7 +11,7 @@ from .config_errors import Problem, assignment
 from .example_checks import check_examples, check_labelled_model
 
 if TYPE_CHECKING:
-    from .schema import DataConfig, GenerateConfig, ProtocolConfig, RunConfig, SourceConfig
+    from .schema import DataConfig, EvaluateConfig, GenerateConfig, ProtocolConfig, RunConfig, SourceConfig
 
 _SPECIAL_TOKENS = 1  # the document separator; with data.masking and data.denoising, a mask token is added
 
@@ -180,6 +180,33 @@ def check_protocol(protocol: ProtocolConfig, default_window: int | None = None) 
             f"is larger than {asked}: tokens between windows would never be scored",
             "evaluation.window" if protocol.window is not None else "data.context",
         )
+
+
+def check_evaluate(config: EvaluateConfig) -> Iterator[Problem]:
+    yield from check_protocol(config.evaluation)
+    if config.checkpoint is None and not config.checkpoints:
+        yield Problem(
+            ("checkpoint",),
+            "checkpoint: is required: a checkpoint directory, or a run; or checkpoints=[A,B], to compare several",
+        )
+    if config.checkpoint is not None and config.checkpoints:
+        yield _problem(
+            ("checkpoints", list(config.checkpoints)),
+            f"and checkpoint={config.checkpoint} are both given; name them all in checkpoints",
+            "checkpoint",
+        )
+    if len(set(config.checkpoints)) < len(config.checkpoints):
+        yield _problem(("checkpoints", list(config.checkpoints)), "names one of them twice")
+    if not config.tasks and not config.harness:
+        yield _problem(("tasks", []), "measures nothing; name tasks, or harness=[…]")
+    if len(set(config.tasks)) < len(config.tasks):
+        yield _problem(("tasks", list(config.tasks)), "names a task twice")
+    if config.lengths is not None and min(config.lengths) < 1:
+        yield _problem(("lengths", list(config.lengths)), "a length is a number of tokens, at least 1")
+    if not all(0 <= depth <= 1 for depth in config.depths):
+        yield _problem(("depths", list(config.depths)), "a depth is a share of the text, from 0 to 1")
+    if config.harness_files is not None and not config.harness:
+        yield _problem(("harness_files", config.harness_files), "is for harness=[task,…]; leave it out", "harness")
 
 
 def check_generate(config: GenerateConfig) -> Iterator[Problem]:

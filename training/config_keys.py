@@ -35,7 +35,7 @@ class Key:
     allowed    what it may hold, in words
     default    its default, REQUIRED when there is none, None for the heads of sections
     meaning    one sentence
-    choices    the words it may be, where they are listed
+    choices    the words it (or an item of its list) may be, where they are listed
     is_text    holds text and nothing that looks like YAML
     is_number  holds numbers only, so that `true` is a mistake
     """
@@ -153,12 +153,16 @@ def _expand(path: str, annotation: Any, default: object, meaning: str, limits: t
         return
     options = get_args(plain) if get_origin(plain) in (Union, types.UnionType) else (plain,)
     kinds = {_unwrap(option)[0] for option in options} - {type(None)}
+    lists = [kind for kind in kinds if get_origin(kind) is tuple]
+    items = {_unwrap(item)[0] for each in lists for item in get_args(each) if item is not Ellipsis}
     yield Key(
         path=path,
         allowed=describe(annotation, limits),
         default=default,
         meaning=meaning,
-        choices=tuple(str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)),
+        choices=tuple(
+            str(choice) for kind in (*kinds, *items) if get_origin(kind) is Literal for choice in get_args(kind)
+        ),
         is_text=kinds == {str},
         is_number=bool(kinds) and kinds <= {int, float},
     )

@@ -73,10 +73,15 @@ def _problems(config: object) -> Iterator[Problem]:
     elif isinstance(config, PrepareConfig):
         yield from missing_data(config.data)
     elif isinstance(config, EvaluateConfig):
-        yield from _no_checkpoint(config.checkpoint)
+        key = "checkpoint" if config.checkpoint is not None else "checkpoints"
+        for checkpoint in config.subjects:
+            yield from _no_checkpoint(checkpoint, key=key)
+            yield from _too_long_a_window(checkpoint, config.evaluation.window)
         if config.data.path is not None:
             yield from _missing("data.path", config.data.path)
-        yield from _too_long_a_window(config)
+        for name in ("files", "harness_files"):
+            if (path := getattr(config, name)) is not None:
+                yield from _missing(name, path, globs=False)
     elif isinstance(config, GenerateConfig):
         yield from _no_checkpoint(config.checkpoint)
         if config.file is not None and config.file != "-":
@@ -115,10 +120,10 @@ def _missing(key: str, value: str, *, globs: bool = True) -> Iterator[Problem]:
     yield Problem((key,), f"{assignment(key, value)}: does not exist{near}")
 
 
-def _no_checkpoint(value: str) -> Iterator[Problem]:
+def _no_checkpoint(value: str, *, key: str = "checkpoint") -> Iterator[Problem]:
     reason = why_no_checkpoint(value)
     if reason is not None:
-        yield Problem(("checkpoint",), f"{assignment('checkpoint', value)}: {reason}")
+        yield Problem((key,), f"{assignment(key, value)}: {reason}")
 
 
 def _no_run(value: str) -> Iterator[Problem]:
@@ -130,14 +135,14 @@ def _no_run(value: str) -> Iterator[Problem]:
         yield Problem(("resume",), f"{assignment('resume', value)}: {rest}")
 
 
-def _too_long_a_window(config: EvaluateConfig) -> Iterator[Problem]:
-    window, model = config.evaluation.window, _model_of(config.checkpoint)
+def _too_long_a_window(checkpoint: str, window: int | None) -> Iterator[Problem]:
+    model = _model_of(checkpoint)
     if window is None or model is None or model.positions != "learned" or window <= model.max_positions:
         return
     yield Problem(
         ("evaluation.window",),
         f"evaluation.window={window}: is longer than the {model.max_positions} learned positions of "
-        f"{config.checkpoint}; lower it",
+        f"{checkpoint}; lower it",
     )
 
 

@@ -26,19 +26,19 @@ from longspan.model.config import (
 from longspan.model.config import ModelConfig as BuiltModel
 from longspan.model.zoo import CONFIGS, configure
 
-from .config_checks import check_data, check_generate, check_protocol, check_run, longest_input
+from .config_checks import check_data, check_evaluate, check_generate, check_run, longest_input
 from .config_convert import check_convert
 from .config_errors import COMMAND_LINE, ConfigError, Problem, lines, translate, wrong
 from .config_plain import booleans, named, plain, without, written
 from .config_uptrain import check_uptrain
 from .schema_convert import ConvertConfig
+from .schema_evaluate import EvaluateConfig
 from .schema_model import BACKENDS, AttentionConfig, AttentionPlanConfig, BackendPlan, ModelConfig, StackSection
 from .schema_requests import (
     BenchConfig,
     ConformanceConfig,
     EstimateConfig,
     EstimateRequest,
-    EvaluateConfig,
     ExplainConfig,
     ExplainRequest,
     ExportConfig,
@@ -167,7 +167,7 @@ def validate_prepare(raw: Raw, *, where: Where | None = None) -> PrepareConfig:
 def validate_evaluate(raw: Raw, *, where: Where | None = None) -> EvaluateConfig:
     """`longspan evaluate`; as `validate`."""
     config, problems = _parse(EvaluateConfig, raw)
-    return _sound(config, [*problems, *(check_protocol(config.evaluation) if config is not None else ())], where)
+    return _sound(config, [*problems, *(check_evaluate(config) if config is not None else ())], where)
 
 
 def validate_generate(raw: Raw, *, where: Where | None = None) -> GenerateConfig:

@@ -21,11 +21,9 @@ from .schema_sections import (
     Count,
     DataConfig,
     EvaluationConfig,
-    EvaluationDataConfig,
     InferencePrecision,
     LoggerConfig,
     OptimizerConfig,
-    ProtocolConfig,
     SampleConfig,
     SamplingConfig,
     ScheduleConfig,
@@ -112,29 +110,6 @@ class PrepareConfig:
     """`longspan prepare`"""
 
     data: DataConfig = Field(default=DataConfig(), description="see data.*")
-    dry_run: bool = Field(default=False, description="print the resolved config; do nothing")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class EvaluateConfig:
-    """`longspan evaluate`"""
-
-    checkpoint: str = Field(description="a checkpoint directory, or a run (its best, else its last)")
-    tasks: tuple[Literal["perplexity"], ...] = Field(
-        default=("perplexity",), min_length=1, description="what to measure"
-    )
-    data: EvaluationDataConfig = Field(default=EvaluationDataConfig(), description="see data.*")
-    evaluation: ProtocolConfig = Field(default=ProtocolConfig(), description="see evaluation.*")
-    accelerator: Accelerator = Field(default="auto", description="where to run")
-    precision: InferencePrecision = Field(
-        default="auto", description="auto: as the run evaluated itself, else bf16 where the device multiplies it fast"
-    )
-    output: str | None = Field(
-        default=None,
-        description="directory of the results; null: evaluations/<checkpoint's name>/<data's name> in the working "
-        "directory",
-    )
-    overwrite: bool = Field(default=False, description="replace what is in a non-empty output directory")
     dry_run: bool = Field(default=False, description="print the resolved config; do nothing")
 
 
@@ -280,9 +255,12 @@ class BenchConfig:
         "every shape; null: quick on a GPU, tiny on a CPU",
     )
     backend: BackendName = Field(default="triton", description="ours: the attention backend that is measured")
-    peers: tuple[Literal["sdpa-flash", "sdpa-cudnn", "flex", "longformer-hf", "flash-attn-4"], ...] | None = Field(
-        default=None, description="who is measured beside it; null: everybody; []: nobody"
-    )
+    peers: (
+        tuple[
+            Literal["sdpa-flash", "sdpa-cudnn", "flex", "longformer-hf", "flash-attn-4", "longspan-triton"], ...
+        ]
+        | None
+    ) = Field(default=None, description="who is measured beside it; null: everybody; []: nobody")
     only: str | None = Field(default=None, description="measure only cases whose name contains this")
     device: Literal["auto", "cuda", "cpu"] = Field(default="auto", description="cpu: a smoke test, no speeds")
     repetitions: int = Field(default=100, ge=2, description="interleaved repetitions; the median counts")

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from longspan.evaluation.names import ProtocolName
+
 DEFAULT_NEW_TOKENS = 200
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 Count = Annotated[int, Field(ge=1)]
@@ -324,6 +326,10 @@ class ProtocolConfig:
         default=True,
         description="compute several windows in one pass where that changes no number: windowed attention that never "
         "reaches back to where a window begins, and relative positions",
+    )
+    protocols: tuple[ProtocolName, ...] = Field(
+        default=(),
+        description="other ways to count perplexity, measured beside ours on the same text (docs/evaluation.md)",
     )
 
 

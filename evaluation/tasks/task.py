@@ -6,7 +6,7 @@ A definition is data and imports no torch, so that the names of tasks can be che
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,8 @@ class Material:
     """What questions are made of.
 
     lengths  tokens of a prompt with its answer, for tasks that are made to length
-    samples  questions per cell (a length, or a length and a depth); of data from files, questions in all; None: all
+    depths   where in the text the answer is hidden, for tasks that hide it: 0 its beginning, 1 its end
+    samples  questions of each length (and depth); of a file, questions in all; None: all
     seed     of everything that is drawn
     files    directory with the local files of tasks that read some
     hub      what is not among them may be read from the hub
@@ -38,11 +39,30 @@ class Material:
     """
 
     lengths: tuple[int, ...]
+    depths: tuple[float, ...]
     samples: int | None
     seed: int
     files: Path | None
     count: Callable[[str], int]
     hub: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """The questions of a task, and what they were made of.
+
+    lengths, depths, samples, seed   of the material, as far as the task goes by them
+    files                            name → sha256 of the files that they were read from
+    n_refused                        rows of those that could not be used
+    """
+
+    questions: tuple[Question, ...]
+    lengths: tuple[int, ...] = ()
+    depths: tuple[float, ...] = ()
+    samples: int | None = None
+    seed: int = 0
+    files: Mapping[str, str] = field(default_factory=dict)
+    n_refused: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

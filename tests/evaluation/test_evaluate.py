@@ -17,6 +17,7 @@ from longspan.data.store import TokenStore, build_store
 from longspan.data.tokenizer import byte_level
 from longspan.evaluation.documents import documents_from, text_documents
 from longspan.evaluation.evaluate import Evaluation, evaluate_documents, spread_texts
+from longspan.evaluation.names import ProtocolName
 from longspan.evaluation.ngram import NgramBaseline
 from longspan.evaluation.result import Scored
 from longspan.kernels.attention import AttentionSpec, Window
@@ -32,6 +33,7 @@ class Scoring:
     batch: int = 4
     scored: Scored = "all"
     merge_windows: bool = True
+    protocols: tuple[ProtocolName, ...] = ()
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from longspan.data.store import TokenStore, build_store
 from longspan.data.tokenizer import byte_level
 from longspan.evaluation.documents import EvalDocument, documents_from
 from longspan.evaluation.evaluate import evaluate_documents
+from longspan.evaluation.names import ProtocolName
 from longspan.evaluation.ngram import NgramBaseline
 from longspan.evaluation.perplexity import score
 from longspan.evaluation.result import Scored
@@ -34,6 +35,7 @@ class Scoring:
     batch: int = 4
     scored: Scored = "all"
     merge_windows: bool = True
+    protocols: tuple[ProtocolName, ...] = ()
 
 
 @pytest.fixture(scope="module")

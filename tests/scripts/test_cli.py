@@ -220,10 +220,15 @@ def test_outputs_are_not_overwritten_unasked(
     assert line == "output=full: exists and is not an empty directory; choose another, or set overwrite=true"
     assert main(["evaluate", f"checkpoint={run}", "output=full", "overwrite=true"]) == 0
     assert sorted(path.name for path in Path("full").iterdir()) == [
+        "documents.jsonl",
         "evaluation.json",
         "evaluation.md",
         "evaluation.png",
         "mine.txt",
+        "request.json",
+        "results.html",
+        "results.json",
+        "results.md",
     ]
     capsys.readouterr()
 

@@ -380,7 +380,7 @@ def test_prepare_leaves_an_experiments_other_sections_unread_but_not_what_is_typ
 def test_evaluate_and_generate_name_what_they_lack() -> None:
     with pytest.raises(ConfigError, match=r"checkpoint: is required: a checkpoint directory, or a run"):
         validate_evaluate({})
-    with pytest.raises(ConfigError, match=r"tasks=\[\]: expected a non-empty list"):
+    with pytest.raises(ConfigError, match=r"tasks=\[\]: measures nothing"):
         validate_evaluate({"checkpoint": "x", "tasks": []})
     with pytest.raises(ConfigError, match=r"stride=9: is larger than evaluation.window=8"):
         validate_evaluate({"checkpoint": "x", "evaluation": {"window": 8, "stride": 9}})

@@ -1,0 +1,145 @@
+"""From questions to token ids: prompts that fit the model, and the tokens of what may be answered.
+
+A prompt is tokenised as one text, so that it has the tokens that training would have given it. An answer has the tokens
+by which the prompt's end grows when the answer is written behind it; where a tokenizer would merge the two, it is
+tokenised by itself. Only tokens of a question's context are ever left out. The room for it is what the longest question
+of the document leaves: all of them read the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from longspan.data.questions import Question
+from longspan.data.tokenizer import Tokenizer
+
+from .context_processing import context_span, truncate
+from .tasks.task import Ask, Task, Truncation
+
+_TAIL = 200  # characters of a prompt that are enough to know how an answer behind it is tokenised
+
+
+class TooLong(ValueError):  # noqa: N818  # says what is the matter, as its users read it
+    """A question whose text the model cannot read whole, under a rule that leaves nothing out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One question as a model reads it.
+
+    tokens   what is read, start tokens included
+    options  tokens of each choice, or of the reference; (): an answer is generated
+    dropped  tokens of the text that were left out
+    """
+
+    question: Question
+    tokens: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...] = ()
+    dropped: int = 0
+
+
+def prompts_of(
+    task: Task,
+    ask: Ask,
+    questions: Iterable[Question],
+    tokenizer: Tokenizer,
+    *,
+    start: Sequence[int],
+    max_tokens: int,
+    truncation: Truncation | None = None,
+    answer_apart: bool = False,
+) -> list[Prompt]:
+    """A prompt for each question, questions of a document side by side.
+
+    start         tokens that begin every prompt
+    max_tokens    that the model reads, the answer included (`answer_apart`: without it, as an encoder–decoder does)
+    truncation    instead of the task's own rule
+    Raises TooLong where nothing may be left out, or too little can be.
+    """
+    rule = task.truncation if truncation is None else truncation
+    prompts: list[Prompt] = []
+    for _, group in groupby(questions, key=lambda question: question.document):
+        of_document = list(group)
+        prompts += _of_document(
+            task, ask, of_document, tokenizer, start=start, max_tokens=max_tokens, rule=rule, answer_apart=answer_apart
+        )
+    return prompts
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """How many first tokens all rows have in common."""
+    shortest = min(map(len, rows))
+    first = np.asarray(rows[0][:shortest])
+    common = shortest
+    for row in rows[1:]:
+        differing = np.flatnonzero(first[:common] != np.asarray(row[:common]))
+        if len(differing):
+            common = int(differing[0])
+    return common
+
+
+def _of_document(
+    task: Task,
+    ask: Ask,
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    *,
+    start: Sequence[int],
+    max_tokens: int,
+    rule: Truncation,
+    answer_apart: bool,
+) -> list[Prompt]:
+    encoded = tokenizer.encode_offsets([question.before + question.context + question.after for question in questions])
+    options = [() if ask == "generate" else _options(question, ask, tokenizer) for question in questions]
+    spans = [context_span(question, chars_T2) for question, (_, chars_T2) in zip(questions, encoded)]
+    rooms = []
+    for (ids_T, _), (first, last), of_question in zip(encoded, spans, options):
+        answer = task.max_new_tokens if ask == "generate" else max(map(len, of_question))
+        rest = len(start) + len(ids_T) - (last - first) + (0 if answer_apart else answer)
+        rooms.append(max_tokens - rest)
+    room = min(rooms)
+    longest = max(last - first for first, last in spans)
+    if longest > room and (rule == "refuse" or room < 1):
+        worst = questions[int(np.argmin(rooms))]
+        needed = max_tokens - room + longest
+        raise TooLong(
+            f"{task.name}: question {worst.id} needs {needed:,} tokens with its answer and the model reads "
+            f"{max_tokens:,}"
+            + (
+                "; shorten its text with long_texts=cut_middle (or keep_head, keep_tail), or ask another model"
+                if room > 0
+                else f", of which instructions, question and answer alone take {max_tokens - room:,}"
+            )
+        )
+    prompts = []
+    for question, (ids_T, _), (first, last), of_question in zip(questions, encoded, spans, options):
+        ids = ids_T.tolist()
+        kept = truncate(ids[first:last], room, rule) if last - first > room else ids[first:last]
+        prompts.append(
+            Prompt(
+                question=question,
+                tokens=(*start, *ids[:first], *kept, *ids[last:]),
+                options=of_question,
+                dropped=last - first - len(kept),
+            )
+        )
+    return prompts
+
+
+def _options(question: Question, ask: Ask, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    texts = question.choices if ask == "choose" else question.references[:1]
+    tail = (question.after or question.context)[-_TAIL:]
+    before = tokenizer.encode(tail)
+    found = []
+    for text in texts:
+        whole = tokenizer.encode(tail + question.joint + text)
+        grows = whole[: len(before)] == before
+        tokens = whole[len(before) :] if grows else tokenizer.encode(question.joint + text)
+        if not tokens:
+            raise ValueError(f"question {question.id}: the tokenizer has no tokens for the answer {text!r}")
+        found.append(tuple(tokens))
+    return tuple(found)

@@ -1,0 +1,81 @@
+"""Tasks asked of a model that is shorter than the texts: a reader that goes by a strategy of `context_processing`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+
+from longspan.data.questions import Question
+from longspan.data.tokenizer import Tokenizer
+from longspan.model.decoder import Decoder
+from longspan.model.sampling import Sampling
+from longspan.model.seq2seq import Seq2Seq
+
+from .context_processing import STRATEGIES, LongText, Processed
+from .fusion import Fused, ModelWriter, long_text
+from .readers import Reply, global_positions
+from .tasks.task import Answer, Ask, Task, Truncation
+
+BY_STRATEGY: Mapping[str, Callable[[LongText, ModelWriter], Processed]] = MappingProxyType(
+    {**STRATEGIES, "fused": Fused()}
+)
+
+
+class StrategyReader:
+    """A decoder or an encoder–decoder that reads long texts by a strategy, question by question.
+
+    start       tokens that begin a decoder's prompt
+    max_tokens  that the model reads; of a decoder, the answer included
+    Raises ValueError for a strategy that the model cannot do.
+    """
+
+    asks: frozenset[Ask] = frozenset({"generate"})
+
+    def __init__(
+        self,
+        model: Decoder | Seq2Seq,
+        tokenizer: Tokenizer,
+        strategy: str,
+        *,
+        start: Sequence[int],
+        max_tokens: int,
+        batch: int,
+    ) -> None:
+        if strategy == "fused" and not isinstance(model, Seq2Seq):
+            raise ValueError("long_texts=fused: fuses what an encoder made of each part, and this model is a decoder")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.batch = batch
+        self._strategy = BY_STRATEGY[strategy]
+        frame = tokenizer.frame
+        self._start, self._end = (frame.before, frame.after) if isinstance(model, Seq2Seq) else (tuple(start), ())
+
+    def replies(
+        self, task: Task, ask: Ask, questions: Sequence[Question], truncation: Truncation | None = None
+    ) -> Iterator[Reply]:
+        answer = 0 if isinstance(self.model, Seq2Seq) else task.max_new_tokens
+        writer = ModelWriter(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            sampling=Sampling(
+                max_new_tokens=task.max_new_tokens,
+                temperature=0.0,
+                stop_tokens=frozenset({self.tokenizer.eos_id}),
+                pad_token=self.tokenizer.eos_id,
+            ),
+            max_prompt=self.max_tokens - answer,
+            batch=self.batch,
+            stop_strings=task.stop,
+            global_positions=global_positions(self.model) if isinstance(self.model, Seq2Seq) else (),
+        )
+        for question in questions:
+            text = long_text(question, self.tokenizer, start=self._start, end=self._end)
+            done = self._strategy(text, writer)
+            read = {token for span in done.read for token in span}
+            yield Reply(
+                question=question,
+                answer=Answer(text=done.text),
+                prompt_tokens=sum(map(len, done.read)) + done.prompts * (len(text.before) + len(text.after)),
+                dropped=len(text.context) - len(read),
+            )

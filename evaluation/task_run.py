@@ -1,0 +1,163 @@
+"""A task asked of a model, question by question, into a file that the next try goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import get_args
+
+from longspan.data.questions import Question
+from longspan.data.tokenizer import Tokenizer
+
+from .names import LongTexts
+from .readers import Reader, Reply
+from .task_result import QuestionScore, TaskProtocol, TaskResult, summarise_task
+from .tasks.task import Ask, Asked, Task, Truncation
+
+
+class CannotAsk(ValueError):  # noqa: N818  # says what is the matter, as its users read it
+    """A model that can be asked in none of a task's ways."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedModel:
+    """A model as tasks see it, and what the protocol says of it."""
+
+    reader: Reader
+    tokenizer: Tokenizer
+    precision: str
+
+
+def way_of_asking(task: Task, reader: Reader) -> Ask:
+    """The first of the task's ways that the model can do. Raises CannotAsk, saying what would be needed."""
+    for ask in task.asks:
+        if ask in reader.asks:
+            return ask
+    needs = {
+        "generate": "a decoder or an encoder–decoder",
+        "choose": "a decoder",
+        "force": "a decoder",
+        "classify": "an encoder with a classification head (head=classification, fine-tuned for this task)",
+        "extract": "an encoder with a head for answers (head=qa, fine-tuned for this task)",
+    }
+    raise CannotAsk(
+        f"{task.name} cannot be asked of this model: it needs {' or '.join(needs[ask] for ask in task.asks)}"
+    )
+
+
+def run_task(
+    task: Task,
+    model: AskedModel,
+    asked: Asked,
+    *,
+    samples: Path,
+    long_texts: LongTexts | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[TaskResult, tuple[QuestionScore, ...]]:
+    """Asks every question that `samples` does not answer yet, and sums all of them up; and each question's scores.
+
+    samples     file of one JSON line a question, appended to as answers come. It begins with the protocol: another one
+                is refused
+    long_texts  instead of the task's own rule for texts that are too long; a strategy beyond truncation is the reader's
+    progress    called with (questions answered, questions in all)
+
+    Raises CannotAsk, `asking.TooLong`, and ValueError for questions that cannot be had.
+    """
+    ask = way_of_asking(task, model.reader)
+    questions = asked.questions
+    if not questions:
+        raise ValueError(f"{task.name} has no questions")
+    protocol = TaskProtocol(
+        task=task.name,
+        version=task.version,
+        ask=ask,
+        long_texts=long_texts or task.truncation,
+        max_tokens=model.reader.max_tokens,
+        max_new_tokens=task.max_new_tokens if ask == "generate" else 0,
+        lengths=asked.lengths,
+        depths=asked.depths,
+        samples=asked.samples,
+        seed=asked.seed,
+        questions=len(questions),
+        questions_sha256=_digest(questions),
+        files=dict(asked.files),
+        n_refused=asked.n_refused,
+        tokenizer_sha256=model.tokenizer.sha256,
+        precision=model.precision,
+    )
+    found = _begun(samples, protocol)
+    left = [question for question in questions if question.id not in found]
+    if progress is not None:
+        progress(len(found), len(questions))
+    for reply in model.reader.replies(task, ask, left, as_truncation(long_texts)) if left else ():
+        score = _scored(task, reply)
+        if not found:
+            _append(samples, {"protocol": asdict(protocol)})
+        _append(samples, asdict(score))
+        found[score.id] = score
+        if progress is not None:
+            progress(len(found), len(questions))
+    scores = tuple(found[question.id] for question in questions)
+    return summarise_task(task, protocol, scores, seed=asked.seed), scores
+
+
+def as_truncation(long_texts: LongTexts | None) -> Truncation | None:
+    """The rule, where it is one: a strategy is what the reader goes by."""
+    rules: dict[str, Truncation] = {rule: rule for rule in get_args(Truncation)}
+    return None if long_texts is None else rules.get(long_texts)
+
+
+def _append(samples: Path, record: Mapping[str, object]) -> None:
+    samples.parent.mkdir(parents=True, exist_ok=True)
+    with samples.open("ab") as lines:
+        lines.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+
+def _scored(task: Task, reply: Reply) -> QuestionScore:
+    question = reply.question
+    return QuestionScore(
+        id=question.id,
+        document=question.document,
+        groups=dict(question.groups),
+        scores=dict(task.score(question, reply.answer)),
+        answer=reply.answer.text,
+        references=question.references,
+        prompt_tokens=reply.prompt_tokens,
+        dropped=reply.dropped,
+    )
+
+
+def _digest(questions: Sequence[Question]) -> str:
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(json.dumps(asdict(question), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _begun(samples: Path, protocol: TaskProtocol) -> dict[str, QuestionScore]:
+    """What the file answers already; a half-written last line is cut off, and a file with nothing else removed.
+
+    Raises ValueError for answers by another protocol."""
+    header = json.loads(json.dumps(asdict(protocol)))
+    raw = samples.read_bytes() if samples.is_file() else b""
+    whole, _, torn = raw.rpartition(b"\n")
+    lines = whole.split(b"\n") if whole else []
+    if not lines:
+        samples.unlink(missing_ok=True)
+        return {}
+    written = json.loads(lines[0])["protocol"]
+    differing = [key for key in header if written.get(key) != header[key]]
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"{samples} holds answers by another protocol ({key}={written.get(key)!r}, now {header[key]!r}); give "
+            "another output, or overwrite=true to begin again"
+        )
+    if torn:
+        os.truncate(samples, len(whole) + 1)
+    records = [json.loads(line) for line in lines[1:]]
+    return {record["id"]: QuestionScore(**{**record, "references": tuple(record["references"])}) for record in records}

@@ -1,0 +1,212 @@
+"""A checkpoint made ready for evaluation: weights, tokenizer, arithmetic, and the documents that it is asked about."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from longspan.data.sources import from_path
+from longspan.data.store import Documents
+from longspan.data.tokenizer import Tokenizer
+from longspan.evaluation.documents import StoredDocuments, documents_from, text_documents
+from longspan.evaluation.effective_context import (
+    TARGETS,
+    EffectiveContext,
+    doubling_lengths,
+    effective_context,
+    measure_context_curve,
+)
+from longspan.evaluation.evaluate import Evaluation, evaluate_documents
+from longspan.evaluation.harness import run_harness
+from longspan.evaluation.names import LongTexts
+from longspan.evaluation.perplexity import Precision
+from longspan.evaluation.processed import StrategyReader
+from longspan.evaluation.readers import Reader, reader_of
+from longspan.evaluation.task_run import AskedModel, as_truncation
+from longspan.model.checkpoint import load_model, resolve_checkpoint
+from longspan.model.checkpoint_files import fingerprint
+from longspan.model.decoder import Decoder
+from longspan.model.encoder import Encoder
+from longspan.model.seq2seq import Seq2Seq
+
+from .errors import UserError
+from .held_out import imported, trained_with, training_store
+from .precision import choose_device, inference_precision
+from .schema import EvaluateConfig, EvaluationDataConfig
+
+_BLOCKS = 8  # of targets in a document, for its effective context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A checkpoint that is evaluated.
+
+    context     tokens that it reads at a time: evaluation.window, else what it was trained with
+    start       token that a text begins with; None: the end-of-text token, as in our own training
+    precision   of matrix products
+    """
+
+    checkpoint: Path
+    model: Decoder | Encoder | Seq2Seq
+    tokenizer: Tokenizer
+    context: int
+    start: int | None
+    precision: Precision
+    device: torch.device
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What results say of it."""
+        return {
+            "path": str(self.checkpoint),
+            "weights_sha256": fingerprint(self.checkpoint),
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "context": self.context,
+            "device": str(self.device),
+            "precision": self.precision,
+        }
+
+
+def load_subject(config: EvaluateConfig, checkpoint: str) -> Subject:
+    """Raises CheckpointError, in one line, for what cannot be loaded; UserError for a device that is not there."""
+    device = choose_device(config.accelerator, key="accelerator")
+    directory = resolve_checkpoint(checkpoint)
+    trained = trained_with(directory)
+    # Asked for fp32, weights that are stored narrower are widened; else they are computed with as they are.
+    model = load_model(directory, device=device, dtype=torch.float32 if config.precision == "fp32" else None)
+    tokenizer = Tokenizer.load(directory)
+    longest = model.config.encoder_half.max_positions if isinstance(model, Seq2Seq) else model.config.max_positions
+    return Subject(
+        checkpoint=directory,
+        model=model,
+        tokenizer=tokenizer,
+        context=config.evaluation.window or trained.context or longest,
+        start=next(iter(reversed(tokenizer.start_ids)), None) if imported(directory) else None,
+        precision=inference_precision(config.precision, device, trained_in=trained.precision),
+        device=device,
+    )
+
+
+def measure_perplexity(
+    subject: Subject, config: EvaluateConfig, progress: Callable[[int, int], None] | None = None
+) -> Evaluation:
+    """Perplexity as `evaluation.*` asks for it, of `data.path` or of what the run held out."""
+    model = _decoder(subject, "perplexity")
+    stored, train = documents_of(config.data, subject)
+    return evaluate_documents(
+        model,
+        subject.tokenizer,
+        stored,
+        config.evaluation,
+        context=subject.context,
+        device=subject.device,
+        precision=subject.precision,
+        train=train,
+        limit=config.data.limit,
+        start=subject.start,
+        receptive_field=model.config.receptive_field,
+        progress=progress,
+    )
+
+
+def measure_context(
+    subject: Subject, config: EvaluateConfig, progress: Callable[[int, int], None] | None = None
+) -> EffectiveContext:
+    """The length to which extra context lowers loss, of the documents that perplexity is of. Raises as that, and
+    ValueError where no document is longer than the context."""
+    model = _decoder(subject, "effective context")
+    stored, _ = documents_of(config.data, subject)
+    longest = max(config.lengths) if config.lengths is not None else subject.context
+    documents = documents_from(stored, limit=config.data.limit, decode=subject.tokenizer.decode)
+    curve = measure_context_curve(
+        model,
+        documents,
+        lengths=config.lengths or doubling_lengths(longest, shortest=min(256, longest // 4)),
+        batch=config.evaluation.batch,
+        device=subject.device,
+        precision=subject.precision,
+        targets=max(1, min(TARGETS, min(config.lengths or (256, longest // 4)) // 2)),
+        blocks=_BLOCKS,
+        progress=progress,
+    )
+    return effective_context(curve, seed=config.seed)
+
+
+def measure_harness(subject: Subject, config: EvaluateConfig) -> dict[str, object]:
+    """What lm-evaluation-harness says of it. Raises UserError where that is not installed or has no such task."""
+    model = _decoder(subject, "lm-evaluation-harness")
+    try:
+        return run_harness(
+            model,
+            subject.tokenizer,
+            config.harness,
+            include_path=None if config.harness_files is None else Path(config.harness_files),
+            limit=config.samples,
+            max_length=subject.context,
+            batch=config.evaluation.batch,
+            starts=subject.start is not None,
+            seed=config.seed,
+        )
+    except (ImportError, ValueError) as error:
+        raise UserError(f"harness={list(config.harness)}: {error}") from error
+
+
+def _decoder(subject: Subject, what: str) -> Decoder:
+    if not isinstance(subject.model, Decoder):
+        raise UserError(f"{subject.checkpoint} holds no decoder, and {what} is of models that predict the next token")
+    return subject.model
+
+
+def documents_of(data: EvaluationDataConfig, subject: Subject) -> tuple[StoredDocuments, Documents | None]:
+    """What to score, and the training documents for the baseline: a text of the user's own can do without."""
+    if data.path is None:
+        store = training_store(subject.checkpoint, subject.tokenizer)
+        return store.documents("validation"), store.documents("train")
+    source = replace(from_path(data.path), text_field=data.text_field, limit=data.limit)
+    stored = text_documents(source, subject.tokenizer)
+    try:
+        return stored, training_store(subject.checkpoint, subject.tokenizer).documents("train")
+    except UserError as error:
+        print(f"no n-gram baseline: {error}", file=sys.stderr)
+        return stored, None
+
+
+def asked_model(subject: Subject, *, batch: int, long_texts: LongTexts | None = None) -> AskedModel:
+    """The subject as tasks ask it. Caches hold what the weights compute, so in bf16 the weights themselves become bf16:
+    whoever measures perplexity under autocast does it before.
+
+    long_texts   what becomes of texts that it cannot read whole; strategies beyond truncation take a reader of theirs
+    Raises UserError for a strategy that the model cannot do.
+    """
+    start = subject.tokenizer.eos_id if subject.start is None else subject.start
+    if subject.precision == "bf16":
+        subject.model.to(torch.bfloat16)
+    model = subject.model
+    reader: Reader
+    if long_texts is None or as_truncation(long_texts) is not None:
+        reader = reader_of(model, subject.tokenizer, start=(start,), max_tokens=subject.context, batch=batch)
+    elif isinstance(model, Encoder):
+        raise UserError(
+            f"long_texts={long_texts}: is for models that write answers; {subject.checkpoint} is an encoder"
+        )
+    else:
+        try:
+            reader = StrategyReader(
+                model, subject.tokenizer, long_texts, start=(start,), max_tokens=subject.context, batch=batch
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    return AskedModel(
+        reader=reader,
+        tokenizer=subject.tokenizer,
+        precision="bf16 weights" if subject.precision == "bf16" else _name(next(subject.model.parameters()).dtype),
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16 weights", torch.float16: "fp16 weights"}.get(dtype, str(dtype))
