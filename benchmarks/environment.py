@@ -32,7 +32,8 @@ def describe() -> dict[str, str]:
         facts["triton"] = "none"
     if torch.cuda.is_available():
         facts["device"] = torch.cuda.get_device_name()
-        facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
+        drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")  # a line a GPU
+        facts["driver"] = drivers.splitlines()[0] if drivers else "unknown"
     else:
         facts["device"] = platform.processor() or platform.machine()
         facts["driver"] = "none"

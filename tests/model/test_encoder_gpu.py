@@ -84,7 +84,7 @@ def test_memory_grows_with_the_tokens_and_not_with_their_square() -> None:
     model = built(LOCAL, max_positions=65536).cuda()
     model.set_backend("triton")
     peaks = []
-    for n_tokens in (16384, 32768, 65536):
+    for n_tokens in (16384, 16384, 32768, 65536):  # the first sets up libraries, whose memory stays
         tokens = torch.zeros(1, n_tokens, dtype=torch.int64, device="cuda")
         context = AttentionContext(is_global=torch.arange(n_tokens, device="cuda")[None] == 0)
         before = torch.cuda.memory_allocated()
@@ -93,4 +93,4 @@ def test_memory_grows_with_the_tokens_and_not_with_their_square() -> None:
             model(tokens, context).float().mean().backward()
         model.zero_grad(set_to_none=True)
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    assert (peaks[2] - peaks[1]) / (peaks[1] - peaks[0]) == pytest.approx(2, rel=0.1)
+    assert (peaks[3] - peaks[2]) / (peaks[2] - peaks[1]) == pytest.approx(2, rel=0.1)
