@@ -32,6 +32,7 @@ from longspan.model.checkpoint import load_decoder, resolve_checkpoint
 from longspan.model.config import AttentionPlan, DecoderConfig, RopeScaling
 from longspan.model.decoder import Decoder, from_config
 
+from .arguments import read_arguments
 from .environment import append, facts_of_run, output_directory
 
 SINKS = 4  # first tokens that stay visible (Xiao et al. 2024, arXiv 2309.17453)
@@ -169,13 +170,7 @@ def row(reading: Reading, *, command: str, checkpoint: str, trained: int, window
 
 def main(arguments: Sequence[str]) -> int:
     known = ("checkpoint", "data", "lengths", "methods", "window", "texts", "scored", "device", "output")
-    given = {name: value for name, _, value in (each.partition("=") for each in arguments)}
-    wrong = [name for name in given if name not in known]
-    missing = [name for name in ("checkpoint", "data", "lengths") if name not in given]
-    if wrong or missing:
-        what = f"unknown: {', '.join(wrong)}" if wrong else f"missing: {', '.join(missing)}"
-        print(f"{what}; keys are {', '.join(known)}", file=sys.stderr)
-        return 2
+    given = read_arguments(arguments, known, required=("checkpoint", "data", "lengths"))
     lengths = [int(each) for each in given["lengths"].split(",")]
     scored = int(given.get("scored", "256"))
     device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")

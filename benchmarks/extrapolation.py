@@ -23,6 +23,7 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.model.checkpoint import load_decoder, resolve_checkpoint
 from longspan.training.held_out import training_store
 
+from .arguments import split_arguments
 from .environment import append, output_directory
 from .extension import applicable, measure, row
 
@@ -56,9 +57,7 @@ def held_out(checkpoint: Path, *, length: int, count: int) -> Tensor:
 
 
 def main(arguments: Sequence[str]) -> int:
-    pairs = [each.partition("=") for each in arguments]
-    own = {name: value for name, _, value in pairs if name in OWN}
-    keys = [each for each, (name, _, _) in zip(arguments, pairs) if name not in OWN]
+    own, keys = split_arguments(arguments, OWN)
     lengths = [int(each) for each in own.get("lengths", "512,1024,2048,4096,8192").split(",")]
     scored, count = int(own.get("scored", "256")), int(own.get("texts", "16"))
     runs = Path(own.get("runs", "runs/extrapolation"))

@@ -32,6 +32,7 @@ from longspan.model.checkpoint import load_model
 from longspan.model.conversion import import_model
 from longspan.model.encoder import Encoder
 
+from .arguments import read_arguments
 from .environment import append, facts_of_run, output_directory, quantiles
 from .timing import Clock, interleaved_calls, make_clock
 
@@ -172,10 +173,7 @@ def _free(device: torch.device) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Exit code 0 when ours was right and ran at every length."""
     known = ("lengths", "layers", "width", "heads", "window", "vocabulary", "repetitions", "device", "output")
-    given = {name: value for name, _, value in (each.partition("=") for each in arguments)}
-    if wrong := [name for name in given if name not in known]:
-        print(f"unknown: {', '.join(wrong)}; keys are {', '.join(known)}", file=sys.stderr)
-        return 2
+    given = read_arguments(arguments, known)
     device = torch.device(given.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
     smoke = device.type == "cpu"
     lengths = [int(each) for each in given.get("lengths", "4096,8192,16384,32768,65536").split(",")]

@@ -31,6 +31,7 @@ from longspan.model.surgery import ExtendPositions, Longformer, convert_model
 from longspan.training.held_out import training_store
 from longspan.training.objectives import MaskedTokenLoss
 
+from .arguments import split_arguments
 from .environment import append, facts_of_run, output_directory
 
 OWN = ("seeds", "steps", "length", "window", "lr", "batches", "runs", "output")
@@ -89,9 +90,7 @@ def children(parent: Path, directory: Path, *, length: int, window: int) -> dict
 
 
 def main(arguments: Sequence[str]) -> int:
-    pairs = [each.partition("=") for each in arguments]
-    own = {name: value for name, _, value in pairs if name in OWN}
-    keys = [each for each, (name, _, _) in zip(arguments, pairs) if name not in OWN]
+    own, keys = split_arguments(arguments, OWN)
     length, window = int(own.get("length", "4096")), int(own.get("window", "512"))
     batches, steps = int(own.get("batches", "16")), [int(each) for each in own.get("steps", "0,100,300").split(",")]
     runs, output = Path(own.get("runs", "runs/position_copy")), output_directory(own.get("output"), smoke=False)

@@ -44,6 +44,7 @@ from longspan.model.surgery import (
 from longspan.model.surgery.gqa import Grouping
 from longspan.model.surgery.heads import Init
 
+from .arguments import read_arguments
 from .environment import append, facts_of_run, output_directory
 
 KEYS = ("checkpoint", "data", "kv_heads", "inits", "groupings", "statistics", "texts", "length", "output")
@@ -111,13 +112,7 @@ def surgeries_of(
 
 
 def main(arguments: Sequence[str]) -> int:
-    given = {name: value for name, _, value in (each.partition("=") for each in arguments)}
-    wrong = [name for name in given if name not in KEYS]
-    missing = [name for name in ("checkpoint", "data", "kv_heads") if name not in given]
-    if wrong or missing:
-        what = f"unknown: {', '.join(wrong)}" if wrong else f"missing: {', '.join(missing)}"
-        print(f"{what}; keys are {', '.join(KEYS)}", file=sys.stderr)
-        return 2
+    given = read_arguments(arguments, KEYS, required=("checkpoint", "data", "kv_heads"))
     directory = resolve_checkpoint(given["checkpoint"])
     model = load_model(directory, dtype=torch.float32)
     if not isinstance(model, Decoder | Encoder):

@@ -20,7 +20,7 @@ from .refused import Refused
 from .shards import StoreError, split_hash, token_dtype
 from .sources import SourceError, SourceSpec, fingerprint, read_table
 from .tokenizer import Tokenizer, byte_level
-from .writer import SPLITS, HashedFiles, save_tokenizer, sync_directory, write_manifest
+from .writer import SPLITS, HashedFiles, save_tokenizer, sync_directory, tokenizer_facts, write_manifest
 
 _GROUP = 1 << 20  # characters of records tokenised at once
 
@@ -152,10 +152,7 @@ def _build(settings: ExampleSettings, directory: Path, tokenizer: Tokenizer, pro
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "dtype": token_dtype(tokenizer.vocab_size).name,
-        "vocab_size": tokenizer.vocab_size,
-        "eos_id": tokenizer.eos_id,
-        "tokenizer_sha256": tokenizer.sha256,
+        **tokenizer_facts(tokenizer),
         "texts": list(writer.n_tokens),
         "tokens": writer.n_tokens,
         "labels": names,

@@ -139,10 +139,7 @@ def assemble(
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "dtype": token_dtype(tokenizer.vocab_size).name,
-        "vocab_size": tokenizer.vocab_size,
-        "eos_id": tokenizer.eos_id,
-        "tokenizer_sha256": tokenizer.sha256,
+        **tokenizer_facts(tokenizer),
         "validation_fraction": validation_fraction,
         "loss_mask": with_loss,
         "sources": sources,
@@ -162,6 +159,16 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> dict[str, dict[str,
             os.fsync(file.fileno())
         files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     return files
+
+
+def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, object]:
+    """What a manifest says of the tokens: how they are stored, and whose they are."""
+    return {
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "tokenizer_sha256": tokenizer.sha256,
+    }
 
 
 def write_manifest(manifest: dict, directory: Path) -> dict:

@@ -112,7 +112,8 @@ def _of_document(
             + (
                 "; shorten its text with long_texts=cut_middle (or keep_head, keep_tail), or ask another model"
                 if room > 0
-                else f", of which instructions, question and answer alone take {max_tokens - room:,}"
+                else f", of which instructions, question and answer alone take {max_tokens - room:,}; ask a model that "
+                "reads more"
             )
         )
     prompts = []

@@ -12,6 +12,7 @@ TaskName = Literal[
     "needle",
     "key_value",
     "ruler",
+    "ruler_synthetic",
     "niah_single_1",
     "niah_single_2",
     "niah_single_3",

@@ -150,9 +150,8 @@ def effective_table(results: Results) -> Table:
         if each.effective is not None:
             rows.append([each.name, "loss", *_length_cells(each.effective.length, each.effective.interval)])
         for name, found in each.retrieves.items():
-            rows.append(
-                [each.name, f"{name} ≥ {100 * found.threshold:g} %", *_length_cells(found.length, found.interval)]
-            )
+            cells = _length_cells(found.length, found.interval, none=f"below {found.by_length[0][0]:,}")
+            rows.append([each.name, f"{name} ≥ {100 * found.threshold:g} %", *cells])
     return ["checkpoint", "by", "effective context (tokens)", "95 % interval"], rows
 
 

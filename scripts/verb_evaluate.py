@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from longspan.data.synthetic import TooShortError
+from longspan.evaluation.asking import TooLong
 from longspan.evaluation.record import write_evaluation
 from longspan.evaluation.suite import (
     CheckpointResults,
@@ -65,6 +67,8 @@ def run(config: EvaluateConfig) -> int:
             for checkpoint, name, part in zip(config.subjects, names, parts, strict=True):
                 label = "" if len(names) == 1 else f"{name}: "
                 measured.append(_measure(config, load_subject(config, checkpoint), tasks, name, part, shown, label))
+            if not any(each.perplexity or each.effective or each.tasks or each.harness for each in measured):
+                raise UserError(next(why for each in measured for why in each.refused.values()))
     except Occupied as error:
         raise UserError(str(error)) from None
     comparisons, not_compared = compare_checkpoints(measured, seed=config.seed, force=config.force)
@@ -81,9 +85,6 @@ def run(config: EvaluateConfig) -> int:
     else:
         print(markdown(results))
     print(f"written to {output}/")
-    if not any(each.perplexity or each.tasks or each.harness for each in measured):
-        refused = next(why for each in measured for why in each.refused.values())
-        raise RunFailed(f"nothing could be measured: {refused}")
     if not_compared:
         raise RunFailed(f"{len(not_compared)} numbers were measured and not compared; the first: {not_compared[0]}")
     return 0
@@ -107,7 +108,13 @@ def _measure(
             measured = replace(measured, effective=measure_context(subject, config, advance))
     model = asked_model(subject, batch=config.evaluation.batch, long_texts=config.long_texts)
     for task in tasks:
-        asked = gather(task, _material(config, subject), shorten=config.lengths is None)
+        try:
+            asked = gather(task, _material(config, subject), shorten=config.lengths is None)
+        except TooShortError as error:
+            if config.lengths is not None:
+                raise
+            refused[task.name] = f"the context of {subject.context:,} tokens is too short: {error}"
+            continue
         with shown.part(f"{label}{task.name}") as advance:
             try:
                 result, scores = run_task(
@@ -118,7 +125,7 @@ def _measure(
                     long_texts=config.long_texts,
                     progress=advance,
                 )
-            except CannotAsk as error:
+            except (CannotAsk, TooLong) as error:
                 refused[task.name] = str(error)
                 continue
         measured = replace(

@@ -9,7 +9,9 @@ from longspan.data.denoising import Denoising
 from longspan.data.prepare import PrepareSettings, Stage, TokenizerSettings
 from longspan.data.sources import SourceSpec, from_path
 from longspan.data.store import TokenStore
+from longspan.data.tokenizer import Tokenizer
 
+from .errors import UserError
 from .schema import DataConfig, SourceConfig
 
 STAGE_WORDS: dict[Stage, str] = {
@@ -25,6 +27,15 @@ def skipped_files(store: TokenStore) -> dict[str, str]:
         name: f"skipped {count:,} {'file' if count == 1 else 'files'} of other kinds"
         for name, count in store.skipped_files.items()
     }
+
+
+def check_mask_token(tokenizer: Tokenizer, key: str) -> None:
+    """Raises UserError for a tokenizer without a mask token, which `key` asks for."""
+    if tokenizer.mask_id is None:
+        raise UserError(
+            f"{key}: the tokenizer has no mask token (looked for <|mask|>, [MASK], <mask>); use one that has, or let "
+            "data.tokenizer.kind=bpe make one"
+        )
 
 
 def prepare_settings(data: DataConfig, *, tokenizer: Path | None = None) -> PrepareSettings:

@@ -20,6 +20,7 @@ from longspan.data.loader import PackedDataset, PassSampler, StreamSampler
 from longspan.data.masking import Masking, TokenMasker
 from longspan.data.store import TokenStore
 
+from .data_settings import check_mask_token
 from .errors import UserError
 from .schema import DataConfig
 
@@ -217,11 +218,7 @@ def _masker(store: TokenStore, config: DataConfig, seed: int) -> TokenMasker | N
     if config.masking is None:
         return None
     tokenizer = store.tokenizer()
-    if tokenizer.mask_id is None:
-        raise UserError(
-            "data.masking: the tokenizer has no mask token (looked for <|mask|>, [MASK], <mask>); use one that has, or "
-            "let data.tokenizer.kind=bpe make one"
-        )
+    check_mask_token(tokenizer, "data.masking")
     masking = config.masking
     return TokenMasker(
         Masking(

@@ -16,7 +16,7 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.model.config import Seq2SeqConfig
 
 from .config_checks import target_context
-from .data_settings import denoising_of
+from .data_settings import check_mask_token, denoising_of
 from .datamodule import BatchPlan, StreamData
 from .errors import UserError
 from .schema import DataConfig, RunConfig
@@ -42,11 +42,7 @@ def denoising_data(
     if chosen is None:
         raise ValueError("data.denoising=null: there is nothing to write whole")
     tokenizer = store.tokenizer()
-    if tokenizer.mask_id is None:
-        raise UserError(
-            "data.denoising: the tokenizer has no mask token (looked for <|mask|>, [MASK], <mask>); use one that has, "
-            "or let data.tokenizer.kind=bpe make one"
-        )
+    check_mask_token(tokenizer, "data.denoising")
     frame = frame_for(tokenizer, model, config)
     text = min(frame.source_room, frame.target_room)
     packed = partial(PackedDataset, store, context=text, packing=config.packing)

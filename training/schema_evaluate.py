@@ -28,7 +28,8 @@ class EvaluateConfig:
         default=(), description="several of them, measured alike and compared with each other; instead of checkpoint"
     )
     tasks: tuple[TaskName, ...] = Field(
-        default=("perplexity",), description="what to measure; ruler: all thirteen tasks of RULER"
+        default=("perplexity",),
+        description="what to measure; ruler: all thirteen tasks of RULER; ruler_synthetic: those without files",
     )
     lengths: tuple[int, ...] | None = Field(
         default=None,

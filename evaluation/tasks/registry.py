@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from longspan.data.question_files import find_question_file
+from longspan.data.questions import Question
 from longspan.data.synthetic import TASKS as RULER
 from longspan.data.synthetic import TooShortError
 
@@ -17,7 +18,9 @@ from .synthetic import QA_FILES, SYNTHETIC_TASKS, qa_file
 from .task import Asked, Material, Task
 
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in (*SYNTHETIC_TASKS, *DOCUMENT_TASKS)})
-GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType({"ruler": RULER})
+GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"ruler": RULER, "ruler_synthetic": tuple(name for name in RULER if name not in QA_FILES)}
+)
 
 
 def chosen(names: Iterable[str]) -> list[Task]:
@@ -44,31 +47,30 @@ def gather(task: Task, material: Material, *, shorten: bool = False) -> Asked:
         )
     if not task.made_to_length:
         return replace(asked, questions=tuple(task.questions(material)))
-    lengths = _roomy(task, material) if shorten else material.lengths
+    by_length = _by_length(task, material, shorten=shorten)
     return replace(
         asked,
-        questions=tuple(task.questions(replace(material, lengths=lengths))),
-        lengths=lengths,
+        questions=tuple(question for questions in by_length.values() for question in questions),
+        lengths=tuple(by_length),
         depths=material.depths if task.has_depths else (),
         files=_files(task, material),
     )
 
 
-def _roomy(task: Task, material: Material) -> tuple[int, ...]:
-    """The lengths that the task can be made to."""
-    kept: list[int] = []
+def _by_length(task: Task, material: Material, *, shorten: bool) -> dict[int, list[Question]]:
+    """The questions of each length that has room for all of them."""
+    made: dict[int, list[Question]] = {}
     error: TooShortError | None = None
     for length in material.lengths:
         try:
-            for _ in task.questions(replace(material, lengths=(length,), samples=1)):
-                pass
+            made[length] = list(task.questions(replace(material, lengths=(length,))))
         except TooShortError as found:
+            if not shorten:
+                raise
             error = found
-        else:
-            kept.append(length)
-    if not kept and error is not None:
+    if not made and error is not None:
         raise error
-    return tuple(kept)
+    return made
 
 
 def _files(task: Task, material: Material) -> dict[str, str]:

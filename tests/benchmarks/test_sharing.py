@@ -40,7 +40,8 @@ def test_a_decoder_is_scored_by_its_loss(tmp_path: Path, capsys: pytest.CaptureF
     ]
     assert len(capsys.readouterr().out.splitlines()) == 6
     assert all(row["checkpoint"] == "model" and str(tmp_path) not in row["command"] for row in rows)
-    assert main([*keys[:2], "heads=2"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([*keys[:2], "heads=2"])
     assert "unknown: heads" in capsys.readouterr().err
 
 
