@@ -95,7 +95,7 @@ def _measure(case: Case, plan: Plan, clock: Clock) -> list[Entrant]:
     """Every contender that was asked for, ours first."""
     everybody = contenders(plan.backend)
     ours = next(iter(everybody))
-    asked = [ours, *(name for name in plan.peers if name in case.peers)]
+    asked = [ours, *(name for name in plan.peers if name in case.peers and name != ours)]
     entrants = {name: Entrant(name) for name in asked}
     yardstick = FLASH if case.dense else FLEX
     if yardstick in case.peers and yardstick not in entrants:

@@ -57,7 +57,7 @@ def contenders(backend: str) -> dict[str, Contender]:
     """Ours, computed by `backend`, first; then every peer, by name."""
     ours = Ours(backend)
     flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-    peers = (Sdpa(FLASH, flash), Sdpa(CUDNN, cudnn), Flex(), Longformer(), Flash4())
+    peers = (Sdpa(FLASH, flash), Sdpa(CUDNN, cudnn), Flex(), Longformer(), Flash4(), Ours("triton"))
     return {each.name: each for each in (ours, *peers)}
 
 

@@ -27,7 +27,8 @@ TIMES: tuple[Quantity, ...] = ("forward", "backward", "both")
 FLOPS_OF_FORWARD = {"forward": 1.0, "backward": 2.5, "both": 3.5}
 
 FLASH, CUDNN, FLEX, LONGFORMER, FLASH_4 = "sdpa-flash", "sdpa-cudnn", "flex", "longformer-hf", "flash-attn-4"
-PEERS = (FLASH, CUDNN, FLEX, LONGFORMER, FLASH_4)
+PORTABLE = "longspan-triton"  # ours, where another backend of ours is measured
+PEERS = (FLASH, CUDNN, FLEX, LONGFORMER, FLASH_4, PORTABLE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +151,7 @@ def _dense(causal: bool, batch: int, heads: int, kv_heads: int, length: int, hea
         kv_heads=kv_heads,
         length=length,
         head_dim=head_dim,
-        peers=(FLASH, CUDNN, FLEX, FLASH_4),
+        peers=(FLASH, CUDNN, FLEX, FLASH_4, PORTABLE),
         targets=tuple(targets),
     )
 
@@ -209,7 +210,7 @@ def _longformer(length: int, n_globals: int, *, each_side: int = 256, heads: int
         length=length,
         head_dim=head_dim,
         global_at=at,
-        peers=(FLEX, LONGFORMER) if n_globals else (FLEX, LONGFORMER, FLASH_4),
+        peers=(FLEX, LONGFORMER) if n_globals else (FLEX, LONGFORMER, FLASH_4, PORTABLE),
         targets=tuple(targets),
     )
 
@@ -222,7 +223,7 @@ def _causal_window(n_keys: int, length: int, heads: int, kv_heads: int, head_dim
         kv_heads=kv_heads,
         length=length,
         head_dim=head_dim,
-        peers=(FLEX, FLASH_4),
+        peers=(FLEX, FLASH_4, PORTABLE),
         targets=tuple(_no_slower_than_flex(quantity) for quantity in ("forward", "backward")),
     )
 
@@ -316,7 +317,7 @@ def _packed(length: int, mean: int, heads: int, kv_heads: int, head_dim: int) ->
         length=length,
         head_dim=head_dim,
         documents=document_lengths(length, mean),
-        peers=(FLEX, FLASH_4),
+        peers=(FLEX, FLASH_4, PORTABLE),
         targets=targets,
     )
 

@@ -21,7 +21,8 @@ from longspan.model.zoo import CONFIGS
 from .config_keys import documented
 from .schema_sections import STRICT
 
-BACKENDS = ("reference", "sdpa", "flex", "triton")  # what kernels.attention registers; to ask it would import torch
+# Of kernels.attention; to ask it would import torch.
+BACKENDS = ("reference", "sdpa", "flex", "triton", "hopper")
 
 
 def _branch(value: object) -> str:

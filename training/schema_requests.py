@@ -256,9 +256,7 @@ class BenchConfig:
     )
     backend: BackendName = Field(default="triton", description="ours: the attention backend that is measured")
     peers: (
-        tuple[
-            Literal["sdpa-flash", "sdpa-cudnn", "flex", "longformer-hf", "flash-attn-4", "longspan-triton"], ...
-        ]
+        tuple[Literal["sdpa-flash", "sdpa-cudnn", "flex", "longformer-hf", "flash-attn-4", "longspan-triton"], ...]
         | None
     ) = Field(default=None, description="who is measured beside it; null: everybody; []: nobody")
     only: str | None = Field(default=None, description="measure only cases whose name contains this")

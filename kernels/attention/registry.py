@@ -53,6 +53,7 @@ _factories: dict[str, Factory] = {
     "flex": _builtin("flex", "Flex"),
     "triton": _builtin("flash", "Triton"),
     "decode": _builtin("decode", "Decode"),
+    "hopper": _builtin("hopper.backend", "Hopper"),
 }
 _loaded: dict[str, AttentionBackend] = {}
 _chosen: dict[tuple[Choice, AttentionSpec, AttentionCall], AttentionBackend] = {}  # what `attend` resolved before
@@ -153,7 +154,7 @@ def preference(spec: AttentionSpec, call: AttentionCall) -> tuple[str, ...]:
         repeats = call.phase == Phase.DECODE and call.n_kv_heads not in (None, call.n_heads)
         return ("decode", "sdpa", "reference") if repeats else ("sdpa", "decode", "reference")
     if call.device == "cuda":
-        # The place of the kernel to come: "hopper" before triton.
+        # The place of "hopper" is before triton, as soon as its speed is measured (docs/kernels.md).
         if call.phase == Phase.DECODE or call.paged or call.kv_dtype is not None:
             return ("decode", "sdpa", "triton", "flex", "reference")
         pairs = None if call.n_queries is None or call.n_keys is None else call.n_queries * call.n_keys

@@ -155,6 +155,7 @@ def test_peers_say_why_they_cannot() -> None:
         "sdpa-cudnn": "this kernel takes no mask but causal",
         "longformer-hf": None,
         "flash-attn-4": "has no global tokens, no dilation, and block masks by CuTe functions only",
+        "longspan-triton": None,
     }
     causal = next(case for case in TINY if case.name.startswith("causal window"))
     assert Longformer().refuses(causal, CPU) == "has symmetric undilated windows only"

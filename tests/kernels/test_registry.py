@@ -49,7 +49,7 @@ def registry_as_it_was() -> Iterator[None]:
 
 def test_available_lists_every_backend() -> None:
     found = available()
-    assert {"reference", "sdpa", "flex", "triton", "decode"} <= set(found)
+    assert {"reference", "sdpa", "flex", "triton", "decode", "hopper"} <= set(found)
     assert all(isinstance(capabilities, Capabilities) for capabilities in found.values())
     assert found["reference"].features == frozenset(Feature)
     assert all(isinstance(get(name), AttentionBackend) for name in found)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .launch import backward, forward
 
 _forward_op = torch.library.custom_op("longspan::flash_attention", forward, mutates_args=())
-_backward_op = torch.library.custom_op("longspan::flash_attention_backward", backward, mutates_args=())
+backward_op = torch.library.custom_op("longspan::flash_attention_backward", backward, mutates_args=())
 
 
 @_forward_op.register_fake
@@ -21,7 +21,7 @@ def _(q, k, v, slopes, sinks, seed, q_pos, k_pos, q_doc, k_doc, q_span, k_span, 
     return q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, H, T, dtype=torch.float32)
 
 
-@_backward_op.register_fake
+@backward_op.register_fake
 def _(d_out, d_lse, out, lse, q, k, v, slopes, sinks, seed, q_pos, k_pos, q_doc, k_doc, q_span, k_span, lengths, always,
       n_always, is_global, rows, n_rows, most_always, most_rows, spec):  # fmt: skip
     none = q.new_empty(0, dtype=torch.float32)
@@ -55,7 +55,7 @@ def _gradients(run, ctx, d_out, d_lse):
     )
 
 
-_forward_op.register_autograd(partial(_gradients, _backward_op), setup_context=_save)
+_forward_op.register_autograd(partial(_gradients, backward_op), setup_context=_save)
 
 
 class _Eager(torch.autograd.Function):

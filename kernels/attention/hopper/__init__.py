@@ -1,0 +1,1 @@
+"""The `hopper` backend: attention in Triton Gluon for sm_90."""

@@ -1,0 +1,141 @@
+"""The `hopper` backend: attention with TMA, asynchronous wgmma and specialised warps, for sm_90 (H100, H200).
+
+This module imports no triton; the kernel is imported by the first call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import AttentionCall, AttentionOutput, AttentionParams, Capabilities, Feature, Reason, check
+from ..context import AttentionContext
+from ..flash import interpreted, oldest_capability
+from ..plan import Plan, make_plan
+from ..spec import AttentionSpec
+from .tiles import LARGEST, choose
+
+_CAPABILITY = (9, 0)
+_EVERYWHERE = 2**31 - 1
+
+
+class Hopper:
+    """Fused forward pass in Triton Gluon; gradients by the kernels of `triton`, from its output and lse.
+
+    Memory is O(T + S), weights of a tile that nobody sees are never computed, and results are bit-identical from run
+    to run, gradients included.
+    """
+
+    name = "hopper"
+    capabilities = Capabilities(
+        features=frozenset(
+            {
+                Feature.CAUSAL,
+                Feature.WINDOW,
+                Feature.DOCUMENTS,
+                Feature.ALIBI,
+                Feature.SOFTCAP,
+                Feature.LEARNED_SINK,
+                Feature.GQA,
+                Feature.CROSS_LENGTH,
+                Feature.VALUE_DIM,
+                Feature.LSE,
+                Feature.BACKWARD,
+            }
+        ),
+        dtypes={"cuda": (torch.bfloat16, torch.float16)},
+        max_head_dim=LARGEST,
+        head_dim_multiple=8,
+        notes={Feature.BACKWARD: "by triton's kernels"},
+    )
+
+    def __init__(self) -> None:
+        # Looked up here, because `unsupported` may be traced by torch.compile, which cannot look.
+        self._problem = _missing()
+        self._interpreted = interpreted()
+
+    def unsupported(self, spec: AttentionSpec, call: AttentionCall) -> tuple[Reason, ...]:
+        reasons = check(self.capabilities, spec, call)
+        if self._problem:
+            reasons += (Reason("import", self._problem),)
+        elif self._interpreted:
+            reasons += (Reason("TRITON_INTERPRET=1", "Gluon is compiled only"),)
+        elif call.device == "cuda":
+            found = oldest_capability()
+            if found is None:
+                reasons += (Reason("device=cuda", "torch sees no GPU"),)
+            elif found != _CAPABILITY:
+                reasons += (Reason(f"device=cuda of capability {found[0]}.{found[1]}", "9.0 only"),)
+        return reasons
+
+    def __call__(
+        self,
+        q_BTHD: Tensor,
+        k_BSGD: Tensor,
+        v_BSGE: Tensor,
+        /,
+        *,
+        spec: AttentionSpec,
+        context: AttentionContext,
+        params: AttentionParams,
+        return_lse: bool = False,
+    ) -> AttentionOutput:
+        from ..triton.launch import cached_spec_text, spec_text
+        from .operator import hopper_attention
+
+        plan, tile_span = _NOTHING, None
+        if spec.documents:
+            rows = choose(max(q_BTHD.shape[3], v_BSGE.shape[3])).rows
+            plan, tile_span = _plan(context, spec, q_BTHD.shape[1], k_BSGD.shape[1], q_BTHD.device, rows)
+        out_BTHE, lse_BHT = hopper_attention(
+            q_BTHD,
+            k_BSGD,
+            v_BSGE,
+            params.alibi_slopes if spec.alibi else None,
+            params.sink_logits if spec.learned_sink else None,
+            plan.q_doc,
+            plan.k_doc,
+            plan.q_span,
+            plan.k_span,
+            tile_span,
+            spec_text(spec) if torch.compiler.is_compiling() else cached_spec_text(spec),
+        )
+        return AttentionOutput(out_BTHE, lse_BHT if return_lse else None)
+
+
+_NOTHING = Plan()
+
+
+def _missing() -> str:
+    """Why the kernel cannot be imported; empty: it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec("triton.experimental.gluon") is None:
+        return "this triton has no Gluon; 3.6 or newer has"
+    return ""
+
+
+def _plan(
+    context: AttentionContext, spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.device, rows: int
+) -> tuple[Plan, Tensor]:
+    key = ("hopper", spec, n_queries, n_keys, rows)
+    if key not in context.derived:
+        plan = make_plan(context, spec, n_queries, n_keys, device)
+        if plan.q_span is None:
+            raise ValueError("hopper: a plan of documents has no spans")
+        context.derived[key] = plan, spans_of_tiles(plan.q_span, rows)
+    return context.derived[key]  # pyright: ignore[reportReturnType]  # `derived` is untyped: each backend knows its keys
+
+
+def spans_of_tiles(q_span_BT4: Tensor, rows: int) -> Tensor:
+    """[B, tiles, 4] int32: of the rows' spans (see `Plan`) the first key of any, the range of keys that all of them see
+    (empty where there is none), the end of the keys of any."""
+    padding = -q_span_BT4.shape[1] % rows
+    tiled = [
+        F.pad(q_span_BT4[..., i], (0, padding), value=value).unflatten(1, (-1, rows))
+        for i, value in enumerate((_EVERYWHERE, 0, _EVERYWHERE, 0))
+    ]
+    return torch.stack((tiled[0].amin(2), tiled[1].amax(2), tiled[2].amin(2), tiled[3].amax(2)), dim=-1)

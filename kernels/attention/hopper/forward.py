@@ -1,0 +1,384 @@
+"""The forward kernel for Hopper (sm_90): a producer warp loads by TMA, consumers of four warps do everything else.
+
+Source: FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608): warp specialisation, the overlap of one tile's softmax
+with the products of its neighbours (algorithm 2) and consumers that take turns on the tensor cores (§3.1).
+
+Legend: B batch, T queries, S keys, H query heads, G key/value heads, R = H // G, D and E head dims (padded: what lies
+beyond the tensors' own is read as zeros and not written); C consumers of 64 query rows each, M = 64 · C rows of a tile
+of queries, N keys of a tile of keys; `_2` in a name: in units of log 2.
+
+The grid is persistent: a program works through items (`order`), and the producer is ahead by as much as fits in shared
+memory, also across items. An item's tiles of keys are counted `it = 0 … n - 1`: first those in which something is
+hidden from somebody, then those that all its rows see whole, for which no mask is computed.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .. import ranges
+
+LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
+LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
+ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer: what one wgmma of four warps multiplies
+PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
+
+# The pure functions as the kernel calls them: compiled.
+key_range = gluon.jit(ranges.key_range)
+tile_range = gluon.jit(ranges.tile_range)
+
+
+@gluon.jit
+def visits(
+    tile, b, SPANS, n_tiles, T, S, left, right,
+    M: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """(first, n_before, first_full, end_full, n_partial, n) of the tiles of keys that a tile of queries visits."""
+    lo, full_lo, full_hi, hi = key_range(tile * M, M, T, S, S - T, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
+    if DOCUMENTS:
+        span = SPANS + (b * n_tiles + tile) * 4
+        lo = gl.maximum(lo, gl.load(span))
+        full_lo = gl.maximum(full_lo, gl.load(span + 1))
+        full_hi = gl.minimum(full_hi, gl.load(span + 2))
+        hi = gl.minimum(hi, gl.load(span + 3))
+    first, first_full, end_full, end = tile_range(lo, full_lo, full_hi, hi, N)
+    n_before = first_full - first
+    n_full = end_full - first_full
+    # Rows that see nothing still visit one tile, of which the mask leaves nothing: zeros need no path of their own.
+    n_partial = gl.maximum(n_before + end - end_full, n_full == 0)
+    return first, n_before, first_full, end_full, n_partial, n_partial + n_full
+
+
+@gluon.jit
+def key_tile(it, first, n_before, first_full, end_full, n_partial):
+    """Which tile of keys is visited as the it-th: partly visible ones before and after the whole ones, then these."""
+    partial = gl.where(it < n_before, first + it, end_full + it - n_before)
+    return gl.where(it < n_partial, partial, first_full + it - n_partial)
+
+
+# -- the producer ------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def produce(
+    desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    ORDER, SPANS, T, S, H, R, left, right, n_tiles, width,
+    C: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    at = 0  # tiles of keys loaded so far
+    ORDER += gl.program_id(0) * width
+    for turn in range(gl.load(ORDER)):
+        item = gl.load(ORDER + 1 + turn)
+        tile = item % n_tiles
+        head = item // n_tiles
+        b = head // H
+        h = head % H
+        first, n_before, first_full, end_full, n_partial, n = visits(
+            tile, b, SPANS, n_tiles, T, S, left, right, ROWS * C, N, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS
+        )
+        for it in range(n):
+            stage = at % STAGES
+            free = ((at // STAGES) & 1) ^ 1
+            key = key_tile(it, first, n_before, first_full, end_full, n_partial) * N
+            if it == 0:
+                for c in gl.static_range(C):
+                    slot = (turn & 1) * C + c
+                    mbarrier.wait(q_empty.index(slot), ((turn >> 1) & 1) ^ 1)
+                    mbarrier.expect(q_full.index(slot), desc_q.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        desc_q, [b, tile * (ROWS * C) + c * ROWS, h, 0], q_full.index(slot), q_s.index(slot)
+                    )
+            mbarrier.wait(k_empty.index(stage), free)
+            mbarrier.expect(k_full.index(stage), desc_k.block_type.nbytes)
+            tma.async_copy_global_to_shared(desc_k, [b, key, h // R, 0], k_full.index(stage), k_s.index(stage))
+            mbarrier.wait(v_empty.index(stage), free)
+            mbarrier.expect(v_full.index(stage), desc_v.block_type.nbytes)
+            tma.async_copy_global_to_shared(desc_v, [b, key, h // R, 0], v_full.index(stage), v_s.index(stage))
+            at += 1
+
+
+# -- the consumers -----------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def shaped(s, key, q_pos, cols, scale, softcap, slope, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr):
+    """Scores of raw products s [ROWS, N] with the keys from `key` on: scale, softcap, ALiBi. Without softcap and ALiBi
+    the scale waits to be fused into the exponent."""
+    if SOFTCAP:
+        x = s * (scale / softcap)
+        shrunk = gl.exp2(gl.abs(x) * (-2.0 * LOG2E))
+        tanh = (1.0 - shrunk) / (1.0 + shrunk)
+        s = gl.where(x < 0, -tanh, tanh) * (softcap * LOG2E)
+    if ALIBI:
+        if not SOFTCAP:
+            s = s * (scale * LOG2E)
+        away = gl.abs(q_pos[:, None] - (key + cols)[None, :]).to(gl.float32)
+        s = s - (slope * LOG2E) * away
+    return s
+
+
+@gluon.jit
+def hidden(s, key, low, high, q_doc, cols, K_DOC, b, S, HAS_LOW: gl.constexpr, DOCUMENTS: gl.constexpr):
+    """-inf where a row does not see a key: low <= key < high of the row, and of its document."""
+    ok = cols[None, :] < (high - key)[:, None]
+    if HAS_LOW:
+        ok = ok & (cols[None, :] >= (low - key)[:, None])
+    if DOCUMENTS:
+        k_doc = gl.load(K_DOC + b * S + key + cols, mask=key + cols < S, other=-1)
+        ok = ok & (q_doc[:, None] == k_doc[None, :])
+    return gl.where(ok, s, -float("inf"))
+
+
+@gluon.jit
+def finite(top):
+    """What to subtract: the maximum, but 0 where a row has seen nothing, because -inf - (-inf) is no number."""
+    return gl.where(top == -float("inf"), 0.0, top)
+
+
+@gluon.jit
+def consume(
+    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn, desc_o, LSE, ORDER, SPANS, Q_DOC,
+    K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right, n_tiles, width,
+    CID: gl.constexpr, C: gl.constexpr, N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    TURNS: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    DOCUMENTS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINK: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = desc_o.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, E, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    rows_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    out_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+
+    lanes = gl.arange(0, ROWS, rows_layout)
+    cols = gl.arange(0, N, gl.SliceLayout(0, s_layout))
+    nothing = gl.zeros([ROWS, N], gl.float32, s_layout)
+    unit = scale * LOG2E
+    if SOFTCAP or ALIBI:
+        unit = 1.0
+    at = 0  # tiles of keys consumed so far
+    ORDER += gl.program_id(0) * width
+    n_turns = gl.load(ORDER)
+    item = gl.load(ORDER + 1)
+    mbarrier.wait(q_full.index(CID), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    running = warpgroup_mma(
+        q_s.index(CID).reshape([ROWS, D]), k_s.index(0).reshape([N, D]).permute((1, 0)), nothing, use_acc=False,
+        is_async=True,
+    )  # fmt: skip
+    for turn in range(n_turns):
+        tile = item % n_tiles
+        head = item // n_tiles
+        item = gl.load(ORDER + gl.minimum(turn + 2, n_turns))  # the next, by the time that it is needed
+        slot = (turn & 1) * C + CID
+        q = q_s.index(slot).reshape([ROWS, D])
+        b = head // H
+        h = head % H
+        first, n_before, first_full, end_full, n_partial, n = visits(
+            tile, b, SPANS, n_tiles, T, S, left, right, ROWS * C, N, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS
+        )
+        row = tile * (ROWS * C) + CID * ROWS
+        rows = row + lanes
+        q_pos = rows + (S - T)
+        # Keys that a row sees: low <= key < high.
+        high = gl.zeros_like(rows) + S
+        low = gl.zeros_like(rows)
+        if CAUSAL:
+            high = gl.minimum(high, q_pos + 1)
+        if HAS_RIGHT:
+            high = gl.minimum(high, q_pos + right + 1)
+        if HAS_LEFT:
+            low = q_pos - left
+        q_doc = rows
+        if DOCUMENTS:
+            q_doc = gl.load(Q_DOC + b * T + rows, mask=rows < T, other=-2)
+        slope = 0.0
+        if ALIBI:
+            slope = gl.load(SLOPES + h).to(gl.float32)
+
+        # The first tile: its product was begun before the last item's rows were written.
+        s = warpgroup_mma_wait(0, deps=(running,))
+        mbarrier.arrive(k_empty.index(at % STAGES), count=1)
+        key = key_tile(0, first, n_before, first_full, end_full, n_partial) * N
+        s = shaped(s, key, q_pos, cols, scale, softcap, slope, SOFTCAP, ALIBI)
+        s = hidden(s, key, low, high, q_doc, cols, K_DOC, b, S, HAS_LEFT, DOCUMENTS)
+        top = gl.max(s, 1) * unit
+        p = gl.exp2(s * unit - finite(top)[:, None])
+        total = gl.sum(p, 1)
+        p_half = gl.convert_layout(p.to(dtype), p_layout)
+        acc = gl.zeros([ROWS, E], gl.float32, o_layout)
+
+        # Each round: products with tile `it` of K and tile `it - 1` of V, then the softmax of `it` while the latter
+        # still runs.
+        for it in range(1, n):
+            stage = (at + it) % STAGES
+            before = (at + it - 1) % STAGES
+            mbarrier.wait(k_full.index(stage), ((at + it) // STAGES) & 1)
+            if TURNS:
+                mbarrier.wait(on_turn.index(CID), ((at - turn + it - 1) & 1) ^ (CID == 0))
+            s = warpgroup_mma(
+                q, k_s.index(stage).reshape([N, D]).permute((1, 0)), nothing, use_acc=False, is_async=True
+            )
+            mbarrier.wait(v_full.index(before), ((at + it - 1) // STAGES) & 1)
+            acc = warpgroup_mma(p_half, v_s.index(before).reshape([N, E]), acc, is_async=True)
+            if TURNS:
+                mbarrier.arrive(on_turn.index((CID + 1) % C), count=1)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            key = key_tile(it, first, n_before, first_full, end_full, n_partial) * N
+            s = shaped(s, key, q_pos, cols, scale, softcap, slope, SOFTCAP, ALIBI)
+            if it < n_partial:
+                s = hidden(s, key, low, high, q_doc, cols, K_DOC, b, S, HAS_LEFT, DOCUMENTS)
+            new_top = gl.maximum(top, gl.max(s, 1) * unit)
+            shift = finite(new_top)
+            p = gl.exp2(s * unit - shift[:, None])
+            shrink = gl.exp2(top - shift)
+            total = total * shrink + gl.sum(p, 1)
+            top = new_top
+            # Long since true: a branch, across which ptxas does not move the exponentials. Without it they all come
+            # after the wait, where no product runs beside them.
+            mbarrier.wait(v_full.index(before), ((at + it - 1) // STAGES) & 1)
+            # The weights that wgmma still reads stay in their registers until it is done.
+            acc, p_half = warpgroup_mma_wait(0, deps=(acc, p_half))
+            mbarrier.arrive(v_empty.index(before), count=1)
+            acc = acc * gl.convert_layout(shrink, out_rows)[:, None]
+            p_half = gl.convert_layout(p.to(dtype), p_layout)
+
+        mbarrier.arrive(q_empty.index(slot), count=1)
+        at += n
+        before = (at - 1) % STAGES
+        stage = at % STAGES
+        mbarrier.wait(v_full.index(before), ((at - 1) // STAGES) & 1)
+        acc = warpgroup_mma(p_half, v_s.index(before).reshape([N, E]), acc, is_async=True)
+        slot = ((turn + 1) & 1) * C + CID
+        if turn + 1 < n_turns:
+            mbarrier.wait(q_full.index(slot), ((turn + 1) >> 1) & 1)
+            mbarrier.wait(k_full.index(stage), (at // STAGES) & 1)
+        # After the last item this multiplies what happens to lie there, and nobody looks at it.
+        running = warpgroup_mma(
+            q_s.index(slot).reshape([ROWS, D]), k_s.index(stage).reshape([N, D]).permute((1, 0)), nothing,
+            use_acc=False, is_async=True,
+        )  # fmt: skip
+
+        empty = top == -float("inf")
+        if SINK:  # a logit without a value: it enlarges the denominator of rows that see a key
+            sink_2 = gl.load(SINKS + h).to(gl.float32) * LOG2E
+            with_sink = gl.where(empty, 0.0, gl.maximum(top, sink_2))
+            shrink = gl.exp2(top - with_sink)
+            total = total * shrink + gl.exp2(sink_2 - with_sink)
+            top = with_sink
+        total = gl.where(empty, 1.0, total)
+        lse = gl.where(empty, -float("inf"), top * LN2 + gl.log(total))
+        gl.store(LSE + (b * H + h).to(gl.int64) * T + rows, lse, mask=rows < T)
+        factor = 1.0 / total
+        if SINK:
+            factor = factor * shrink
+        acc, p_half = warpgroup_mma_wait(1, deps=(acc, p_half))
+        mbarrier.arrive(v_empty.index(before), count=1)
+        acc = acc * gl.convert_layout(factor, out_rows)[:, None]
+        tma.store_wait(0)  # the last item's rows have left the buffer
+        o_s.index(CID).reshape([ROWS, E]).store(acc.to(dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(desc_o, [b, row, h, 0], o_s.index(CID))
+    warpgroup_mma_wait(0, deps=(running,))
+    tma.store_wait(0)
+
+
+# -- the kernel --------------------------------------------------------------------------------------------------------
+
+
+# Sizes are not compiled in, nor whether 16 divides them: one kernel serves all lengths and numbers of heads.
+@gluon.jit(do_not_specialize=["T", "S", "H", "R", "left", "right", "n_tiles", "width"])
+def forward_kernel(
+    desc_q, desc_k, desc_v, desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, R, scale, softcap,
+    left, right, n_tiles, width,
+    C: gl.constexpr, N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    TURNS: gl.constexpr, REGISTERS: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINK: gl.constexpr,
+):  # fmt: skip
+    q_s = gl.allocate_shared_memory(desc_q.dtype, [2 * C, 1, ROWS, 1, D], desc_q.layout)
+    k_s = gl.allocate_shared_memory(desc_k.dtype, [STAGES, 1, N, 1, D], desc_k.layout)
+    v_s = gl.allocate_shared_memory(desc_v.dtype, [STAGES, 1, N, 1, E], desc_v.layout)
+    o_s = gl.allocate_shared_memory(desc_o.dtype, [C, 1, ROWS, 1, E], desc_o.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2 * C, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2 * C, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    on_turn = gl.allocate_shared_memory(gl.int64, [C, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(2 * C):
+        mbarrier.init(q_full.index(slot), count=1)
+        mbarrier.init(q_empty.index(slot), count=1)
+    for c in gl.static_range(C):
+        mbarrier.init(on_turn.index(c), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=C)
+        mbarrier.init(v_empty.index(stage), count=C)
+    # warp_specialize takes constants only where they stand in its tuples.
+    if C == 2:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
+                    desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right,
+                    n_tiles, width, 0, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
+                    ALIBI, SINK,
+                )),
+                (consume, (
+                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
+                    desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right,
+                    n_tiles, width, 1, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
+                    ALIBI, SINK,
+                )),
+                (produce, (
+                    desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, ORDER,
+                    SPANS, T, S, H, R, left, right, n_tiles, width, C, N, STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT,
+                    DOCUMENTS,
+                )),
+            ],
+            [4, 1],
+            [REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
+                    desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right,
+                    n_tiles, width, 0, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
+                    ALIBI, SINK,
+                )),
+                (consume, (
+                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
+                    desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right,
+                    n_tiles, width, 1, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
+                    ALIBI, SINK,
+                )),
+                (consume, (
+                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
+                    desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right,
+                    n_tiles, width, 2, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
+                    ALIBI, SINK,
+                )),
+                (produce, (
+                    desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, ORDER,
+                    SPANS, T, S, H, R, left, right, n_tiles, width, C, N, STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT,
+                    DOCUMENTS,
+                )),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip

@@ -1,0 +1,74 @@
+"""The launch as torch sees it: differentiable, and an operator, `longspan::hopper_attention`, that is opaque to
+torch.compile. The backward pass is the `triton` backend's, fed with this forward pass's output and lse."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..triton.launch import backward
+from ..triton.operator import backward_op
+from .launch import forward
+
+_forward_op = torch.library.custom_op("longspan::hopper_attention", forward, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(q, k, v, slopes, sinks, q_doc, k_doc, q_span, k_span, tile_span, spec):
+    B, T, H = q.shape[:3]
+    return q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, H, T, dtype=torch.float32)
+
+
+def _save(ctx, inputs, output):
+    *tensors, _, ctx.spec = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _gradients(run, ctx, d_out, d_lse):
+    out, lse, q, k, v, slopes, sinks, q_doc, k_doc, q_span, k_span = ctx.saved_tensors
+    dq, dk, dv, d_slopes, d_sinks = run(
+        d_out, d_lse, out, lse, q, k, v, slopes, sinks, None, None, None, q_doc, k_doc, q_span, k_span,
+        None, None, None, None, None, None, 0, 0, ctx.spec,
+    )  # fmt: skip
+    return (
+        dq,
+        dk,
+        dv,
+        None if slopes is None else d_slopes.to(slopes.dtype),
+        None if sinks is None else d_sinks.to(sinks.dtype),
+        *(None for _ in range(6)),
+    )
+
+
+_forward_op.register_autograd(partial(_gradients, backward_op), setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without the dispatcher, which costs several times what the kernel's launch does."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device
+            output = forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        if torch.is_grad_enabled():  # create_graph=True: torch's own once_differentiable would let autograd.grad pass
+            raise RuntimeError("hopper attention has no second derivative; backend='reference' has")
+        with torch.cuda.device_of(gradients[0]):
+            return _gradients(backward, ctx, *gradients)
+
+
+def hopper_attention(q: Tensor, *rest: Tensor | str | None) -> tuple[Tensor, Tensor]:
+    """`forward`, differentiable: as an operator while torch.compile traces, directly otherwise."""
+    inputs = (q, *rest)
+    if torch.compiler.is_compiling():
+        return _forward_op(*inputs)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return _Eager.apply(*inputs)
+    with torch.cuda.device_of(q):
+        return forward(*inputs)

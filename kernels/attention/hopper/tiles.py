@@ -1,0 +1,67 @@
+"""Which tile sizes the Hopper kernel runs with, and how many heads it works on at a time: pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROWS = 64  # of queries, that a consumer owns
+HEAD_DIMS = (64, 128)  # in shared memory; head dims between are read as if zeros followed
+LARGEST = HEAD_DIMS[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """consumers  of four warps and ROWS queries each
+    columns    keys of a tile
+    stages     tiles of keys, and as many of values, that shared memory holds
+    turns      consumers take turns on the tensor cores: one multiplies while another exponentiates
+    registers  of a consumer's thread; the producer gives away its own
+    """
+
+    consumers: int
+    columns: int
+    stages: int
+    turns: bool
+    registers: int
+
+    @property
+    def rows(self) -> int:
+        return self.consumers * ROWS
+
+    @property
+    def compiled_registers(self) -> int:
+        """Of a thread when the program starts, in multiples of 8 and such that all warps fit: the producer's warp is
+        filled up to a group of four."""
+        return 65_536 // ((self.consumers + 1) * 128) // 8 * 8
+
+
+def padded(head_dim: int) -> int:
+    """The width in shared memory. Raises ValueError above the largest."""
+    for width in HEAD_DIMS:
+        if head_dim <= width:
+            return width
+    raise ValueError(f"head_dim={head_dim}: the Hopper kernel has tiles up to {LARGEST}")
+
+
+def choose(head_dim: int) -> Tiles:
+    """Tiles for a head dim (the larger of q's and v's)."""
+    return _TILES[padded(head_dim)]
+
+
+# One H100, TFLOP/s of an earlier form of the kernel, whose softmax did not yet overlap its own products (docs/log.md):
+# causal at 16,384 and full at 16,384.
+_TILES = {
+    64: Tiles(3, 128, 4, True, 160),  # 438 and 494; two consumers 401 and 436; without turns 414 and 473
+    128: Tiles(2, 128, 2, False, 240),  # 515 and 625 (659 over 4 of 16 heads); with turns 522 and 596 (580)
+}
+
+L2_BYTES = 32 * 2**20  # of the 50 MiB of an H100: the queries and the output pass through it too
+
+
+def heads_at_a_time(n_heads: int, repeats: int, n_keys: int, width: int) -> int:
+    """How many query heads a persistent grid works on before it goes on: those whose keys and values fit in L2.
+
+    `repeats` query heads share their keys and values; `width` is the head dim of k plus that of v, in 16-bit elements.
+    """
+    kv_heads = max(1, L2_BYTES // max(1, 2 * n_keys * width))
+    return min(n_heads, kv_heads * repeats)

@@ -1,0 +1,345 @@
+"""As much of Gluon as the Hopper kernel uses, in NumPy: so that the kernel's own text runs, and is checked, on a CPU.
+
+Partitions are threads. What is asynchronous happens as late as it may (a copy when somebody would otherwise wait for
+ever, a product when it is waited for) or, half of the products, at once. A slot of shared memory that is given away or
+read too early therefore holds the wrong tile, a count of arrivals that does not come out is a deadlock, and both fail.
+Layouts mean nothing here; registers, fences and the memory model are the compile gate's and the GPU tests' business.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import threading
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from longspan.kernels.attention import hopper
+
+SOURCE = Path(hopper.__file__).with_name("forward.py")
+PATIENCE = 20.0  # seconds without anybody's progress: a deadlock
+
+
+class Int(int):
+    """A scalar of the kernel."""
+
+    def to(self, dtype: object) -> Int:
+        return self
+
+
+def _scalar(name: str) -> Callable[[Int, Any], Any]:
+    operation = getattr(int, name)
+
+    def method(self: Int, other: Any) -> Any:
+        found = operation(self, other)
+        return Int(found) if type(found) is int else found
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor", "rshift"):
+    setattr(Int, f"__{_name}__", _scalar(f"__{_name}__"))
+    setattr(Int, f"__r{_name}__", _scalar(f"__r{_name}__"))
+
+
+class Block(np.ndarray):
+    def to(self, dtype: object) -> Block:
+        return self
+
+
+def block(x: Any) -> Block:
+    return np.asarray(x).view(Block)
+
+
+class Pointer:
+    def __init__(self, data: np.ndarray, at: Any = 0) -> None:
+        self.data, self.at = data, at
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.data, self.at + offset)
+
+
+class Barrier:
+    def __init__(self) -> None:
+        self.count = self.missing = self.bytes = self.phase = 0
+
+
+class Shared:
+    """A view of shared memory, or of barriers in it."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self.data = data
+
+    def index(self, at: int) -> Any:
+        found = self.data[at]
+        return found[0] if isinstance(found[0], Barrier) else Shared(found)
+
+    def reshape(self, shape: Sequence[int]) -> Shared:
+        return Shared(self.data.reshape(shape))
+
+    def permute(self, axes: Sequence[int]) -> Shared:
+        return Shared(self.data.transpose(axes))
+
+    def store(self, x: Block) -> None:
+        self.data[...] = x
+
+
+class Descriptor:
+    """Of a tensor [B, T, H, D], read and written in blocks [1, rows, 1, width]."""
+
+    dtype, layout = "fp32", None
+
+    def __init__(self, data: np.ndarray, rows: int, width: int) -> None:
+        self.data, self.rows, self.width = data, rows, width
+        self.block_type = types.SimpleNamespace(nbytes=rows * width * 2)
+
+    def part(self, coordinates: Sequence[int]) -> np.ndarray:
+        """What of the block lies in the tensor, [rows, width]."""
+        b, t, h, _ = coordinates
+        return self.data[b, t : t + self.rows, h, : self.width]
+
+
+class Product:
+    def __init__(self, compute: Callable[[], Block]) -> None:
+        self.compute, self.value = compute, None
+
+    def finish(self) -> None:
+        if self.value is None:
+            self.value = self.compute()
+
+
+class Machine:
+    """One program at a time, its partitions as threads that hold a lock while they run."""
+
+    def __init__(self, programs: int, seed: int) -> None:
+        self.programs, self.random = programs, random.Random(seed)
+        self.program = 0
+        self.turn = threading.Condition()
+        self.copies: list[Callable[[], None]] = []
+        self.mine = threading.local()
+        self.problems: list[BaseException] = []
+
+    # mbarrier
+
+    def wait(self, barrier: Barrier, parity: int) -> None:
+        while (barrier.phase & 1) == parity:
+            if self.copies:
+                self.copies.pop(self.random.randrange(len(self.copies)))()
+                self.turn.notify_all()
+            elif not self.turn.wait(PATIENCE) or self.problems:
+                raise RuntimeError("deadlock")
+        self.let_others_go_first()
+
+    def arrive(self, barrier: Barrier, *, count: int = 1, pred: bool = True) -> None:
+        if pred:
+            barrier.missing -= count
+            self.completed(barrier)
+            self.let_others_go_first()
+
+    def let_others_go_first(self) -> None:
+        if self.random.random() < 0.2:
+            self.turn.wait(0.0005)
+
+    def expect(self, barrier: Barrier, nbytes: int) -> None:
+        barrier.bytes += nbytes
+        self.arrive(barrier)
+
+    def completed(self, barrier: Barrier) -> None:
+        assert barrier.missing >= 0, "more arrivals than a barrier counts"
+        if barrier.missing == 0 and barrier.bytes == 0:
+            barrier.phase += 1
+            barrier.missing = barrier.count
+            self.turn.notify_all()
+
+    @staticmethod
+    def init(barrier: Barrier, count: int) -> None:
+        barrier.count = barrier.missing = count
+
+    # TMA
+
+    def load(self, descriptor: Descriptor, coordinates: Sequence[int], barrier: Barrier, to: Shared) -> None:
+        coordinates = [int(x) for x in coordinates]
+
+        def copy() -> None:
+            part = descriptor.part(coordinates)
+            tile = to.data.reshape(descriptor.rows, descriptor.width)
+            tile[...] = 0
+            tile[: part.shape[0], : part.shape[1]] = part
+            barrier.bytes -= descriptor.block_type.nbytes
+            self.completed(barrier)
+
+        self.copies.append(copy)
+
+    def store(self, descriptor: Descriptor, coordinates: Sequence[int], source: Shared) -> None:
+        coordinates = [int(x) for x in coordinates]
+
+        def copy() -> None:
+            part = descriptor.part(coordinates)
+            part[...] = source.data.reshape(descriptor.rows, descriptor.width)[: part.shape[0], : part.shape[1]]
+
+        self.mine.stores.append(copy)
+
+    def store_wait(self, pendings: int) -> None:
+        while len(self.mine.stores) > pendings:
+            self.mine.stores.pop(0)()
+
+    # wgmma
+
+    def multiply(self, a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Product:
+        def compute() -> Block:
+            left = a.data if isinstance(a, Shared) else a
+            found = np.asarray(left, np.float32) @ b.data
+            return block(found + acc if use_acc else found)
+
+        product = Product(compute)
+        self.mine.products.append(product)
+        if self.random.random() < 0.5:
+            product.finish()
+        return product
+
+    def multiplied(self, pendings: int, deps: Sequence[Any]) -> Any:
+        while len(self.mine.products) > pendings:
+            self.mine.products.pop(0).finish()
+        values = []
+        for dep in deps:
+            assert not isinstance(dep, Product) or dep.value is not None, "a product was used before it was waited for"
+            values.append(dep.value if isinstance(dep, Product) else dep)
+        return values[0] if len(values) == 1 else tuple(values)
+
+    # the kernel
+
+    def specialize(self, partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], *_: object) -> None:
+        def run(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+            self.mine.stores, self.mine.products = [], []
+            with self.turn:
+                try:
+                    function(*arguments)
+                    assert not self.mine.stores, "the program ends before its rows are written"
+                    assert not self.mine.products, "the program ends while it multiplies"
+                except BaseException as problem:  # noqa: BLE001  # told by the thread that waits for all
+                    self.problems.append(problem)
+                self.turn.notify_all()
+
+        threads = [threading.Thread(target=run, args=partition, daemon=True) for partition in partitions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self.problems:
+            raise self.problems[0]
+        assert not self.copies, "a copy that nobody waited for"
+
+
+def language(machine: Machine) -> types.SimpleNamespace:
+    def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Any:
+        if isinstance(pointer.at, np.ndarray):
+            at = np.where(mask, pointer.at, 0) if mask is not None else pointer.at
+            found = pointer.data[at]
+            return block(found if mask is None else np.where(mask, found, other))
+        found = pointer.data[pointer.at]
+        return Int(found) if pointer.data.dtype.kind == "i" else block(found)
+
+    def store(pointer: Pointer, value: Any, mask: Any) -> None:
+        pointer.data[np.asarray(pointer.at)[np.asarray(mask)]] = np.asarray(value)[np.asarray(mask)]
+
+    def either(scalar: Callable[[Any, Any], Any], array: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def function(x: Any, y: Any) -> Any:
+            if isinstance(x, np.ndarray) or isinstance(y, np.ndarray):
+                return block(array(x, y))
+            return Int(scalar(x, y))
+
+        return function
+
+    def where(condition: Any, x: Any, y: Any) -> Any:
+        if isinstance(condition, np.ndarray):
+            return block(np.where(condition, x, y))
+        return x if condition else y
+
+    def allocate(dtype: object, shape: Sequence[int], layout: object) -> Shared:
+        if layout == "barriers":
+            barriers = np.array([Barrier() for _ in range(math.prod(shape))], dtype=object)
+            return Shared(barriers.reshape(shape))
+        return Shared(np.full(shape, np.nan, np.float32))
+
+    return types.SimpleNamespace(
+        constexpr=lambda x: x,
+        float32="fp32",
+        int64="i64",
+        NVMMADistributedLayout=lambda **_: None,
+        DotOperandLayout=lambda **_: None,
+        SliceLayout=lambda *_: None,
+        static_range=range,
+        arange=lambda begin, end, layout: block(np.arange(begin, end)),
+        zeros=lambda shape, dtype, layout: block(np.zeros(shape, np.float32)),
+        full=lambda shape, value, dtype, layout: block(np.full(shape, value, np.float32)),
+        zeros_like=lambda x: block(np.zeros_like(x)),
+        maximum=either(max, np.maximum),
+        minimum=either(min, np.minimum),
+        where=where,
+        max=lambda x, axis: block(x.max(axis)),
+        sum=lambda x, axis: block(x.sum(axis)),
+        exp2=lambda x: block(np.exp2(x)),
+        log=lambda x: block(np.log(x)),
+        abs=lambda x: block(np.abs(x)),
+        convert_layout=lambda x, layout: x,
+        load=load,
+        store=store,
+        program_id=lambda axis: Int(machine.program),
+        num_programs=lambda axis: Int(machine.programs),
+        allocate_shared_memory=allocate,
+        warp_specialize=machine.specialize,
+    )
+
+
+def text() -> str:
+    return SOURCE.read_text(encoding="utf-8")
+
+
+def kernel(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> Callable[..., None]:
+    """`forward_kernel` as its text stands, over what is here; called, it runs every program of the grid."""
+
+    def jit(function: Any = None, **_: object) -> Any:
+        return function if function is not None else (lambda decorated: decorated)
+
+    gluon: Any = types.ModuleType("triton.experimental.gluon")
+    gluon.jit, gluon.language = jit, language(machine)
+    device: Any = types.ModuleType("triton.experimental.gluon.language.nvidia.hopper")
+    device.mbarrier = types.SimpleNamespace(
+        MBarrierLayout=lambda: "barriers",
+        init=machine.init,
+        wait=machine.wait,
+        arrive=machine.arrive,
+        expect=machine.expect,
+    )
+    device.tma = types.SimpleNamespace(
+        async_copy_global_to_shared=machine.load,
+        async_copy_shared_to_global=machine.store,
+        store_wait=machine.store_wait,
+    )
+    device.fence_async_shared = lambda: None
+    device.warpgroup_mma, device.warpgroup_mma_wait = machine.multiply, machine.multiplied
+    experimental: Any = types.ModuleType("triton.experimental")
+    experimental.gluon = gluon
+    for name, module in (
+        ("triton", types.ModuleType("triton")),
+        ("triton.experimental", experimental),
+        ("triton.experimental.gluon", gluon),
+        ("triton.experimental.gluon.language.nvidia.hopper", device),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    names: dict[str, Any] = {"__name__": "interpreted", "__package__": hopper.__name__}
+    exec(compile(text(), SOURCE, "exec", dont_inherit=True), names)
+
+    def run(*arguments: Any) -> None:
+        with np.errstate(invalid="ignore", over="ignore"):
+            for program in range(machine.programs):
+                machine.program = program
+                names["forward_kernel"](*arguments)
+
+    return run

@@ -1,0 +1,217 @@
+"""On an H100: the `hopper` backend against fp64, at the edges of its tiles, again and again, and among poison.
+
+Run with `pytest -m gpu tests/kernels/test_gpu_hopper.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from longspan.kernels.attention import (
+    AttentionCall,
+    AttentionContext,
+    AttentionParams,
+    AttentionSpec,
+    Window,
+    attend,
+    explain,
+)
+from longspan.kernels.attention.registry import get
+from longspan.kernels.testing import conformance, judge, plain_attention
+
+_ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not _ON_HOPPER, reason="needs a GPU of capability 9.0")]
+
+CUDA = torch.device("cuda")
+SPECS = {
+    "full": AttentionSpec(causal=False),
+    "causal": AttentionSpec(causal=True),
+    "window": AttentionSpec(causal=True, window=Window(left=100)),
+    "two-sided window": AttentionSpec(causal=False, window=Window.symmetric(70)),
+    "right window": AttentionSpec(causal=False, window=Window(right=5)),
+    "documents": AttentionSpec(causal=True, documents=True),
+    "documents in a window": AttentionSpec(causal=False, documents=True, window=Window.symmetric(40)),
+    "alibi": AttentionSpec(causal=True, alibi=True),
+    "softcap": AttentionSpec(causal=True, softcap=3.0),
+    "learned sink": AttentionSpec(causal=True, window=Window(left=40), learned_sink=True),
+    "all at once": AttentionSpec(
+        causal=True, documents=True, window=Window(left=200), alibi=True, softcap=5.0, learned_sink=True
+    ),
+}
+# (B, T, S, H, G, D, E): less than a tile, tiles exactly, odd lengths, one query, rows that see nothing, padded head
+# dims, groups, more items than processors.
+SHAPES = (
+    (1, 64, 64, 1, 1, 128, 128),
+    (2, 256, 256, 4, 2, 128, 128),
+    (2, 257, 257, 4, 2, 64, 64),
+    (1, 1, 300, 4, 1, 128, 128),
+    (2, 300, 130, 4, 2, 128, 128),
+    (1, 517, 900, 3, 3, 40, 40),
+    (1, 500, 500, 8, 2, 96, 96),
+    (2, 333, 333, 4, 2, 128, 64),
+    (3, 640, 640, 40, 8, 64, 64),
+)
+
+
+def make(
+    spec: AttentionSpec, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0
+) -> tuple[list[Tensor], AttentionContext, AttentionParams]:
+    B, T, S, H, G, D, E = shape
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(B, *rest, generator=generator).to(CUDA, dtype) for rest in ((T, H, D), (S, G, D), (S, G, E)))
+    n = max(T, S)
+    ids = torch.randint(0, 3, (B, n), generator=generator)
+    ids = ids.sort(dim=1).values if seed % 2 == 0 else ids
+    context = AttentionContext(
+        q_documents=ids[:, n - T :].to(CUDA) if spec.documents else None,
+        kv_documents=ids[:, n - S :].to(CUDA) if spec.documents else None,
+    )
+    params = AttentionParams(
+        alibi_slopes=torch.rand(H, generator=generator).to(CUDA),
+        sink_logits=torch.randn(H, generator=generator).to(CUDA),
+    )
+    return [q, k, v], context, params
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", SPECS)
+def test_values_lse_and_gradients(name: str, dtype: torch.dtype) -> None:
+    spec = SPECS[name]
+    for seed, shape in enumerate(SHAPES):
+        tensors, context, params = make(spec, shape, dtype, seed)
+        ours = [x.clone().requires_grad_() for x in tensors]
+        exact = [x.double().requires_grad_() for x in tensors]
+        plain = [x.clone().requires_grad_() for x in tensors]
+        got = attend(*ours, spec=spec, context=context, params=params, backend="hopper", return_lse=True)
+        true = attend(*exact, spec=spec, context=context, params=params, backend="reference", return_lse=True)
+        twin = plain_attention(*plain, spec=spec, context=context, params=params)
+        assert got.lse is not None
+        assert true.lse is not None
+        torch.testing.assert_close(got.lse.double(), true.lse, atol=2e-3, rtol=0)
+        grad_out = torch.randn_like(got.out)
+        pairs = zip(
+            (got.out, *torch.autograd.grad(got.out, ours, grad_out)),
+            (true.out, *torch.autograd.grad(true.out, exact, grad_out.double())),
+            (twin, *torch.autograd.grad(twin, plain, grad_out)),
+            strict=True,
+        )
+        for x, y, z in pairs:
+            verdict = judge(x, y, z, score=8.0)
+            assert not verdict.problem, (shape, verdict.problem)
+
+
+@pytest.mark.parametrize("edge", [63, 64, 65, 127, 128, 129, 191, 192, 193])
+def test_windows_end_on_either_side_of_every_boundary_of_tiles(edge: int) -> None:
+    for D, spec in itertools.product(
+        (64, 128),
+        (
+            AttentionSpec(causal=True, window=Window(left=edge)),
+            AttentionSpec(causal=False, window=Window(left=edge, right=3)),
+            AttentionSpec(causal=False, window=Window(left=3, right=edge)),
+        ),
+    ):
+        tensors, context, params = make(spec, (1, 450, 450, 2, 1, D, D), torch.bfloat16)
+        got = attend(*tensors, spec=spec, context=context, params=params, backend="hopper", return_lse=True)
+        exact = [x.double() for x in tensors]
+        true = attend(*exact, spec=spec, context=context, params=params, backend="reference", return_lse=True)
+        twin = plain_attention(*tensors, spec=spec, context=context, params=params)
+        verdict = judge(got.out, true.out, twin, score=8.0)
+        assert not verdict.problem, verdict.problem
+        torch.testing.assert_close(got.lse.double(), true.lse, atol=2e-3, rtol=0)  # pyright: ignore[reportOptionalMemberAccess]: asked for
+
+
+@pytest.mark.parametrize(("name", "D"), [("causal", 128), ("two-sided window", 64)])
+def test_200_runs_agree_in_every_bit(name: str, D: int) -> None:
+    spec, shape = SPECS[name], (2, 1000, 1000, 16, 4, D, D)
+    tensors, context, params = make(spec, shape, torch.bfloat16)
+    leaves = [x.requires_grad_() for x in tensors]
+    grad_out = torch.randn(*shape[:2], shape[3], shape[6], device=CUDA, dtype=torch.bfloat16)
+
+    def step() -> list[Tensor]:
+        result = attend(*leaves, spec=spec, context=context, params=params, backend="hopper", return_lse=True)
+        assert result.lse is not None
+        return [result.out, result.lse, *torch.autograd.grad(result.out, leaves, grad_out)]
+
+    first = step()
+    for _ in range(199):
+        for x, y in zip(step(), first, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_what_lies_around_the_tensors_does_not_reach_the_result() -> None:
+    """Rows beyond the last query and key, columns beyond the head dim and heads between belong to somebody else."""
+    spec = AttentionSpec(causal=True)
+    (q, k, v), _, _ = make(spec, (2, 130, 170, 2, 2, 80, 80), torch.bfloat16)
+
+    def in_poison(x: Tensor) -> Tensor:
+        B, T, H, D = x.shape
+        poison = torch.full((B, T + 70, H + 1, D + 40), torch.nan, device=CUDA, dtype=x.dtype)
+        poison[:, :T, :H, :D] = x
+        return poison[:, :T, :H, :D]
+
+    alone = attend(q, k, v, spec=spec, backend="hopper", return_lse=True)
+    among = attend(in_poison(q), in_poison(k), in_poison(v), spec=spec, backend="hopper", return_lse=True)
+    assert torch.equal(alone.out, among.out)
+    assert torch.equal(alone.lse, among.lse)  # pyright: ignore[reportArgumentType]: asked for
+    assert torch.isfinite(alone.out).all()
+
+
+def test_rows_that_see_nothing_give_zeros() -> None:
+    spec = AttentionSpec(causal=True)
+    tensors, _, _ = make(spec, (1, 400, 50, 2, 2, 128, 128), torch.bfloat16)
+    result = attend(*tensors, spec=spec, backend="hopper", return_lse=True)
+    assert result.lse is not None
+    assert not result.out[:, :350].any()
+    assert (result.lse[:, :, :350] == -torch.inf).all()
+    assert torch.isfinite(result.lse[:, :, 350:]).all()
+
+
+def test_heads_first_and_packed_layouts_are_read_in_place_or_copied() -> None:
+    spec = AttentionSpec(causal=True)
+    (q, k, v), _, _ = make(spec, (2, 200, 200, 4, 4, 64, 64), torch.bfloat16)
+    expected = attend(q, k, v, spec=spec, backend="hopper").out
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    packed = torch.stack((q, k, v), dim=2).unbind(2)
+    shifted = [torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape) for x in (q, k, v)]
+    shared = [q, *(x[:, :, :1].expand(-1, -1, 4, -1) for x in (k, v))]
+    for layout in (heads_first, packed, shifted):
+        assert torch.equal(attend(*layout, spec=spec, backend="hopper").out, expected)
+    repeated = [x.contiguous() for x in shared]
+    assert torch.equal(
+        attend(*shared, spec=spec, backend="hopper").out, attend(*repeated, spec=spec, backend="hopper").out
+    )
+
+
+def test_compiled_and_recorded_it_computes_the_same() -> None:
+    spec = AttentionSpec(causal=True)
+    (q, k, v), _, _ = make(spec, (2, 256, 256, 4, 2, 64, 64), torch.bfloat16)
+    expected = attend(q, k, v, spec=spec, backend="hopper").out
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, spec=spec, backend="hopper").out
+
+    assert torch.equal(torch.compile(call, fullgraph=True)(q, k, v), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(q, k, v)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_conformance() -> None:
+    drawn = 10 if find_spec("hypothesis") else 0
+    report = conformance("hopper", device="cuda", examples=drawn, max_length=300, thorough=False)
+    assert report.ok, report.text()
+
+
+def test_it_says_where_it_can_and_where_it_cannot() -> None:
+    call = AttentionCall(device="cuda", dtype=torch.bfloat16, head_dim=128, n_queries=8192, n_keys=8192, n_heads=8)
+    assert not get("hopper").unsupported(AttentionSpec(causal=True), call)
+    assert "hopper     can" in explain(AttentionSpec(causal=True), call)
+    assert "hopper     cannot: dropout" in explain(AttentionSpec(causal=True, dropout=0.1), call)

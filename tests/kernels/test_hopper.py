@@ -1,0 +1,298 @@
+"""The `hopper` backend without a GPU: the kernel's own text in NumPy, and the pure functions around it."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from longspan.kernels.attention import (
+    AttentionCall,
+    AttentionContext,
+    AttentionParams,
+    AttentionSpec,
+    UnsupportedAttention,
+    Window,
+    attend,
+    available,
+)
+from longspan.kernels.attention.backend import Feature
+from longspan.kernels.attention.hopper import backend as hopper
+from longspan.kernels.attention.hopper.order import schedule, visits
+from longspan.kernels.attention.hopper.tiles import HEAD_DIMS, ROWS, choose, heads_at_a_time, padded
+from longspan.kernels.attention.plan import make_plan
+from longspan.kernels.attention.registry import get
+
+# Tests are not a package, so a file beside this one is loaded by its path.
+_file = importlib.util.spec_from_file_location("interpreted_gluon", Path(__file__).with_name("interpreted_gluon.py"))
+assert _file is not None
+assert _file.loader is not None
+gluon = importlib.util.module_from_spec(_file)
+_file.loader.exec_module(gluon)
+
+CAUSAL, FULL = AttentionSpec(causal=True), AttentionSpec(causal=False)
+N = 128
+WIDE = AttentionSpec(causal=True, window=Window(left=300))
+
+
+# -- the kernel's text -------------------------------------------------------------------------------------------------
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    spec: AttentionSpec,
+    shape: tuple[int, ...],
+    *,
+    consumers: int = 2,
+    stages: int = 2,
+    turns: bool = False,
+    programs: int = 3,
+    documents: bool = False,
+    seed: int = 0,
+) -> None:
+    """One call of `shape` (B, T, S, H, G, D, E) by the interpreted kernel, compared with the reference in fp64."""
+    B, T, S, H, G, D, E = shape
+    generator = np.random.default_rng(seed)
+
+    def normal(*sizes: int) -> np.ndarray:
+        return generator.standard_normal(sizes).astype(np.float32)
+
+    q, k, v = normal(B, T, H, D), normal(B, S, G, D), normal(B, S, G, E)
+    out, lse = np.full((B, T, H, E), np.nan, np.float32), np.full(B * H * T, np.nan, np.float32)
+    slopes, sinks = generator.random(H).astype(np.float32), normal(H)
+    context, pointers = AttentionContext(), [None, None, None]
+    if spec.documents:
+        n = max(T, S)
+        ids = generator.integers(0, 3, (B, n))
+        ids = torch.from_numpy(np.sort(ids) if documents else ids)
+        context = AttentionContext(q_documents=ids[:, n - T :], kv_documents=ids[:, n - S :])
+        plan = make_plan(context, spec, T, S, torch.device("cpu"))
+        assert plan.q_span is not None
+        tensors = (hopper.spans_of_tiles(plan.q_span, consumers * ROWS), plan.q_doc, plan.k_doc)
+        pointers = [gluon.Pointer(x.numpy().reshape(-1)) for x in tensors if x is not None]
+    n_tiles = -(-T // (consumers * ROWS))
+    programs = min(programs, n_tiles * B * H)
+    order = schedule(spec, T, S, B * H, max(1, H // 2), programs, consumers * ROWS, N)
+    machine = gluon.Machine(programs, seed)
+    window = spec.window
+    gluon.kernel(monkeypatch, machine)(
+        gluon.Descriptor(q, ROWS, padded(D)),
+        gluon.Descriptor(k, N, padded(D)),
+        gluon.Descriptor(v, N, padded(E)),
+        gluon.Descriptor(out, ROWS, padded(E)),
+        gluon.Pointer(lse),
+        gluon.Pointer(order.reshape(-1)),
+        *pointers,
+        gluon.Pointer(slopes),
+        gluon.Pointer(sinks),
+        *map(gluon.Int, (T, S, H, H // G)),
+        spec.softmax_scale(D),
+        spec.softcap or 1.0,
+        *map(gluon.Int, (window.left or 0, window.right or 0, n_tiles, order.shape[1])),
+        *(consumers, N, padded(D), padded(E), stages, turns, 240, spec.causal, window.left is not None),
+        window.right is not None and not spec.causal,
+        *(spec.documents, spec.softcap is not None, spec.alibi, spec.learned_sink),
+    )
+    true = attend(
+        *(torch.from_numpy(x).double() for x in (q, k, v)),
+        spec=spec,
+        context=context,
+        params=AttentionParams(alibi_slopes=torch.from_numpy(slopes), sink_logits=torch.from_numpy(sinks)),
+        backend="reference",
+        return_lse=True,
+    )
+    assert true.lse is not None
+    np.testing.assert_allclose(out, true.out.numpy(), atol=5e-6)
+    np.testing.assert_allclose(lse.reshape(B, H, T), true.lse.numpy(), atol=5e-6)
+
+
+CASES = {
+    "one tile": (CAUSAL, (1, 64, 64, 1, 1, 64, 64)),
+    "odd lengths in groups": (CAUSAL, (2, 301, 301, 4, 2, 64, 64)),
+    "more keys, padded": (CAUSAL, (1, 130, 700, 2, 1, 40, 64)),
+    "rows that see nothing": (CAUSAL, (1, 400, 90, 2, 2, 64, 128)),
+    "full": (FULL, (1, 200, 450, 2, 1, 128, 64)),
+    "two-sided window": (AttentionSpec(causal=False, window=Window(70, 9)), (1, 500, 450, 2, 1, 64, 64)),
+    "one-sided window": (AttentionSpec(causal=False, window=Window(right=130)), (1, 300, 300, 1, 1, 64, 64)),
+    "causal window": (AttentionSpec(causal=True, window=Window(left=129)), (1, 600, 600, 2, 1, 64, 64)),
+    "documents": (AttentionSpec(causal=True, documents=True), (2, 500, 500, 2, 1, 64, 64)),
+    "documents in a window": (
+        AttentionSpec(causal=False, documents=True, window=Window.symmetric(100)),
+        (2, 300, 420, 2, 1, 64, 64),
+    ),
+    "all at once": (
+        AttentionSpec(causal=True, documents=True, window=Window(left=200), alibi=True, softcap=3.0, learned_sink=True),
+        (1, 500, 500, 2, 1, 64, 64),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernels_text_computes_attention(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    spec, shape = CASES[name]
+    for seed, (consumers, stages, turns) in enumerate(((2, 2, False), (2, 2, True), (3, 4, True))):
+        run(monkeypatch, spec, shape, consumers=consumers, stages=stages, turns=turns, documents=seed == 0, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        # a slot of values is given away before the product that reads it
+        (
+            "acc, p_half = warpgroup_mma_wait(0, deps=(acc, p_half))\n"
+            "            mbarrier.arrive(v_empty.index(before), count=1)\n",
+            "mbarrier.arrive(v_empty.index(before), count=1)\n"
+            "            acc, p_half = warpgroup_mma_wait(0, deps=(acc, p_half))\n",
+        ),
+        # the next item's queries are never waited for
+        ("            mbarrier.wait(q_full.index(slot), ((turn + 1) >> 1) & 1)\n", ""),
+        # nobody gives the queries' slot back
+        ("        mbarrier.arrive(q_empty.index(slot), count=1)\n", ""),
+        # an item's last values are not given back
+        ("        mbarrier.arrive(v_empty.index(before), count=1)\n        acc", "        acc"),
+        # the sums are not rescaled
+        ("            acc = acc * gl.convert_layout(shrink, out_rows)[:, None]\n", ""),
+        # no mask
+        ("            if it < n_partial:\n", "            if it < 0:\n"),
+    ],
+    ids=["values early", "queries unwaited", "queries kept", "values kept", "no rescaling", "no mask"],
+)  # fmt: skip
+def test_the_interpreter_notices(monkeypatch: pytest.MonkeyPatch, was: str, becomes: str) -> None:
+    monkeypatch.setattr(gluon, "PATIENCE", 0.5)
+    text = gluon.SOURCE.read_text(encoding="utf-8")
+    assert was in text
+    monkeypatch.setattr(gluon, "text", lambda: text.replace(was, becomes))
+
+    def several() -> None:
+        for seed in range(5):
+            run(monkeypatch, WIDE, (1, 900, 900, 2, 1, 64, 64), seed=seed)
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        several()
+
+
+# -- who works on what -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [CAUSAL, FULL, AttentionSpec(causal=True, window=Window(left=300))])
+@pytest.mark.parametrize(("T", "heads", "group", "programs"), [(1000, 6, 2, 5), (4096, 64, 16, 132), (130, 1, 1, 2)])
+def test_every_item_is_done_once_and_nobody_waits_long(
+    spec: AttentionSpec, T: int, heads: int, group: int, programs: int
+) -> None:
+    order = schedule(spec, T, T, heads, group, programs, 128, N)
+    lengths = visits(spec, T, T, 128, N)
+    items = [row[1 : 1 + row[0]] for row in order]
+    assert sorted(np.concatenate(items)) == list(range(heads * len(lengths)))
+    assert min(map(len, items)) > 0  # a program begins with the product of its first item
+    loads = [sum(lengths[item % len(lengths)] + 1 for item in mine) for mine in items]
+    assert max(loads) - min(loads) <= max(lengths) + 1
+    for mine in items:  # of a group of heads the longest first
+        groups = [item // len(lengths) // group for item in mine]
+        assert groups == sorted(groups)
+        for _, same in itertools.groupby(mine, key=lambda item: item // len(lengths) // group):
+            costs = [lengths[item % len(lengths)] for item in same]
+            assert costs == sorted(costs, reverse=True)
+
+
+@pytest.mark.parametrize(("T", "S"), [(500, 500), (100, 700), (700, 100)])
+def test_visits_are_the_tiles_in_which_somebody_sees_something(T: int, S: int) -> None:
+    for spec in (
+        CAUSAL,
+        FULL,
+        AttentionSpec(causal=True, window=Window(left=127)),
+        AttentionSpec(causal=False, window=Window(5, 130)),
+    ):
+        seen = AttentionContext().allowed(spec, slice(0, T), slice(0, S), lengths=(T, S))[0].numpy()
+        for tile, n in enumerate(visits(spec, T, S, 128, N)):
+            columns = np.flatnonzero(seen[tile * 128 : (tile + 1) * 128].any(axis=0))
+            assert n == (columns[-1] // N - columns[0] // N + 1 if len(columns) else 1)
+
+
+def test_heads_at_a_time_share_the_cache() -> None:
+    assert heads_at_a_time(16, 1, 1024, 256) == 16
+    assert heads_at_a_time(64, 1, 16_384, 256) == 4
+    assert heads_at_a_time(64, 8, 16_384, 256) == 32
+    assert heads_at_a_time(8, 4, 2**20, 256) == 4
+
+
+# -- tiles -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 128])
+def test_tiles_fit_a_processor(head_dim: int) -> None:
+    tiles = choose(head_dim)
+    threads = (tiles.consumers + 1) * 128
+    assert tiles.compiled_registers * threads <= 65_536
+    assert tiles.consumers * 128 * tiles.registers + 128 * 24 <= 65_536
+    width = padded(head_dim)
+    assert width in HEAD_DIMS
+    assert width >= head_dim
+    shared = 2 * width * (3 * tiles.rows + 2 * tiles.stages * tiles.columns)
+    assert shared + 1024 <= 232_448
+
+
+def test_a_head_dim_without_tiles_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"head_dim=136: .* up to 128"):
+        choose(136)
+
+
+def test_spans_of_tiles_bound_the_spans_of_their_rows() -> None:
+    spans = torch.randint(0, 50, (2, 130, 4), dtype=torch.int32)
+    tiles = hopper.spans_of_tiles(spans, 64)
+    assert tiles.shape == (2, 3, 4)
+    for i, part in enumerate(spans.split(64, dim=1)):
+        expected = (part[..., 0].amin(1), part[..., 1].amax(1), part[..., 2].amin(1), part[..., 3].amax(1))
+        assert torch.equal(tiles[:, i], torch.stack(expected, dim=-1))
+
+
+# -- the backend -------------------------------------------------------------------------------------------------------
+
+
+def test_off_hopper_it_refuses_with_its_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "hopper" in available()
+    call = AttentionCall(device="cuda", dtype=torch.bfloat16, head_dim=128)
+    for found, words in (((8, 0), "device=cuda of capability 8.0 (9.0 only)"), (None, "torch sees no GPU")):
+        monkeypatch.setattr(hopper, "oldest_capability", lambda found=found: found)
+        assert words in " ".join(map(str, hopper.Hopper().unsupported(CAUSAL, call)))
+    monkeypatch.setattr(hopper, "oldest_capability", lambda: (9, 0))
+    monkeypatch.setattr(hopper, "_missing", lambda: "")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert hopper.Hopper().unsupported(CAUSAL, call) == ()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "TRITON_INTERPRET=1" in str(hopper.Hopper().unsupported(CAUSAL, call)[0])
+    monkeypatch.setattr(hopper, "_missing", lambda: "this triton has no Gluon")
+    assert "no Gluon" in str(hopper.Hopper().unsupported(CAUSAL, call)[0])
+    q = torch.zeros(1, 4, 2, 64)
+    with pytest.raises(UnsupportedAttention, match="device=cpu"):
+        attend(q, q, q, spec=CAUSAL, backend="hopper")
+
+
+@pytest.mark.parametrize(
+    ("spec", "feature"),
+    [
+        (AttentionSpec(causal=True, dropout=0.1), Feature.DROPOUT),
+        (AttentionSpec(causal=True, window=Window(left=4, dilation=2)), Feature.DILATION),
+        (AttentionSpec(causal=True, window=Window(left=4), global_tokens=True), Feature.GLOBAL_TOKENS),
+        (AttentionSpec(causal=True, window=Window(left=4), sink_tokens=1), Feature.SINK_TOKENS),
+    ],
+)
+def test_what_it_lacks_is_refused_by_name(spec: AttentionSpec, feature: Feature) -> None:
+    call = AttentionCall(device="cuda", dtype=torch.bfloat16, head_dim=64)
+    assert any(str(reason).startswith(feature) for reason in get("hopper").unsupported(spec, call))
+
+
+def test_it_imports_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from longspan.kernels.attention import registry\n"
+        "from longspan.kernels.attention.hopper import backend, order, tiles\n"
+        "print(registry.get('hopper').name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "hopper", done.stderr
