@@ -15,6 +15,7 @@ import torch
 from longspan.kernels.attention.triton import gate
 from longspan.kernels.attention.triton.gate import Row, Table, compare, over_budget, read_table, write_table
 from longspan.kernels.attention.triton.gate_figures import Figures, Spills, spills_of
+from longspan.kernels.attention.triton.gate_hopper import problems
 from longspan.kernels.attention.triton.gate_variants import CASES, SHIPPED, full_product
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +42,7 @@ def run_gate(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 def test_the_quick_part_of_the_list_compiles_within_budgets_and_no_worse_than_the_table() -> None:
     done = run_gate("--quick")
     assert done.returncode == 0, done.stderr + done.stdout
-    assert len(done.stdout.splitlines()) == 2 * sum(len(case.kernels) for case in CASES if case.quick) + 1
+    assert len(done.stdout.splitlines()) == sum(len(case.archs) * len(case.kernels) for case in CASES if case.quick) + 1
 
 
 @needs_triton
@@ -67,7 +68,7 @@ def variants() -> list[str]:
 
 
 def test_the_list_is_short_and_its_names_differ() -> None:
-    assert len(set(variants())) == len(variants()) <= 60
+    assert len(set(variants())) == len(variants()) <= 72
     products = [case.name for case in full_product()]
     assert len(set(products)) == len(products)
 
@@ -76,7 +77,7 @@ def test_the_table_holds_the_list_and_nothing_else() -> None:
     table = read_table()
     assert table is not None
     assert [(row.variant, row.arch) for row in table.rows] == [
-        (case.variant(kernel), arch) for case in CASES for arch in gate.SHARED for kernel in case.kernels
+        (case.variant(kernel), arch) for case in CASES for arch in case.archs for kernel in case.kernels
     ]
 
 
@@ -253,3 +254,43 @@ def test_unreadable_arguments_are_refused_with_what_is_known(capsys: pytest.Capt
     with pytest.raises(SystemExit):
         gate.main(["--update", "--arch", "90"])
     assert "leave --arch out" in capsys.readouterr().err
+
+
+# -- the Hopper kernel's machine code ----------------------------------------------------------------------------------
+
+LOAD = "UTMALDG.4D [UR8], [UR6] ;"
+SCORES = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], RZ, !UPT ;"
+SUMS = "HGMMA.64x128x16.F32.BF16 R88, R152, gdesc[UR16].tnspB, R88, gsb0 ;"
+ONE_LEFT, ALL = "WARPGROUP.DEPBAR.LE gsb0, 0x1 ;", "WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"
+EXPONENTIALS = ["MUFU.EX2 R24, R24 ;"] * 66
+
+
+def code(*instructions: str) -> str:
+    return "\n".join(f"        /*{16 * i:04x}*/                   {line}" for i, line in enumerate(instructions))
+
+
+def test_exponentials_that_run_beside_a_product_are_what_the_gate_wants() -> None:
+    loop = [LOAD, *[SCORES] * 8, *[SUMS] * 8, ONE_LEFT, *EXPONENTIALS, ALL]
+    assert problems(code(*loop)) == []
+    assert problems(code(*loop, SUMS, ONE_LEFT, ALL)) == []  # and an item's end, which has none
+    late = [LOAD, *[SCORES] * 8, *[SUMS] * 8, ONE_LEFT, ALL, *EXPONENTIALS]
+    assert [line.split(":")[0] for line in problems(code(*late))] == ["exponentials beside products"]
+
+
+def test_registers_that_wgmma_reads_are_left_alone_until_it_is_done() -> None:
+    begin = [LOAD, *[SCORES] * 8, *[SUMS] * 8, ONE_LEFT, *EXPONENTIALS, ALL, *[SUMS] * 8]
+    for write, found in (
+        ("F2FP.BF16.F32.PACK_AB R152, R25, R24 ;", 1),
+        ("IMAD.WIDE.64 R154, R25, R24, RZ ;", 1),
+        ("F2FP.BF16.F32.PACK_AB R156, R25, R24 ;", 0),  # beyond the four registers of an operand
+        ("STS.64 [R152], R24 ;", 0),  # reads its first register
+    ):
+        before, after = problems(code(*begin, write, ALL)), problems(code(*begin, ALL, write))
+        assert len([line for line in before if "while wgmma may still read" in line]) == found, write
+        assert after == []
+
+
+def test_serialised_products_and_loads_without_tma_are_told() -> None:
+    serialised = [LOAD, *[SCORES, ALL] * 8, ONE_LEFT, *EXPONENTIALS, ALL]
+    assert any("serialised" in line for line in problems(code(*serialised)))
+    assert problems(code(*[SCORES] * 16, ONE_LEFT, *EXPONENTIALS, ALL)) == ["no UTMALDG: nothing is loaded by TMA"]

@@ -224,9 +224,10 @@ def test_heads_at_a_time_share_the_cache() -> None:
 # -- tiles -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("edges", [True, False])
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 128])
-def test_tiles_fit_a_processor(head_dim: int) -> None:
-    tiles = choose(head_dim)
+def test_tiles_fit_a_processor(head_dim: int, edges: bool) -> None:
+    tiles = choose(head_dim, edges=edges)
     threads = (tiles.consumers + 1) * 128
     assert tiles.compiled_registers * threads <= 65_536
     assert tiles.consumers * 128 * tiles.registers + 128 * 24 <= 65_536

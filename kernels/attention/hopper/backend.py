@@ -16,7 +16,7 @@ from ..context import AttentionContext
 from ..flash import interpreted, oldest_capability
 from ..plan import Plan, make_plan
 from ..spec import AttentionSpec
-from .tiles import LARGEST, choose
+from .tiles import LARGEST, Tiles, choose
 
 _CAPABILITY = (9, 0)
 _EVERYWHERE = 2**31 - 1
@@ -88,7 +88,7 @@ class Hopper:
 
         plan, tile_span = _NOTHING, None
         if spec.documents:
-            rows = choose(max(q_BTHD.shape[3], v_BSGE.shape[3])).rows
+            rows = tiles_of(spec, max(q_BTHD.shape[3], v_BSGE.shape[3])).rows
             plan, tile_span = _plan(context, spec, q_BTHD.shape[1], k_BSGD.shape[1], q_BTHD.device, rows)
         out_BTHE, lse_BHT = hopper_attention(
             q_BTHD,
@@ -107,6 +107,10 @@ class Hopper:
 
 
 _NOTHING = Plan()
+
+
+def tiles_of(spec: AttentionSpec, head_dim: int) -> Tiles:
+    return choose(head_dim, edges=spec.documents or spec.window.left is not None)
 
 
 def _missing() -> str:

@@ -6,6 +6,7 @@ Legend: B batch, T queries, S keys, H query heads, G key/value heads, D head dim
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -15,16 +16,32 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..spec import AttentionSpec
 from ..triton.launch import parse_spec
+from .backend import tiles_of
 from .forward import forward_kernel
 from .order import schedule
-from .tiles import ROWS, Tiles, choose, heads_at_a_time, padded
+from .tiles import ROWS, Tiles, heads_at_a_time, padded
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _LAUNCHES_LIMIT = 4096
 _FURTHEST = 2**30  # no sum of positions leaves 32 bits; a window as wide as that hides nothing
 
-Runner = Callable[..., object]
-_launches: dict[tuple[object, ...], tuple[Runner, Tensor, tuple[object, ...]]] = {}
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """What calls with the same shapes, strides and spec have in common.
+
+    run      launches the compiled kernel
+    order    who does what; rest: what the kernel takes after its pointers
+    layouts  (shape, strides) of q, k, v and the output
+    """
+
+    run: Callable[..., object]
+    order: Tensor
+    rest: tuple[object, ...]
+    layouts: tuple[tuple[tuple[int, ...], list[int]], ...]
+
+
+_launches: dict[tuple[object, ...], _Launch] = {}
 
 
 def forward(
@@ -49,35 +66,40 @@ def forward(
         return out, lse
     if k.shape[1] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    q, k, v = loadable(q), loadable(k), loadable(v)
-    slopes, sinks = (None if x is None else x.contiguous() for x in (slopes, sinks))
-    q_doc, k_doc, tile_span = (_per_batch(x, B) for x in (q_doc, k_doc, tile_span))
-    pointers = (tile_span, q_doc, k_doc, slopes, sinks)
+    if slopes is not None:
+        slopes = slopes.contiguous()
+    if sinks is not None:
+        sinks = sinks.contiguous()
+    if tile_span is not None:
+        q_doc, k_doc, tile_span = (_per_batch(x, B) for x in (q_doc, k_doc, tile_span))
 
     key = (
         spec, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device.index,
-        *(None if x is None else (x.dtype, x.data_ptr() % 16) for x in pointers),
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16,
+        *(None if x is None else (x.dtype, x.data_ptr() % 16) for x in (tile_span, q_doc, k_doc, slopes, sinks)),
     )  # fmt: skip
     known = _launches.get(key)
     if known is not None:
-        run, order, rest = known
-        run(Rows(q), Rows(k), Rows(v), Rows(out), lse, order, *pointers, *rest)
+        views = [Rows(x, *layout) for x, layout in zip((q, k, v, out), known.layouts)]
+        known.run(*views, lse, known.order, tile_span, q_doc, k_doc, slopes, sinks, *known.rest)
         return out, lse
 
+    read = [loadable(x) for x in (q, k, v)]
+    if any(x is not y for x, y in zip(read, (q, k, v))):
+        return forward(*read, slopes, sinks, q_doc, k_doc, q_span, k_span, tile_span, spec)
     parsed = parse_spec(spec)
-    tiles = choose(max(q.shape[3], v.shape[3]))
+    tiles = tiles_of(parsed, max(q.shape[3], v.shape[3]))
     programs, order, rest, options = arguments(parsed, tiles, q, k, v)
-    descriptors = (
-        _descriptor(q, ROWS),
-        _descriptor(k, tiles.columns),
-        _descriptor(v, tiles.columns),
-        _descriptor(out, ROWS),
+    rows = (ROWS, tiles.columns, tiles.columns, ROWS)
+    descriptors = [_descriptor(x, n) for x, n in zip((q, k, v, out), rows)]
+    compiled = forward_kernel[(programs,)](
+        *descriptors, lse, order, tile_span, q_doc, k_doc, slopes, sinks, *rest, **options
     )
-    compiled = forward_kernel[(programs,)](*descriptors, lse, order, *pointers, *rest, **options)
     if compiled is not None:  # None: somebody only wanted to see what would be compiled
         if len(_launches) >= _LAUNCHES_LIMIT:
             _launches.clear()
-        _launches[key] = compiled[(programs, 1, 1)], order, rest
+        layouts = tuple((tuple(x.shape), strides_of(x)) for x in (q, k, v, out))
+        _launches[key] = _Launch(compiled[(programs, 1, 1)], order, rest, layouts)
     return out, lse
 
 
@@ -126,7 +148,9 @@ def _per_batch(x: Tensor | None, B: int) -> Tensor | None:
 def loadable(x: Tensor) -> Tensor:
     """x as TMA can read it: rows of adjacent elements that begin at multiples of 16 bytes. Copies what is otherwise."""
     aligned = all(stride > 0 and stride % 8 == 0 for size, stride in zip(x.shape[:3], x.stride()[:3]) if size > 1)
-    return x if aligned and x.stride(3) == 1 and x.data_ptr() % 16 == 0 else x.contiguous()
+    if aligned and x.stride(3) == 1 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # `contiguous` would keep a tensor that is only misplaced
 
 
 def strides_of(x: Tensor) -> list[int]:
@@ -143,10 +167,10 @@ class Rows:
     padding = "zero"
     round_f32_to_tf32 = False
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, shape: Sequence[int], strides: Sequence[int]) -> None:
         self.base = x
-        self.shape: Sequence[int] = x.shape
-        self.strides = strides_of(x)
+        self.shape = shape
+        self.strides = strides
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:

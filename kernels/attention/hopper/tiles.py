@@ -43,9 +43,9 @@ def padded(head_dim: int) -> int:
     raise ValueError(f"head_dim={head_dim}: the Hopper kernel has tiles up to {LARGEST}")
 
 
-def choose(head_dim: int) -> Tiles:
-    """Tiles for a head dim (the larger of q's and v's)."""
-    return _TILES[padded(head_dim)]
+def choose(head_dim: int, *, edges: bool = False) -> Tiles:
+    """Tiles for a head dim (the larger of q's and v's). `edges`: a window's left side or documents hide keys, too."""
+    return (_EDGES if edges else _TILES)[padded(head_dim)]
 
 
 # One H100, TFLOP/s of an earlier form of the kernel, whose softmax did not yet overlap its own products (docs/log.md):
@@ -54,6 +54,8 @@ _TILES = {
     64: Tiles(3, 128, 4, True, 160),  # 438 and 494; two consumers 401 and 436; without turns 414 and 473
     128: Tiles(2, 128, 2, False, 240),  # 515 and 625 (659 over 4 of 16 heads); with turns 522 and 596 (580)
 }
+# By what compiles without spills, and because a taller tile has more of an edge; not measured.
+_EDGES = {64: Tiles(2, 128, 4, True, 240), 128: _TILES[128]}
 
 L2_BYTES = 32 * 2**20  # of the 50 MiB of an H100: the queries and the output pass through it too
 

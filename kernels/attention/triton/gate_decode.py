@@ -34,6 +34,10 @@ class DecodeCase:
     page: int | None = None
     quick: bool = False
 
+    @property
+    def archs(self) -> tuple[int, ...]:
+        return (80, 90)
+
     def variant(self, kernel: str) -> str:
         return f"{self.name} {kernel}"
 

@@ -34,21 +34,26 @@ class Figures:
     mma: int
 
 
-def compile_for(request: Request, arch: int) -> Figures:
+def compile_for(request: Request, arch: int) -> tuple[Figures, str]:
+    """(figures, machine code as cuobjdump writes it: of Gluon kernels and of what spills, else empty)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
-    source = ASTSource(request.function, request.signature, request.constants, request.attributes)
-    kernel = triton.compile(
-        source,
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": request.warps, "num_stages": request.stages},
+    gluon = request.function.is_gluon()
+    source = (GluonASTSource if gluon else ASTSource)(
+        request.function, request.signature, request.constants, request.attributes
     )
+    options: dict[str, object] = {"num_warps": request.warps, "num_stages": request.stages}
+    if request.maxnreg is not None:
+        options["maxnreg"] = request.maxnreg
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = _resources(kernel.asm["cubin"])
     # Whatever was spilled lies on the stack; disassembling takes a second, so only then.
-    spills = spills_of(_sass(kernel.asm["cubin"])) if stack else Spills(0, 0, 0)
-    return Figures(
+    sass = _sass(kernel.asm["cubin"]) if stack or gluon else ""
+    spills = spills_of(sass)
+    figures = Figures(
         registers,
         spills.stored,
         spills.stored_in_loops,
@@ -57,6 +62,7 @@ def compile_for(request: Request, arch: int) -> Figures:
         wgmma=kernel.asm["ptx"].count("wgmma.mma_async"),
         mma=kernel.asm["ptx"].count("mma.sync."),
     )
+    return figures, sass
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ compiles, tells what would have been compiled, and refuses.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -23,6 +24,7 @@ from . import gate_decode
 from .gate_decode import DECODING, DecodeCase
 
 B, T, H = 2, 4096, 16
+ARCHS = (80, 90)  # compute capabilities without the dot
 WALKS = ("forward", "dq", "dkdv")  # the kernels of ordinary rows
 DENSE = ("global_rows", "global_rows_dq", "always_keys_dkdv")  # tiles of global rows and always-visible keys
 JOINS = ("merge_rows", "sum_rows", "join_splits")  # one row at a time, no products
@@ -36,6 +38,7 @@ class Case:
     n_globals  global tokens, the first of the sequence, where the spec has them
     ragged     explicit positions and lengths, as left and right padding give
     quick      compiled by the tests that run by default
+    hopper     by the `hopper` backend, which has a forward kernel, and on sm_90 only
     """
 
     name: str
@@ -47,6 +50,11 @@ class Case:
     n_globals: int = 16
     ragged: bool = False
     quick: bool = False
+    hopper: bool = False
+
+    @property
+    def archs(self) -> tuple[int, ...]:
+        return (90,) if self.hopper else ARCHS
 
     def variant(self, kernel: str) -> str:
         return f"{self.name} {kernel}"
@@ -112,7 +120,22 @@ EXTREMES = (
     Case(name="d64 listed", spec=_LISTED, head_dim=64, kernels=("forward",)),
     Case(name="d128 everything", spec=_EVERYTHING, head_dim=128, kernels=("dkdv",), ragged=True),
 )
-CASES: tuple[Case | DecodeCase, ...] = SHIPPED + DECODING + EXTREMES
+_FORWARD = ("forward",)
+HOPPER = (
+    Case(name="hopper d64 causal", spec=_CAUSAL, head_dim=64, kernels=_FORWARD, hopper=True, quick=True),
+    Case(name="hopper d128 causal", spec=_CAUSAL, head_dim=128, kernels=_FORWARD, hopper=True, quick=True),
+    Case(name="hopper d64 full", spec=_FULL, head_dim=64, kernels=_FORWARD, hopper=True),
+    Case(name="hopper d128 full", spec=_FULL, head_dim=128, kernels=_FORWARD, hopper=True),
+    Case(name="hopper d128 fp16", spec=_CAUSAL, head_dim=128, kernels=_FORWARD, dtype=torch.float16, hopper=True),
+    Case(name="hopper d64 two-sided window", spec=_TWO_SIDED, head_dim=64, kernels=_FORWARD, hopper=True),
+    Case(
+        name="hopper d128 causal window 4:1", spec=_CAUSAL_WINDOW, head_dim=128, kernels=_FORWARD, group=4, hopper=True
+    ),
+    Case(name="hopper d64 documents", spec=_DOCUMENTS, head_dim=64, kernels=_FORWARD, hopper=True),
+    Case(name="hopper d128 documents", spec=_DOCUMENTS, head_dim=128, kernels=_FORWARD, group=4, hopper=True),
+    Case(name="hopper d128 softcap alibi sink", spec=_BIASED, head_dim=128, kernels=_FORWARD, hopper=True),
+)
+CASES: tuple[Case | DecodeCase, ...] = SHIPPED + DECODING + EXTREMES + HOPPER
 
 
 def full_product() -> tuple[Case, ...]:
@@ -131,7 +154,7 @@ def full_product() -> tuple[Case, ...]:
         "everything": _EVERYTHING,
     }
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return tuple(
+    portable = tuple(
         Case(
             name=f"d{head_dim} {dtype} {name}",
             spec=spec,
@@ -142,11 +165,23 @@ def full_product() -> tuple[Case, ...]:
         )
         for head_dim, dtype, (name, spec) in product((16, 32, 64, 96, 128, 256), dtypes, specs.items())
     )
+    served = ("causal", "full", "causal window", "two-sided window", "documents", "softcap alibi sink")
+    return portable + tuple(
+        Case(
+            name=f"hopper d{head_dim} {dtype} {name}",
+            spec=specs[name],
+            head_dim=head_dim,
+            dtype=dtypes[dtype],
+            kernels=_FORWARD,
+            hopper=True,
+        )
+        for head_dim, dtype, name in product((64, 128), ("bf16", "fp16"), served)
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What Triton was asked to compile. `rows` × `columns` is the tile that the program owns × visits."""
+    """What Triton was asked to compile. `maxnreg` bounds a thread's registers, where it was given."""
 
     function: object
     signature: dict[str, str]
@@ -154,14 +189,21 @@ class Request:
     attributes: dict[tuple[int, ...], object]
     warps: int
     stages: int
+    maxnreg: int | None = None
 
     def constant(self, name: str) -> object:
         return self.constants.get((list(self.signature).index(name),)) if name in self.signature else None
 
     @property
+    def queries(self) -> object:
+        """Of a tile; the Hopper kernel counts consumers of 64."""
+        consumers = self.constant("C")
+        return 64 * consumers if isinstance(consumers, int) else self.constant("M")
+
+    @property
     def tile(self) -> str:
-        size = "" if self.constant("M") is None else f"{self.constant('M')}x{self.constant('N')} "
-        return f"{size}w{self.warps} s{self.stages}"
+        size = "" if self.queries is None else f"{self.queries}x{self.constant('N')} "
+        return f"{size}w{self.warps} s{self.constant('STAGES') or self.stages}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +240,7 @@ def _refusing(arch: int, requests: dict[str, Request]) -> Iterator[None]:
             compile["configs"][0],
             compile["num_warps"],
             compile["num_stages"],
+            json.loads(compile["specialization_data"])["options"]["maxnreg"],
         )
         requests.setdefault(name, request)
         return True
@@ -240,6 +283,14 @@ def _training_step(case: Case) -> None:
         *(x.to("meta") if isinstance(x, Tensor) else x for x in (getattr(plan, f.name) for f in fields(Plan))),
         launch.spec_text(spec),
     )
+    if case.hopper:
+        from ..hopper import launch as hopper
+        from ..hopper.backend import spans_of_tiles, tiles_of
+
+        spans = None if plan.q_span is None else spans_of_tiles(plan.q_span, tiles_of(spec, D).rows)
+        documents = (plan.q_doc, plan.k_doc, plan.q_span, plan.k_span, spans)
+        hopper.forward(q, k, v, *rest[:2], *(None if x is None else x.to("meta") for x in documents), rest[-1])
+        return
     out, lse = launch.forward(q, k, v, *rest)
     launch.backward(torch.empty_like(out), torch.empty_like(lse), out, lse, q, k, v, *rest)
 
