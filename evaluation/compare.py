@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from .bootstrap import chunks, ratio_interval
+
 if TYPE_CHECKING:
     from .perplexity import TokenScores
 
 _RESAMPLES = 10_000
-_FEWEST_DOCUMENTS = 10  # for an interval: with fewer, resampling says little about the documents not seen
-_CHUNK = 1 << 22  # numbers drawn at once
 _CHANGES_NOTHING = ("merged",)  # fields of a protocol that are about how it was computed
 
 
@@ -165,7 +165,7 @@ def compare(
         first_value=first.value,
         second_value=second.value,
         difference=float(difference_d.sum() / weight_d.sum()),
-        interval=_interval(difference_d, weight_d, resamples, seed),
+        interval=ratio_interval(difference_d, weight_d, seed=seed, resamples=resamples),
         p_value=_sign_flip(difference_d, resamples, seed),
         documents=len(difference_d),
         method=f"paired over {len(difference_d):,} documents: 95 % percentile bootstrap ({resamples:,} resamples); "
@@ -232,19 +232,6 @@ def _paired(first: Measured, second: Measured) -> tuple[np.ndarray, np.ndarray, 
     return first.totals, second.totals[order], first.weights
 
 
-def _interval(difference_d: np.ndarray, weight_d: np.ndarray, resamples: int, seed: int) -> tuple[float, float] | None:
-    n = len(difference_d)
-    if n < _FEWEST_DOCUMENTS:
-        return None
-    rng = np.random.default_rng(seed)
-    found = []
-    for count in _chunks(resamples, n):
-        drawn = rng.integers(0, n, (count, n))
-        found.append(difference_d[drawn].sum(axis=1) / weight_d[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def _sign_flip(difference_d: np.ndarray, resamples: int, seed: int) -> float:
     n = len(difference_d)
     # Sums that are equal but for rounding count as equal: ties decide exact p-values.
@@ -254,13 +241,7 @@ def _sign_flip(difference_d: np.ndarray, resamples: int, seed: int) -> float:
         return float(np.mean(np.abs((1 - 2 * patterns) @ difference_d) >= seen))
     rng = np.random.default_rng([seed, 1])
     hits = 0
-    for count in _chunks(resamples, n):
+    for count in chunks(resamples, n):
         signs = rng.integers(0, 2, (count, n), dtype=np.int8)
         hits += int(np.sum(np.abs((1.0 - 2.0 * signs) @ difference_d) >= seen))
     return (1 + hits) / (1 + resamples)
-
-
-def _chunks(total: int, width: int) -> list[int]:
-    """Numbers that add up to `total`, each small enough that so many rows of `width` fit into memory."""
-    most = max(1, _CHUNK // width)
-    return [most] * (total // most) + ([total % most] if total % most else [])

@@ -23,12 +23,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .bootstrap import FEWEST_DOCUMENTS
 from .documents import EvalDocument
 from .perplexity import LanguageModel, Precision, Row, check_request, score_rows
 
 TARGETS = 128  # tokens of a block
 THRESHOLD = 0.85
-_FEWEST_DOCUMENTS = 10  # as for the other intervals
 _RESAMPLES = 2000
 _OUTER, _INNER = 500, 400  # of the decision itself: in each of the outer draws it is made anew
 
@@ -217,7 +217,7 @@ def effective_context(curve: ContextCurve, *, seed: int = 0) -> EffectiveContext
     """The figure by loss, from a measured curve (the top of this file has the definition)."""
     n = len(curve.count_d)
     loss_L = curve.nll_dL.sum(axis=0) / curve.count_d.sum()
-    enough = n >= _FEWEST_DOCUMENTS
+    enough = n >= FEWEST_DOCUMENTS
     rng = np.random.default_rng(seed)
     drawn_RL = _resampled(curve.nll_dL, curve.count_d, _RESAMPLES, rng) if enough else None
     points = []
@@ -308,7 +308,7 @@ def retrieval_context(
         total_d, count_d = np.bincount(unit_n, weights=score_N[here]), np.bincount(unit_n)
         by_length.append((int(length), float(score_N[here].mean()), len(here)))
         shares_LR.append(_resampled(total_d[:, None], count_d, _RESAMPLES, rng)[:, 0])
-        enough = enough and len(count_d) >= _FEWEST_DOCUMENTS
+        enough = enough and len(count_d) >= FEWEST_DOCUMENTS
 
     def named(shares: Sequence[float]) -> int:
         """How many lengths pass before one fails."""

@@ -12,10 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-Scored = Literal["all", "full_windows"]
+from .bootstrap import ratio_interval
 
-_BOOTSTRAP_RESAMPLES = 1000
-_BOOTSTRAP_DOCUMENTS = 10  # with fewer, resampling them says little about the documents not seen
+Scored = Literal["all", "full_windows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +194,7 @@ def summarise(
     return PerplexityResult(
         protocol=protocol,
         loss=everything.loss,
-        loss_interval=_bootstrap(total_d[scored_d], count_d[scored_d], seed),
+        loss_interval=ratio_interval(total_d[scored_d], count_d[scored_d], seed=seed),
         perplexity=everything.perplexity,
         bits_per_token=everything.loss / math.log(2),
         bits_per_byte=everything.bits_per_byte,
@@ -301,17 +300,3 @@ def standard_error(total_d: np.ndarray, count_d: np.ndarray) -> float | None:
         return None
     residual_d = total_d - total_d.sum() / count_d.sum() * count_d
     return float(np.sqrt(n / (n - 1) * np.sum(residual_d**2)) / count_d.sum())
-
-
-def _bootstrap(total_d: np.ndarray, count_d: np.ndarray, seed: int) -> tuple[float, float] | None:
-    """95 % percentile interval of the token-weighted loss, resampling documents."""
-    n = len(count_d)
-    if n < _BOOTSTRAP_DOCUMENTS:
-        return None
-    rng = np.random.default_rng(seed)
-    losses = np.empty(_BOOTSTRAP_RESAMPLES)
-    for i in range(_BOOTSTRAP_RESAMPLES):
-        drawn = rng.integers(0, n, n)
-        losses[i] = total_d[drawn].sum() / count_d[drawn].sum()
-    low, high = np.quantile(losses, [0.025, 0.975])
-    return float(low), float(high)
