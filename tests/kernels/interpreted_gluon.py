@@ -1,9 +1,9 @@
 """As much of Gluon as the Hopper kernel uses, in NumPy: so that the kernel's own text runs, and is checked, on a CPU.
 
-Partitions are threads. What is asynchronous happens as late as it may (a copy when somebody would otherwise wait for
-ever, a product when it is waited for) or, half of the products, at once. A slot of shared memory that is given away or
-read too early therefore holds the wrong tile, a count of arrivals that does not come out is a deadlock, and both fail.
-Layouts mean nothing here; registers, fences and the memory model are the compile gate's and the GPU tests' business.
+Partitions are threads. What is asynchronous happens either at once or as late as it may: a copy when its barrier is
+waited for, a product when it is. A slot of shared memory that is given away or read too early therefore holds the wrong
+tile, a count of arrivals that does not come out is a deadlock, and both fail. Layouts mean nothing here; registers,
+fences and the memory model are the compile gate's and the GPU tests' business.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Machine:
         self.programs, self.random = programs, random.Random(seed)
         self.program = 0
         self.turn = threading.Condition()
-        self.copies: list[Callable[[], None]] = []
+        self.copies: list[tuple[Barrier, Callable[[], None]]] = []  # and what each signals
         self.mine = threading.local()
         self.problems: list[BaseException] = []
 
@@ -129,9 +129,11 @@ class Machine:
 
     def wait(self, barrier: Barrier, parity: int) -> None:
         while (barrier.phase & 1) == parity:
-            if self.copies:
-                self.copies.pop(self.random.randrange(len(self.copies)))()
-                self.turn.notify_all()
+            late = [copy for signals, copy in self.copies if signals is barrier]
+            if late:
+                self.copies = [pending for pending in self.copies if pending[0] is not barrier]
+                for copy in late:
+                    copy()
             elif not self.turn.wait(PATIENCE) or self.problems:
                 raise RuntimeError("deadlock")
         self.let_others_go_first()
@@ -174,7 +176,11 @@ class Machine:
             barrier.bytes -= descriptor.block_type.nbytes
             self.completed(barrier)
 
-        self.copies.append(copy)
+        if self.random.random() < 0.5:
+            copy()
+        else:
+            self.copies.append((barrier, copy))
+            self.turn.notify_all()
 
     def store(self, descriptor: Descriptor, coordinates: Sequence[int], source: Shared) -> None:
         coordinates = [int(x) for x in coordinates]
