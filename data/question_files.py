@@ -64,7 +64,9 @@ def find_question_file(directory: Path | None, stem: str, form: str) -> Path:
     Raises SourceError, saying where to put it and in which form, where there is none; and where there are several.
     """
     if directory is None:
-        raise SourceError(f"no directory of local files is given, and {stem} is read from one: {_wanted(stem, form)}")
+        raise SourceError(
+            f"no directory of local files is given (files=DIR), and {stem} is read from one: {_wanted(stem, form)}"
+        )
     directory = directory.expanduser()
     found = [path for suffix in SUFFIXES if (path := directory / f"{stem}{suffix}").is_file()]
     if not found:

@@ -1,16 +1,16 @@
 """From questions to token ids: prompts that fit the model, and the tokens of what may be answered.
 
-A prompt is tokenised as one text, so that it has the tokens that training would have given it. An answer has the tokens
-by which the prompt's end grows when the answer is written behind it; where a tokenizer would merge the two, it is
-tokenised by itself. Only tokens of a question's context are ever left out. The room for it is what the longest question
-of the document leaves: all of them read the same text.
+A prompt is tokenised as one text, so that it has the tokens that training would have given it. So is a prompt with an
+answer behind it: the answer has the tokens from the first on that differs from the prompt's own, and where a tokenizer
+merges over the place where the two meet, it stands for the prompt's last ones as well. Only tokens of a question's
+context are ever left out. The room for it is what the longest question of the document leaves: all of them read the
+same text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 
@@ -28,18 +28,31 @@ class TooLong(ValueError):  # noqa: N818  # says what is the matter, as its user
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """Something that may be answered: its tokens, and how many of the prompt's last ones they stand for as well."""
+
+    tokens: tuple[int, ...]
+    replaces: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One question as a model reads it.
 
     tokens   what is read, start tokens included
-    options  tokens of each choice, or of the reference; (): an answer is generated
+    options  each choice, or the reference; (): an answer is generated
     dropped  tokens of the text that were left out
     """
 
     question: Question
     tokens: tuple[int, ...]
-    options: tuple[tuple[int, ...], ...] = ()
+    options: tuple[Option, ...] = ()
     dropped: int = 0
+
+    @property
+    def rows(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """What is read before each option, and the option's tokens."""
+        return [(self.tokens[: len(self.tokens) - each.replaces], each.tokens) for each in self.options]
 
 
 def prompts_of(
@@ -53,7 +66,8 @@ def prompts_of(
     truncation: Truncation | None = None,
     answer_apart: bool = False,
 ) -> list[Prompt]:
-    """A prompt for each question, questions of a document side by side.
+    """A prompt for each question, questions of a document side by side. How much of a text is read depends on all
+    questions about it that are given.
 
     start         tokens that begin every prompt
     max_tokens    that the model reads, the answer included (`answer_apart`: without it, as an encoder–decoder does)
@@ -62,8 +76,10 @@ def prompts_of(
     """
     rule = task.truncation if truncation is None else truncation
     prompts: list[Prompt] = []
-    for _, group in groupby(questions, key=lambda question: question.document):
-        of_document = list(group)
+    documents: dict[str, list[Question]] = {}
+    for question in questions:
+        documents.setdefault(question.document, []).append(question)
+    for of_document in documents.values():
         prompts += _of_document(
             task, ask, of_document, tokenizer, start=start, max_tokens=max_tokens, rule=rule, answer_apart=answer_apart
         )
@@ -94,11 +110,14 @@ def _of_document(
     answer_apart: bool,
 ) -> list[Prompt]:
     encoded = tokenizer.encode_offsets([question.before + question.context + question.after for question in questions])
-    options = [() if ask == "generate" else _options(question, ask, tokenizer) for question in questions]
+    options = [
+        () if ask == "generate" else _options(question, ask, tokenizer, ids_T.tolist())
+        for question, (ids_T, _) in zip(questions, encoded)
+    ]
     spans = [context_span(question, chars_T2) for question, (_, chars_T2) in zip(questions, encoded)]
     rooms = []
     for (ids_T, _), (first, last), of_question in zip(encoded, spans, options):
-        answer = task.max_new_tokens if ask == "generate" else max(map(len, of_question))
+        answer = task.max_new_tokens if ask == "generate" else max(len(option.tokens) for option in of_question)
         rest = len(start) + len(ids_T) - (last - first) + (0 if answer_apart else answer)
         rooms.append(max_tokens - rest)
     room = min(rooms)
@@ -110,7 +129,7 @@ def _of_document(
             f"{task.name}: question {worst.id} needs {needed:,} tokens with its answer and the model reads "
             f"{max_tokens:,}"
             + (
-                "; shorten its text with long_texts=cut_middle (or keep_head, keep_tail), or ask another model"
+                "; ask for shorter ones (lengths), shorten its text (long_texts=cut_middle), or ask another model"
                 if room > 0
                 else f", of which instructions, question and answer alone take {max_tokens - room:,}; ask a model that "
                 "reads more"
@@ -131,16 +150,22 @@ def _of_document(
     return prompts
 
 
-def _options(question: Question, ask: Ask, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+def _options(question: Question, ask: Ask, tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[Option, ...]:
     texts = question.choices if ask == "choose" else question.references[:1]
     tail = (question.after or question.context)[-_TAIL:]
     before = tokenizer.encode(tail)
     found = []
     for text in texts:
         whole = tokenizer.encode(tail + question.joint + text)
-        grows = whole[: len(before)] == before
-        tokens = whole[len(before) :] if grows else tokenizer.encode(question.joint + text)
-        if not tokens:
+        common = common_prefix([before, whole])
+        replaces = len(before) - common
+        if not whole[common:] or list(prompt[len(prompt) - replaces :]) != before[common:]:
+            # The tail by itself has other tokens than at the end of the prompt: the whole of it does not.
+            text_of_prompt = question.before + question.context + question.after
+            whole, common = tokenizer.encode(text_of_prompt + question.joint + text), 0
+            common = common_prefix([prompt, whole])
+            replaces = len(prompt) - common
+        if not whole[common:]:
             raise ValueError(f"question {question.id}: the tokenizer has no tokens for the answer {text!r}")
-        found.append(tuple(tokens))
+        found.append(Option(tokens=tuple(whole[common:]), replaces=replaces))
     return tuple(found)

@@ -135,7 +135,7 @@ class Written:
     @property
     def confidence(self) -> float:
         """Mean log-probability of a token; of nothing, -inf."""
-        return sum(self.logprobs) / len(self.logprobs) if self.logprobs else -math.inf
+        return sum(self.logprobs) / len(self.logprobs) if self.text and self.logprobs else -math.inf
 
 
 class Writer(Protocol):

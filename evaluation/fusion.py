@@ -27,6 +27,7 @@ from longspan.model.sampling import Sampling
 from longspan.model.seq2seq import Seq2Seq, about_source
 
 from .context_processing import LongText, Processed, Written, chunk_spans, context_span
+from .perplexity import batches, rotates_by_length
 
 
 def long_text(
@@ -73,9 +74,7 @@ class ModelWriter:
 
     def write(self, prompts: Sequence[Sequence[int]]) -> list[Written]:
         written: dict[int, Written] = {}
-        order = sorted(range(len(prompts)), key=lambda each: -len(prompts[each]))
-        for first in range(0, len(order), self.batch):
-            rows = order[first : first + self.batch]
+        for rows in batches(list(map(len, prompts)), self.batch, alike=rotates_by_length(self.model)):
             completions = complete(
                 self.model,
                 [prompts[row] for row in rows],

@@ -33,7 +33,7 @@ from longspan.kernels.cross_entropy import CHUNK_LOGITS
 from longspan.model.decoder import Decoder
 
 from .documents import EvalDocument
-from .perplexity import Precision, score
+from .perplexity import Precision, batches, rotates_by_length, score
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -188,12 +188,12 @@ def continuations(
         rows.setdefault(tokens, _Row(tokens, [])).asked.append((number, continuation))
     warn_cut(n_cut, len(pairs), max_length)
     found: dict[int, tuple[float, bool]] = {}
-    order = sorted(rows.values(), key=lambda row: -len(row.tokens))
+    distinct = list(rows.values())
     was_training = model.training
     model.eval()
     try:
-        for first in range(0, len(order), batch):
-            of_batch = _scored(model, order[first : first + batch], precision)
+        for chosen in batches([len(row.tokens) for row in distinct], batch, alike=rotates_by_length(model)):
+            of_batch = _scored(model, [distinct[i] for i in chosen], precision)
             found |= of_batch
             if progress is not None:
                 progress(len(of_batch))

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.kernels.cross_entropy import token_nll
+from longspan.model.decoder import Decoder
 
 from .documents import EvalDocument
 from .result import PerplexityResult, ScoringProtocol, summarise
@@ -246,7 +247,7 @@ def score_rows(
     """The nll of the wanted predictions of each row, float32 [T - first] nats, in the order of `rows`.
 
     batch     rows in a forward pass. Rows of one length go together; shorter ones are padded on the right, where causal
-              attention never looks
+              attention never looks (where padding changes the rotation of keys, rows of one length only)
     progress  called with (predictions scored, predictions in all) after each forward pass
 
     The model is evaluated in eval mode and returned to the mode that it had. Logits exist a chunk at a time only.
@@ -256,9 +257,7 @@ def score_rows(
     was_training = model.training
     model.train(False)
     try:
-        longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i].inputs))  # the sort is stable
-        for begin in range(0, len(rows), batch):
-            chosen = longest_first[begin : begin + batch]
+        for chosen in batches([len(row.inputs) for row in rows], batch, alike=rotates_by_length(model)):
             wanted = [len(rows[i].inputs) - rows[i].first for i in chosen]
             nll_N = _score_batch(model, [rows[i] for i in chosen], torch.device(device), precision)
             for i, part in zip(chosen, np.split(nll_N, np.cumsum(wanted)[:-1])):
@@ -269,6 +268,26 @@ def score_rows(
     finally:
         model.train(was_training)
     return found
+
+
+def rotates_by_length(model: object) -> bool:
+    """Whether a row's numbers depend on the length that it is padded to: dynamic RoPE scaling past its length."""
+    if not isinstance(model, Decoder):
+        return False
+    scaling = model.config.rope_scaling
+    return scaling is not None and scaling.kind == "dynamic"
+
+
+def batches(lengths: Sequence[int], batch: int, *, alike: bool) -> Iterator[list[int]]:
+    """Indices of rows that go through the model together, the longest first; `alike`: of one length only."""
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # the sort is stable
+    begin = 0
+    while begin < len(lengths):
+        chosen = longest_first[begin : begin + batch]
+        if alike:
+            chosen = [i for i in chosen if lengths[i] == lengths[chosen[0]]]
+        yield chosen
+        begin += len(chosen)
 
 
 def _score_batch(model: LanguageModel, rows: Sequence[Row], device: torch.device, precision: Precision) -> np.ndarray:

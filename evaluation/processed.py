@@ -13,7 +13,7 @@ from longspan.model.seq2seq import Seq2Seq
 
 from .context_processing import STRATEGIES, LongText, Processed
 from .fusion import Fused, ModelWriter, long_text
-from .readers import Reply, global_positions
+from .readers import Reply, global_positions, target_room
 from .tasks.task import Answer, Ask, Task, Truncation
 
 BY_STRATEGY: Mapping[str, Callable[[LongText, ModelWriter], Processed]] = MappingProxyType(
@@ -49,7 +49,10 @@ class StrategyReader:
         self.batch = batch
         self._strategy = BY_STRATEGY[strategy]
         frame = tokenizer.frame
-        self._start, self._end = (frame.before, frame.after) if isinstance(model, Seq2Seq) else (tuple(start), ())
+        self.start, self._end = (frame.before, frame.after) if isinstance(model, Seq2Seq) else (tuple(start), ())
+
+    def new_tokens(self, task: Task) -> int:
+        return target_room(self.model, task) if isinstance(self.model, Seq2Seq) else task.max_new_tokens
 
     def replies(
         self, task: Task, ask: Ask, questions: Sequence[Question], truncation: Truncation | None = None
@@ -59,7 +62,7 @@ class StrategyReader:
             model=self.model,
             tokenizer=self.tokenizer,
             sampling=Sampling(
-                max_new_tokens=task.max_new_tokens,
+                max_new_tokens=self.new_tokens(task),
                 temperature=0.0,
                 stop_tokens=frozenset({self.tokenizer.eos_id}),
                 pad_token=self.tokenizer.eos_id,
@@ -70,7 +73,7 @@ class StrategyReader:
             global_positions=global_positions(self.model) if isinstance(self.model, Seq2Seq) else (),
         )
         for question in questions:
-            text = long_text(question, self.tokenizer, start=self._start, end=self._end)
+            text = long_text(question, self.tokenizer, start=self.start, end=self._end)
             done = self._strategy(text, writer)
             read = {token for span in done.read for token in span}
             yield Reply(

@@ -26,7 +26,7 @@ import torch
 from longspan.data.tokenizer import Tokenizer
 
 from .documents import EvalDocument, in_full_windows
-from .perplexity import LanguageModel, Precision, Row, check_request, score_rows
+from .perplexity import LanguageModel, Precision, Row, check_request, rotates_by_length, score_rows
 from .protocol_definitions import ProtocolDefinition, Read, Text, definition_of
 
 
@@ -87,7 +87,7 @@ def measure_protocols(
     bos        the token that precedes a text; None: there is none
     stride     of `token_strided` and `longformer`; None: half the window
     strides    by name, in place of what a script fixes (`yarn` 256, `longlora` 256, `hf_docs` 512)
-    share      whether windows that begin alike are read once
+    share      whether windows that begin alike are read once (never where a longer pass changes earlier predictions)
     progress   called with (predictions computed, predictions to compute)
 
     Raises ValueError for an unknown name, a stride beyond the window, documents with prompts (no other protocol knows
@@ -103,6 +103,7 @@ def measure_protocols(
         advance = _advance(definition, window, stride, strides)
         reads, amount = _reads(definition, texts, window, advance, bos is not None)
         found.append((definition, advance, reads, amount))
+    share = share and not rotates_by_length(model)
     passes = _passes([placed for _, _, reads, _ in found for placed in reads], texts, bos=bos, share=share)
     nll = score_rows(model, passes.rows, batch=batch, device=device, precision=precision, progress=progress)
     return [

@@ -31,7 +31,7 @@ from longspan.model.sampling import Sampling
 from longspan.model.seq2seq import Seq2Seq
 from longspan.model.session import Request, Session
 
-from .asking import Prompt, common_prefix, prompts_of
+from .asking import Prompt, TooLong, common_prefix, prompts_of
 from .predictions import predict_answers, predict_classes
 from .tasks.task import Answer, Ask, Task, Truncation
 
@@ -54,12 +54,19 @@ class Reply:
 class Reader(Protocol):
     """asks        what this model can be asked, see `Ask`
     max_tokens  that it reads, a decoder with its answer
+    start       tokens that begin all that it reads
     """
 
     @property
     def asks(self) -> frozenset[Ask]: ...
     @property
     def max_tokens(self) -> int: ...
+    @property
+    def start(self) -> tuple[int, ...]: ...
+
+    def new_tokens(self, task: Task) -> int:
+        """That an answer of the task may have: as many as the task says, or as there is room for."""
+        ...
 
     def replies(
         self, task: Task, ask: Ask, questions: Sequence[Question], truncation: Truncation | None = None
@@ -117,6 +124,9 @@ class DecoderReader:
             yield from self._generated(task, documents) if ask == "generate" else self._judged(ask, documents)
         finally:
             self.model.train(was_training)
+
+    def new_tokens(self, task: Task) -> int:
+        return task.max_new_tokens
 
     # -- generation
 
@@ -184,9 +194,9 @@ class DecoderReader:
     def _judged(self, ask: Ask, documents: Sequence[Sequence[Prompt]]) -> Iterator[Reply]:
         waiting: list[Prompt] = []  # whose prompts are read whole
         for group in documents:
-            shared = common_prefix([prompt.tokens[:-1] for prompt in group])
-            alone = sum(len(prompt.options) for prompt in group) == 1
-            if self._pages and not alone and shared >= _WORTH_SHARING:
+            rows = [row for prompt in group for row in prompt.rows]
+            shared = common_prefix([tokens[:-1] for tokens, _ in rows])
+            if self._pages and len(rows) > 1 and shared >= _WORTH_SHARING:
                 for prompt, found in zip(group, self._after_prefix(group, shared)):
                     yield _judged(ask, prompt, found)
                 continue
@@ -198,7 +208,7 @@ class DecoderReader:
             yield from self._whole(ask, waiting)
 
     def _whole(self, ask: Ask, prompts: Sequence[Prompt]) -> Iterator[Reply]:
-        rows = [(prompt.tokens, option) for prompt in prompts for option in prompt.options]
+        rows = [row for prompt in prompts for row in prompt.rows]
         found: list[_Judged] = []
         for first in range(0, len(rows), self.batch):
             found += self._read(rows[first : first + self.batch])
@@ -208,7 +218,7 @@ class DecoderReader:
 
     def _after_prefix(self, prompts: Sequence[Prompt], shared: int) -> list[list[_Judged]]:
         """The options of prompts that begin with the same `shared` tokens."""
-        rows = [(prompt.tokens[shared:], option) for prompt in prompts for option in prompt.options]
+        rows = [(tokens[shared:], option) for prompt in prompts for tokens, option in prompt.rows]
         own = max(len(tokens) + len(option) for tokens, option in rows)
         per_row = pages_for(own + _PAGE, _PAGE)
         width = min(self.batch, len(rows))
@@ -299,6 +309,10 @@ class Seq2SeqReader:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.batch = batch
+        self.start = tokenizer.frame.before
+
+    def new_tokens(self, task: Task) -> int:
+        return target_room(self.model, task)
 
     def replies(
         self, task: Task, ask: Ask, questions: Sequence[Question], truncation: Truncation | None = None
@@ -316,7 +330,7 @@ class Seq2SeqReader:
         )
         prompts.sort(key=lambda prompt: -len(prompt.tokens))
         sampling = Sampling(
-            max_new_tokens=task.max_new_tokens,
+            max_new_tokens=self.new_tokens(task),
             temperature=0.0,
             stop_tokens=frozenset({self.tokenizer.eos_id}),
             pad_token=self.tokenizer.eos_id,
@@ -333,6 +347,11 @@ class Seq2SeqReader:
             )
             for row, completion in zip(rows, completions, strict=True):
                 yield _reply(row, Answer(text=completion.text or ""))
+
+
+def target_room(model: Seq2Seq, task: Task) -> int:
+    """Tokens of an answer that the decoder has positions for: its start token takes one."""
+    return min(task.max_new_tokens, model.config.decoder.max_positions - 1)
 
 
 def global_positions(model: Seq2Seq) -> tuple[int, ...]:
@@ -354,27 +373,42 @@ class EncoderReader:
             "qa": frozenset({"extract"}),
         }
         self.asks = by_head.get(model.config.head, frozenset())
+        self.start = tokenizer.frame.before
         self.model = model
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.batch = batch
 
+    def new_tokens(self, task: Task) -> int:
+        return 0
+
     def replies(
         self, task: Task, ask: Ask, questions: Sequence[Question], truncation: Truncation | None = None
     ) -> Iterator[Reply]:
-        if truncation not in (None, "keep_head"):
-            raise ValueError(f"truncation={truncation}: of a text that is too long, an encoder reads the beginning")
+        rule = task.truncation if truncation is None else truncation
+        if ask == "classify" and rule not in ("refuse", "keep_head"):
+            raise TooLong(
+                f"{task.name}: long_texts={rule}: of a text to classify an encoder reads the beginning; say "
+                "keep_head, or refuse"
+            )
         frame = self.tokenizer.frame
         room = self.max_tokens - len(frame.before) - len(frame.after)
+        if ask == "classify" and rule == "refuse":
+            for question in questions:
+                if (tokens := len(self.tokenizer.encode(question.context))) > room:
+                    raise TooLong(
+                        f"{task.name}: the text of question {question.id} has {tokens:,} tokens and the model reads "
+                        f"{room:,}; long_texts=keep_head reads its beginning"
+                    )
         of_size = self.batch * 8  # as many texts are sorted by length
         for first in range(0, len(questions), of_size):
             some = questions[first : first + of_size]
-            for question, text in zip(some, self._answers(ask, some), strict=True):
+            for question, text in zip(some, self._answers(task, ask, some), strict=True):
                 tokens = len(self.tokenizer.encode(question.context))
                 read = min(tokens, room) if ask == "classify" else tokens
                 yield Reply(question=question, answer=Answer(text=text), prompt_tokens=read, dropped=tokens - read)
 
-    def _answers(self, ask: Ask, questions: Sequence[Question]) -> list[str]:
+    def _answers(self, task: Task, ask: Ask, questions: Sequence[Question]) -> list[str]:
         if ask == "classify":
             texts = [question.context for question in questions]
             found = predict_classes(self.model, self.tokenizer, texts, context=self.max_tokens, batch=self.batch)
@@ -385,7 +419,7 @@ class EncoderReader:
             self.tokenizer,
             pairs,
             context=self.max_tokens,
-            may_be_missing=any("" in question.references for question in questions),
+            may_be_missing=task.unanswerable,
             batch=self.batch,
         )
         return [each.text for each in spans]

@@ -59,16 +59,19 @@ class CheckpointResults:
 
 
 @contextmanager
-def begun(output: Path, request: Mapping[str, object], *, overwrite: bool, parts: Sequence[Path]) -> Iterator[bool]:
+def begun(
+    output: Path, request: Mapping[str, object], *, overwrite: bool, again: bool, parts: Sequence[Path]
+) -> Iterator[bool]:
     """The directory for as long as it is filled: new, or left unfinished by the same request (gives True then). Where
     nothing comes of it, a new one is gone again.
 
+    again   a finished one of the same request, too, is gone on with: its numbers are compared anew
     parts   directories of single checkpoints
     Raises Occupied where it holds something else, unless it may be overwritten: then what an evaluation writes is
     removed, and nothing else.
     """
     missing = [path for path in (*reversed(parts), *({output, *output.parents} - set(parts))) if not path.exists()]
-    resumed = _begin(output, request, overwrite=overwrite, parts=parts)
+    resumed = _begin(output, request, overwrite=overwrite, again=again, parts=parts)
     try:
         yield resumed
     except BaseException:
@@ -82,21 +85,28 @@ def begun(output: Path, request: Mapping[str, object], *, overwrite: bool, parts
         raise
 
 
-def _begin(output: Path, request: Mapping[str, object], *, overwrite: bool, parts: Sequence[Path]) -> bool:
+def _begin(output: Path, request: Mapping[str, object], *, overwrite: bool, again: bool, parts: Sequence[Path]) -> bool:
     if output.exists() and not output.is_dir():
         raise Occupied(f"output={output}: is a file; name a directory")
     if overwrite and output.is_dir():
         for path in (*(output / name for name in _OWN), *(part / name for part in parts for name in _OF_A_CHECKPOINT)):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     asked = output / REQUEST
-    if asked.is_file() and not (output / RESULTS).exists():
+    if asked.is_file():
         differing = _differing(json.loads(asked.read_text(encoding="utf-8")), json.loads(json.dumps(request)))
-        if differing is None:
+        finished = (output / RESULTS).exists()
+        if differing is None and (again or not finished):
             return True
-        raise Occupied(
-            f"output={output}: holds an unfinished evaluation that asked for something else ({differing}); choose "
-            "another, or set overwrite=true to begin again"
-        )
+        if differing is None:
+            raise Occupied(
+                f"output={output}: holds this evaluation already, finished: read results.md; or choose another, or set "
+                "overwrite=true to measure again"
+            )
+        if not finished:
+            raise Occupied(
+                f"output={output}: holds an unfinished evaluation that asked for something else ({differing}); choose "
+                "another, or set overwrite=true to begin again"
+            )
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise Occupied(f"output={output}: exists and is not an empty directory; choose another, or set overwrite=true")
     for part in (output, *parts):

@@ -12,6 +12,8 @@ import numpy as np
 from .compare import Comparison, Measured, compare, holm, measured_scores
 from .suite import CheckpointResults
 
+PER_BYTE = "bits per byte"
+
 
 def compare_checkpoints(
     results: Sequence[CheckpointResults], *, seed: int, force: bool
@@ -27,7 +29,8 @@ def compare_checkpoints(
             try:
                 found.append(compare(*pair, force=force, seed=seed))
             except ValueError as error:
-                refused.append(f"{pair[0].measure}: {error}")
+                budget = "; two tokenizers make two texts of one budget: set evaluation.max_tokens=null"
+                refused.append(f"{pair[0].measure}: {error}" + (budget if pair[0].measure == PER_BYTE else ""))
     adjusted = holm([each.p_value for each in found])
     return tuple(replace(each, adjusted_p_value=p) for each, p in zip(found, adjusted)), tuple(refused)
 
@@ -54,7 +57,7 @@ def _loss(results: CheckpointResults, *, per_byte: bool) -> Measured:
         protocol["bos"] = protocol["bos"] is not None  # an id means something within one tokenizer
     return Measured(
         name=results.name,
-        measure="bits per byte" if per_byte else "loss (nats per token)",
+        measure=PER_BYTE if per_byte else "loss (nats per token)",
         protocol=protocol,
         units=tuple(f"{each.source}/{each.id}" for each in documents),
         totals=nll_d / math.log(2) if per_byte else nll_d,

@@ -20,6 +20,7 @@ from .suite_context import context_record, retrieval_record
 from .task_result import Metric, TaskResult
 
 FORMAT = 1
+_NO_SHARES = ("nll", "perplexity")  # metrics that are shown as they are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +88,18 @@ def score_table(results: Results) -> Table:
     for name in results.task_names:
         found = [each.tasks.get(name) for each in results.measured]
         headline = next(result.headline for result in found if result is not None)
-        rows.append([name, headline, *(_score(result) for result in found)])
-    return ["task", "metric", *(each.name for each in results.measured)], rows
+        questions = max(result.questions for result in found if result is not None)
+        shortened = max(result.truncated for result in found if result is not None)
+        rows.append(
+            [
+                name,
+                headline,
+                f"{questions:,}",
+                f"{shortened:,}",
+                *("–" if result is None else _metric(headline, result.score) for result in found),
+            ]
+        )
+    return ["task", "metric", "questions", "shortened", *(each.name for each in results.measured)], rows
 
 
 def length_table(results: Results) -> Table:
@@ -108,7 +119,7 @@ def length_table(results: Results) -> Table:
 
 
 def metric_rows(result: TaskResult) -> list[list[str]]:
-    return [[name, _metric(metric)] for name, metric in result.metrics.items()]
+    return [[name, _metric(name, metric)] for name, metric in result.metrics.items()]
 
 
 def perplexity_table(results: Results) -> Table:
@@ -127,7 +138,8 @@ def protocol_tables(results: Results) -> list[tuple[str, Table]]:
     for each in results.measured:
         protocols = each.perplexity.get("protocols") if each.perplexity is not None else None
         if isinstance(protocols, list) and protocols:
-            base = protocols[0]["perplexity"]
+            ours = (each.perplexity or {})["perplexity"]
+            base = ours["perplexity"] if isinstance(ours, Mapping) else None
             rows = [
                 [
                     entry["name"],
@@ -139,7 +151,7 @@ def protocol_tables(results: Results) -> list[tuple[str, Table]]:
                 ]
                 for entry in protocols
             ]
-            head = ["protocol", "perplexity", "loss", "against the first", "scored", "mean context"]
+            head = ["protocol", "perplexity", "loss", "against ours", "scored", "mean context"]
             found.append((each.name, (head, rows)))
     return found
 
@@ -148,7 +160,13 @@ def effective_table(results: Results) -> Table:
     rows = []
     for each in results.measured:
         if each.effective is not None:
-            rows.append([each.name, "loss", *_length_cells(each.effective.length, each.effective.interval)])
+            rows.append(
+                [
+                    each.name,
+                    "loss",
+                    *_length_cells(each.effective.length, each.effective.interval, none="fewer than ten documents"),
+                ]
+            )
         for name, found in each.retrieves.items():
             cells = _length_cells(found.length, found.interval, none=f"below {found.by_length[0][0]:,}")
             rows.append([each.name, f"{name} ≥ {100 * found.threshold:g} %", *cells])
@@ -162,12 +180,25 @@ def _length_cells(
     return [shown[0], f"{shown[1]} – {shown[2]}" if interval is not None else "–"]
 
 
+def harness_table(results: Results) -> Table:
+    rows = []
+    for each in results.measured:
+        found = each.harness.get("results")
+        for task, metrics in (found if isinstance(found, Mapping) else {}).items():
+            rows += [
+                [each.name, task, name.removesuffix(",none"), _number(value)]
+                for name, value in metrics.items()
+                if isinstance(value, int | float) and "stderr" not in name
+            ]
+    return ["checkpoint", "task", "metric", "value"], rows
+
+
 def comparison_table(results: Results) -> Table:
     rows = [
         [
             f"{each.measure}: {each.first} less {each.second}" + (" (forced)" if each.differing else ""),
-            _signed(each.difference),
-            f"{_signed(each.interval[0])} … {_signed(each.interval[1])}" if each.interval else "–",
+            _signed(each, each.difference),
+            f"{_signed(each, each.interval[0])} … {_signed(each, each.interval[1])}" if each.interval else "–",
             _p(each.p_value),
             _p(each.adjusted_p_value),
             f"{each.documents:,}",
@@ -177,20 +208,17 @@ def comparison_table(results: Results) -> Table:
     return ["what", "difference", "95 % interval", "p", "p (Holm)", "documents"], rows
 
 
-def _score(result: TaskResult | None) -> str:
-    return "–" if result is None else _metric(result.score)
-
-
-def _metric(metric: Metric) -> str:
-    if metric.interval is None:
-        return _value(metric.mean)
-    low, high = metric.interval
-    return f"{_value(metric.mean)} ({_value(low)} – {_value(high)})"
-
-
-def _value(value: float) -> str:
+def _metric(name: str, metric: Metric) -> str:
     """Shares as per cent, other numbers as they are."""
-    return _percent(value) if 0 <= value <= 1 else f"{value:.3g}"
+    shown = _plain_number if name in _NO_SHARES else _percent
+    if metric.interval is None:
+        return shown(metric.mean)
+    low, high = metric.interval
+    return f"{shown(metric.mean)} ({shown(low)} – {shown(high)})"
+
+
+def _plain_number(value: float) -> str:
+    return f"{value:.3g}"
 
 
 def _percent(value: float) -> str:
@@ -201,8 +229,10 @@ def _number(value: object, *, digits: int = 4) -> str:
     return f"{value:,.{digits}f}" if isinstance(value, int | float) else "–"
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.4f}"
+def _signed(comparison: Comparison, value: float) -> str:
+    """Differences of a task's shares in points of a hundred, as the shares are shown; of losses as they are."""
+    _, _, metric = comparison.measure.partition(", ")
+    return f"{100 * value:+.1f}" if metric and metric not in _NO_SHARES else f"{value:+.4f}"
 
 
 def _p(value: float | None) -> str:
@@ -251,6 +281,7 @@ def _sections(results: Results) -> list[tuple[str, Table, str]]:
             for name, found in protocol_tables(results)
         ),
         ("Effective context", effective_table(results), ""),
+        ("lm-evaluation-harness", harness_table(results), "As the harness counts."),
         ("By length", length_table(results), "Headline metric, per cent, by tokens of the prompt with its answer."),
         (
             "Comparison",

@@ -24,6 +24,7 @@ class TaskProtocol:
     ask               how the model was asked (`tasks.task.Ask`)
     long_texts        what became of texts that the model cannot read whole
     max_tokens        that the model read at most, a decoder with its answer
+    start             tokens that begin all that it read
     questions         how many
     questions_sha256  of their texts and answers, in order: equal means that models were asked the same
     files             name → sha256 of the local files that they were made of; `n_refused` rows could not be used
@@ -36,6 +37,7 @@ class TaskProtocol:
     ask: Ask
     long_texts: LongTexts
     max_tokens: int
+    start: tuple[int, ...]
     max_new_tokens: int
     lengths: tuple[int, ...]
     depths: tuple[float, ...]

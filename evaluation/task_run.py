@@ -69,6 +69,8 @@ def run_task(
     """
     ask = way_of_asking(task, model.reader)
     questions = asked.questions
+    if len({question.id for question in questions}) < len(questions):
+        raise ValueError(f"{task.name}: two questions have the same id; ids tell answers apart")
     if not questions:
         raise ValueError(f"{task.name} has no questions")
     protocol = TaskProtocol(
@@ -77,7 +79,8 @@ def run_task(
         ask=ask,
         long_texts=long_texts or task.truncation,
         max_tokens=model.reader.max_tokens,
-        max_new_tokens=task.max_new_tokens if ask == "generate" else 0,
+        start=model.reader.start,
+        max_new_tokens=model.reader.new_tokens(task) if ask == "generate" else 0,
         lengths=asked.lengths,
         depths=asked.depths,
         samples=asked.samples,
@@ -90,11 +93,15 @@ def run_task(
         precision=model.precision,
     )
     found = _begun(samples, protocol)
-    left = [question for question in questions if question.id not in found]
+    # Whole documents: how much of a text is read depends on all questions about it.
+    open_documents = {question.document for question in questions if question.id not in found}
+    left = [question for question in questions if question.document in open_documents]
     if progress is not None:
         progress(len(found), len(questions))
     for reply in model.reader.replies(task, ask, left, as_truncation(long_texts)) if left else ():
         score = _scored(task, reply)
+        if score.id in found:
+            continue
         if not found:
             _append(samples, {"protocol": asdict(protocol)})
         _append(samples, asdict(score))
@@ -146,7 +153,7 @@ def _begun(samples: Path, protocol: TaskProtocol) -> dict[str, QuestionScore]:
     raw = samples.read_bytes() if samples.is_file() else b""
     whole, _, torn = raw.rpartition(b"\n")
     lines = whole.split(b"\n") if whole else []
-    if not lines:
+    if len(lines) < 2:
         samples.unlink(missing_ok=True)
         return {}
     written = json.loads(lines[0])["protocol"]

@@ -81,10 +81,14 @@ VERBS: dict[str, Verb] = {
         ),
     ),
     "evaluate": Verb(
-        "perplexity of a checkpoint, with its protocol, as JSON, Markdown and a curve",
+        "perplexity and long-document tasks of checkpoints, each number with its protocol; JSON, Markdown, a page",
         "EvaluateConfig",
         "validate_evaluate",
-        ("longspan evaluate checkpoint=runs/quickstart", "longspan evaluate checkpoint=DIR data.path=book.txt"),
+        (
+            "longspan evaluate checkpoint=runs/quickstart",
+            "longspan evaluate checkpoint=DIR data.path=book.txt tasks=[perplexity,passkey] lengths=[1024,2048]",
+            "longspan evaluate checkpoints=[A,B] tasks=[qmsum] files=my_data long_texts=bm25",
+        ),
     ),
     "generate": Verb(
         "text from a prompt, a file or a list of requests, streamed",

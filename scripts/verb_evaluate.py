@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from longspan.data.synthetic import TooShortError
+from longspan.data.synthetic import TooShortError, TooSmallError
 from longspan.evaluation.asking import TooLong
 from longspan.evaluation.record import write_evaluation
 from longspan.evaluation.suite import (
@@ -23,7 +23,7 @@ from longspan.evaluation.suite import (
 from longspan.evaluation.suite_compare import compare_checkpoints
 from longspan.evaluation.suite_context import by_retrieval
 from longspan.evaluation.suite_report import Results, markdown, write_results
-from longspan.evaluation.task_run import CannotAsk, run_task
+from longspan.evaluation.task_run import CannotAsk, run_task, way_of_asking
 from longspan.evaluation.tasks.registry import check_files, chosen, gather
 from longspan.evaluation.tasks.task import Material, Task
 from longspan.model.checkpoint import resolve_checkpoint
@@ -43,7 +43,7 @@ from longspan.training.schema import EvaluateConfig
 
 from .output import Progress, as_yaml, progress
 
-_NOT_ASKED = ("output", "overwrite", "dry_run", "force")  # keys that change no number
+_NOT_ASKED = ("output", "overwrite", "dry_run", "force", "accelerator")  # keys that change no number, but for rounding
 
 
 def run(config: EvaluateConfig) -> int:
@@ -53,17 +53,17 @@ def run(config: EvaluateConfig) -> int:
     tasks = chosen(config.tasks)
     check_files(tasks, None if config.files is None else Path(config.files), hub=config.hub)
     output = Path(config.output) if config.output is not None else _default_output(config)
-    names = distinct_names([str(resolve_checkpoint(each)) for each in config.subjects])
+    names = distinct_names(config.subjects)
     parts = directories(output, names)
     request = _request(config)
     measured = []
     try:
         with (
-            begun(output, request, overwrite=config.overwrite, parts=parts) as resumed,
+            begun(output, request, overwrite=config.overwrite, again=config.force, parts=parts) as resumed,
             progress("longspan evaluate") as shown,
         ):
             if resumed:
-                print(f"going on with {output}/", file=sys.stderr)
+                print(f"longspan evaluate: going on with {output}/", file=sys.stderr)
             for checkpoint, name, part in zip(config.subjects, names, parts, strict=True):
                 label = "" if len(names) == 1 else f"{name}: "
                 measured.append(_measure(config, load_subject(config, checkpoint), tasks, name, part, shown, label))
@@ -86,7 +86,8 @@ def run(config: EvaluateConfig) -> int:
         print(markdown(results))
     print(f"written to {output}/")
     if not_compared:
-        raise RunFailed(f"{len(not_compared)} numbers were measured and not compared; the first: {not_compared[0]}")
+        many = "one number was" if len(not_compared) == 1 else f"{len(not_compared)} numbers were"
+        raise RunFailed(f"{many} measured and not compared; the first: {not_compared[0]}")
     return 0
 
 
@@ -99,24 +100,29 @@ def _measure(
     shown: Progress,
     label: str,
 ) -> CheckpointResults:
+    """Everything that was asked for; what this model cannot be asked is refused, with the reason: the rest goes on."""
     measured = CheckpointResults(name=name, facts=subject.facts)
     refused: dict[str, str] = {}
     if "perplexity" in config.tasks:
-        measured = _with_perplexity(measured, config, subject, part, shown, label)
+        try:
+            measured = _with_perplexity(measured, config, subject, part, shown, label)
+        except CannotAsk as error:
+            refused["perplexity"] = str(error)
     if "effective_context" in config.tasks:
-        with shown.part(f"{label}effective context") as advance:
-            measured = replace(measured, effective=measure_context(subject, config, advance))
+        try:
+            with shown.part(f"{label}effective context") as advance:
+                measured = replace(measured, effective=measure_context(subject, config, advance))
+        except CannotAsk as error:
+            refused["effective_context"] = str(error)
+    if config.harness:
+        with shown.part(f"{label}lm-evaluation-harness"):
+            measured = replace(measured, harness=measure_harness(subject, config))
     model = asked_model(subject, batch=config.evaluation.batch, long_texts=config.long_texts)
     for task in tasks:
         try:
+            way_of_asking(task, model.reader)
             asked = gather(task, _material(config, subject), shorten=config.lengths is None)
-        except TooShortError as error:
-            if config.lengths is not None:
-                raise
-            refused[task.name] = f"the context of {subject.context:,} tokens is too short: {error}"
-            continue
-        with shown.part(f"{label}{task.name}") as advance:
-            try:
+            with shown.part(f"{label}{task.name}") as advance:
                 result, scores = run_task(
                     task,
                     model,
@@ -125,21 +131,22 @@ def _measure(
                     long_texts=config.long_texts,
                     progress=advance,
                 )
-            except (CannotAsk, TooLong) as error:
-                refused[task.name] = str(error)
-                continue
+        except (CannotAsk, TooLong) as error:
+            refused[task.name] = str(error)
+            continue
+        except (TooShortError, TooSmallError) as error:
+            if config.lengths is not None:
+                raise
+            refused[task.name] = f"by a context of {subject.context:,} tokens: {error}"
+            continue
         measured = replace(
             measured,
             tasks={**measured.tasks, task.name: result},
             samples={**measured.samples, task.name: scores},
         )
-    measured = replace(
+    return replace(
         measured, refused=refused, retrieves=by_retrieval(measured.tasks, measured.samples, seed=config.seed)
     )
-    if not config.harness:
-        return measured
-    with shown.part(f"{label}lm-evaluation-harness"):
-        return replace(measured, harness=measure_harness(subject, config))
 
 
 def _with_perplexity(
@@ -175,6 +182,7 @@ def _material(config: EvaluateConfig, subject: Subject) -> Material:
 def _request(config: EvaluateConfig) -> dict[str, object]:
     """What decides about the numbers."""
     asked = {key: value for key, value in plain(config).items() if key not in _NOT_ASKED}
+    asked["evaluation"] = {key: value for key, value in asked["evaluation"].items() if key != "batch"}
     return {**asked, "weights_sha256": [fingerprint(resolve_checkpoint(each)) for each in config.subjects]}
 
 

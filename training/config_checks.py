@@ -203,6 +203,9 @@ def check_evaluate(config: EvaluateConfig) -> Iterator[Problem]:
         yield _problem(("tasks", list(config.tasks)), "names a task twice")
     if config.lengths is not None and min(config.lengths) < 1:
         yield _problem(("lengths", list(config.lengths)), "a length is a number of tokens, at least 1")
+    for key, values in (("lengths", config.lengths or ()), ("depths", config.depths)):
+        if len(set(values)) < len(values):
+            yield _problem((key, list(values)), "names one of them twice")
     if not all(0 <= depth <= 1 for depth in config.depths):
         yield _problem(("depths", list(config.depths)), "a depth is a share of the text, from 0 to 1")
     if config.harness_files is not None and not config.harness:

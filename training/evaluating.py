@@ -26,7 +26,7 @@ from longspan.evaluation.names import LongTexts
 from longspan.evaluation.perplexity import Precision
 from longspan.evaluation.processed import StrategyReader
 from longspan.evaluation.readers import Reader, reader_of
-from longspan.evaluation.task_run import AskedModel, as_truncation
+from longspan.evaluation.task_run import AskedModel, CannotAsk, as_truncation
 from longspan.model.checkpoint import load_model, resolve_checkpoint
 from longspan.model.checkpoint_files import fingerprint
 from longspan.model.decoder import Decoder
@@ -123,6 +123,9 @@ def measure_context(
     stored, _ = documents_of(config.data, subject)
     longest = max(config.lengths) if config.lengths is not None else subject.context
     documents = documents_from(stored, limit=config.data.limit, decode=subject.tokenizer.decode)
+    documents = [document for document in documents if not document.prompt]  # whose first tokens are not to be scored
+    if not any(len(document.tokens) > longest for document in documents):
+        raise CannotAsk(f"effective context by {longest:,} tokens: no document without a prompt is longer than that")
     curve = measure_context_curve(
         model,
         documents,
@@ -149,16 +152,18 @@ def measure_harness(subject: Subject, config: EvaluateConfig) -> dict[str, objec
             limit=config.samples,
             max_length=subject.context,
             batch=config.evaluation.batch,
+            precision=subject.precision,
             starts=subject.start is not None,
             seed=config.seed,
         )
     except (ImportError, ValueError) as error:
-        raise UserError(f"harness={list(config.harness)}: {error}") from error
+        said = str(error).replace("include_path", "harness_files")  # as the command line calls it
+        raise UserError(f"harness={list(config.harness)}: {said}") from error
 
 
 def _decoder(subject: Subject, what: str) -> Decoder:
     if not isinstance(subject.model, Decoder):
-        raise UserError(f"{subject.checkpoint} holds no decoder, and {what} is of models that predict the next token")
+        raise CannotAsk(f"{subject.checkpoint} holds no decoder, and {what} is of models that predict the next token")
     return subject.model
 
 
@@ -171,8 +176,12 @@ def documents_of(data: EvaluationDataConfig, subject: Subject) -> tuple[StoredDo
     stored = text_documents(source, subject.tokenizer)
     try:
         return stored, training_store(subject.checkpoint, subject.tokenizer).documents("train")
-    except UserError as error:
-        print(f"no n-gram baseline: {error}", file=sys.stderr)
+    except UserError:
+        print(
+            f"longspan evaluate: no n-gram baseline, which is fitted on training text: that of {subject.checkpoint} is "
+            "not known here",
+            file=sys.stderr,
+        )
         return stored, None
 
 

@@ -67,7 +67,7 @@ class EvaluateConfig:
     harness_files: str | None = Field(
         default=None, description="directory with task definitions for the harness, beside its own; no code is run"
     )
-    seed: int = Field(default=0, ge=0, description="of the questions that are drawn, and of intervals")
+    seed: int = Field(default=0, ge=0, description="of the questions that are drawn, and of the intervals of tasks")
     force: bool = Field(
         default=False, description="compare checkpoints whose numbers were measured by different protocols, too"
     )

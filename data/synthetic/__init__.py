@@ -5,7 +5,7 @@ settings, never on which other questions are asked for; the same ones come out i
 NumPy's PCG64, whose streams do not change with the version of Python; natural text where none is given does.
 """
 
-from .fill import Count, TooShortError
+from .fill import Count, TooShortError, TooSmallError
 from .haystack import key_value, needle, passkey
 from .listops import ListOpsSettings, listops, listops_expression
 from .mechanisms import associative_recall, copying, induction, selective_copying, words
@@ -22,6 +22,7 @@ __all__ = [
     "Document",
     "ListOpsSettings",
     "TooShortError",
+    "TooSmallError",
     "associative_recall",
     "copying",
     "induction",

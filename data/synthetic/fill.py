@@ -18,6 +18,10 @@ Count = Callable[[str], int]
 """Tokens of a text."""
 
 
+class TooSmallError(ValueError):
+    """A file does not hold enough to fill a length."""
+
+
 class TooShortError(ValueError):
     """A prompt does not fit into a length even without what fills it. `least` is the length that it takes."""
 

@@ -104,7 +104,7 @@ def listops(
             joint=" = ",
             references=(CLASSES[made.value],),
             choices=CLASSES,
-            groups={"length": made.n_symbols // 500 * 500},
+            groups={"symbols": made.n_symbols // 500 * 500},
         )
 
 

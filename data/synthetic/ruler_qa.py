@@ -19,7 +19,7 @@ import numpy as np
 
 from ..files import SourceError
 from ..questions import Question
-from .fill import Count, Prompt, TooShortError, Units, fill, generator, unit_cost
+from .fill import Count, Prompt, TooShortError, TooSmallError, Units, fill, generator, unit_cost
 from .ruler import LENGTHS, ROOM, SAMPLES
 
 _FORMS: dict[str, str] = {"qa_1": "SQuAD", "qa_2": "HotpotQA"}
@@ -84,7 +84,7 @@ def _questions(
                 least = error.least if least is None else min(least, error.least)
                 continue
             if used == len(documents):
-                raise ValueError(
+                raise TooSmallError(
                     f"length={length}: all {used} documents of {path} take {prompt.tokens(count, 0)} tokens; give a "
                     "file with more, or a smaller length"
                 )

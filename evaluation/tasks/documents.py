@@ -286,6 +286,7 @@ DOCUMENT_TASKS: tuple[Task, ...] = (
         summary="the same with questions that have no answer (Rajpurkar et al. 2018); to say so is right there",
         asks=("extract", "generate"),
         questions=_SQUAD_2,
+        unanswerable=True,
         score=_answer_scores,
         headline="f1",
         max_new_tokens=32,

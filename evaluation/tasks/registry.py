@@ -42,7 +42,7 @@ def gather(task: Task, material: Material, *, shorten: bool = False) -> Asked:
         return replace(
             asked,
             questions=tuple(found.drawn(material.samples, material.seed)),
-            files={Path(found.source).name: found.sha256},
+            files={found.source if found.source.startswith("hub:") else Path(found.source).name: found.sha256},
             n_refused=found.n_refused,
         )
     if not task.made_to_length:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from longspan.data import synthetic
-from longspan.data.question_files import find_question_file
+from longspan.data.files import SourceError
 from longspan.data.questions import Question
 from longspan.evaluation.string_match import string_match_all, string_match_mean, string_match_part
 
@@ -107,7 +107,11 @@ def _ruler(name: str, material: Material) -> Iterable[Question]:
 def qa_file(name: str, files: Path | None) -> Path:
     """The file that qa_1 or qa_2 is made of. Raises SourceError that says where to put it."""
     stem, form = QA_FILES[name]
-    return find_question_file(files, stem, form)
+    path = None if files is None else files / f"{stem}.json"
+    if path is None or not path.is_file():
+        where = "files=DIR" if files is None else str(files)
+        raise SourceError(f"{name}: no {stem}.json in {where}: put it there, {form}")
+    return path
 
 
 def _ruler_qa(name: str, material: Material) -> Iterable[Question]:

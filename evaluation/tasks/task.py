@@ -96,6 +96,7 @@ class Task:
     max_new_tokens  that an answer may have
     stop            generation ends before the first of these strings
     samples         what `Material.samples` is unless a user says otherwise
+    unanswerable    whether there may be no answer, which an encoder then may find
     made_to_length  whether `lengths` is what its questions are made to
     has_depths      whether they are also made at each depth
     files           what must lie in the directory of local files, in words; None: it needs none
@@ -113,6 +114,7 @@ class Task:
     max_new_tokens: int = 32
     stop: tuple[str, ...] = ()
     samples: int | None = None
+    unanswerable: bool = False
     made_to_length: bool = False
     has_depths: bool = False
     files: str | None = None

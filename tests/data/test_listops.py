@@ -100,7 +100,7 @@ def test_questions():
     assert first.choices == tuple("0123456789")
     assert first.references == (str(evaluated(first.context)[0]),)
     assert first.context != second.context
-    assert first.groups["length"] in (500, 1000, 1500)
+    assert first.groups["symbols"] in (500, 1000, 1500)
 
 
 def test_settings_that_cannot_be():

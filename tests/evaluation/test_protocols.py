@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from longspan.data.tokenizer import byte_level
 from longspan.evaluation.documents import EvalDocument, in_full_windows
+from longspan.evaluation.harness import continuations
 from longspan.evaluation.perplexity import score
 from longspan.evaluation.protocol_definitions import PROTOCOLS, definition_of, protocol_names
 from longspan.evaluation.protocols import ProtocolResult, measure_protocols
+from longspan.model.config_rope import RopeScaling
+from longspan.model.zoo import build
 
 BYTES = byte_level()
 EOS = BYTES.eos_id
@@ -358,3 +361,25 @@ def test_prompts_are_refused_where_a_script_knows_none() -> None:
             batch=1,
             device="cpu",
         )
+
+
+def test_where_padding_changes_the_rotation_of_keys_every_window_is_read_by_itself() -> None:
+    """Dynamic scaling past the original length: neither the rows beside a window nor a longer pass change its loss."""
+    scaling = RopeScaling(kind="dynamic", factor=2.0, original_positions=16)
+    model = build("llama-tiny", {"vocab_size": 257, "rope_scaling": scaling}, seed=0).eval()
+    texts = random_texts([90, 50, 70])
+    names = ["disjoint", "lm_eval_rolling"]
+    alone = measure(texts, names, window=40, model=model, batch=1, share=False)
+    together = measure(texts, names, window=40, model=model, batch=4)
+    assert [each.loss for each in together] == pytest.approx([each.loss for each in alone], abs=1e-5)
+    one, four = (
+        score(model, [stored(text) for text in texts], window=40, stride=40, bos=256, batch=batch, device="cpu")
+        for batch in (1, 4)
+    )
+    assert one.nll == pytest.approx(four.nll, abs=1e-4)
+    pairs = [(list(b"abcdefghijklmnopqrstuvwxyz"), list(b"xyz")), (list(b"abc"), list(b"de"))]
+    both = continuations(model, pairs, max_length=64, batch=2)  # pyright: ignore[reportArgumentType]: a decoder
+    assert [nll for nll, _ in both] == pytest.approx(
+        [continuations(model, [pair], max_length=64, batch=1)[0][0] for pair in pairs],  # pyright: ignore[reportArgumentType]: a decoder
+        abs=1e-4,
+    )

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.data.questions import Question
-from longspan.data.tokenizer import byte_level, train_bpe
+from longspan.data.tokenizer import Tokenizer, byte_level, train_bpe
 from longspan.evaluation.asking import TooLong, common_prefix, prompts_of
 from longspan.evaluation.processed import BY_STRATEGY, StrategyReader
 from longspan.evaluation.readers import DecoderReader, EncoderReader, Reply, Seq2SeqReader, reader_of
@@ -151,7 +152,23 @@ class TestPrompts:
         tokenizer = train_bpe(["ab ab. ca\nab ab ca c c. ab"], 262)
         asked = Question(id="q", document="d", context=text, after="Q?", references=(answer,))
         (prompt,) = prompts_of(task("force"), "force", [asked], tokenizer, start=(), max_tokens=1000)
-        assert tokenizer.decode([*prompt.tokens, *prompt.options[0]]) == f"{text}Q? {answer}"
+        ((read, option),) = prompt.rows
+        assert tokenizer.decode([*read, *option]) == f"{text}Q? {answer}"
+
+    @pytest.mark.parametrize("answer", ["ball", "a ball", "b"])
+    def test_a_tokenizer_that_merges_where_prompt_and_answer_meet(self, answer: str):
+        pieces = ["▁", "b", "a", "l", "s", "t", "o", "h", "i", "n", "▁ball", "a▁", "▁b", "all", "t▁", "s▁"]
+        merges = [("▁b", "all"), ("a", "▁"), ("▁", "b"), ("t", "▁"), ("s", "▁"), ("al", "l"), ("a", "l")]
+        vocabulary = {piece: number for number, piece in enumerate([*dict.fromkeys([*pieces, "al", "<eos>"])])}
+        spelled = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+        spelled.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(split=False)
+        spelled.decoder = tokenizers.decoders.Metaspace()
+        tokenizer = Tokenizer(spelled.to_str(), "<eos>")
+        asked = Question(id="q", document="d", context="lost his", after="ballsta bat", references=(answer,))
+        (prompt,) = prompts_of(task("force"), "force", [asked], tokenizer, start=(), max_tokens=1000)
+        ((read, option),) = prompt.rows
+        assert [*read, *option] == tokenizer.encode(f"lost hisballsta bat {answer}")
+        assert tokenizer.decode([*read, *option]) == f"lost hisballsta bat {answer}"
 
 
 class TestDecoder:
@@ -253,9 +270,27 @@ class TestOthers:
         assert isinstance(model, Encoder)
         reader = EncoderReader(model, BYTES, max_tokens=64, batch=2)
         asked = [question(n, context=TEXT[9 * n : 30 + 20 * n], document=str(n)) for n in range(4)]
-        made = [*reader.replies(task("classify"), "classify", asked)]
+        made = [*reader.replies(task("classify"), "classify", asked, "keep_head")]
         assert {reply.answer.text for reply in made} <= {"no", "yes"}
-        assert [reply.dropped > 0 for reply in made] == [False, False, False, True]
+        assert [reply.dropped for reply in made] == [0, 0, 0, 1]
+        with pytest.raises(TooLong, match="the text of question 3/3 has 63 tokens and the model reads 62"):
+            list(reader.replies(task("classify"), "classify", asked))  # its rule: nothing is left out
+        with pytest.raises(TooLong, match="long_texts=keep_tail"):
+            list(reader.replies(task("classify"), "classify", asked, "keep_tail"))
+
+    def test_whether_an_answer_may_be_missing_is_the_tasks(self):
+        model = sharpened("bert-tiny", {"head": "qa", "vocab_size": 257, "max_positions": 128})
+        assert isinstance(model, Encoder)
+        asked = [
+            replace(question(n, context=TEXT[n : 60 + 2 * n], document=str(n)), references=("" if n == 3 else "value",))
+            for n in range(8)
+        ]
+        answers = []
+        for batch in (1, 2):  # neither how many are read together nor what is right decides what is found
+            reader = EncoderReader(model, BYTES, max_tokens=128, batch=batch)
+            answers.append([reply.answer.text for reply in reader.replies(task("extract"), "extract", asked)])
+        assert answers[0] == answers[1]
+        assert all(answers[0])
 
     def test_a_model_is_asked_what_it_can_do(self, tmp_path: Path):
         model = sharpened("bert-tiny", {"vocab_size": 257, "max_positions": 64})
@@ -274,6 +309,10 @@ class Parrot:
 
     asks: frozenset[Ask] = frozenset({"generate"})
     max_tokens = 64
+    start = (256,)
+
+    def new_tokens(self, task: Task) -> int:
+        return task.max_new_tokens
 
     def __init__(self, stops_after: int | None = None) -> None:
         self.asked: list[str] = []
@@ -324,11 +363,26 @@ class TestRuns:
             run_task(task("generate"), asked_model(first), asked, samples=samples)
         with samples.open("ab") as file:
             file.write(b'{"id": "half a li')
-        second = Parrot()
+        second = Parrot()  # asked about whole documents again: how much of a text is read depends on all its questions
         found = run_task(task("generate"), asked_model(second), asked, samples=samples)
-        assert first.asked + second.asked == [each.id for each in asked.questions]
+        assert first.asked + second.asked[1:] == [each.id for each in asked.questions]
         assert found == run_task(task("generate"), asked_model(Parrot()), asked, samples=tmp_path / "t.jsonl")
         assert len([json.loads(line) for line in samples.read_text().splitlines()]) == 13
+
+    def test_resuming_changes_nothing_where_texts_are_shortened(self, tmp_path: Path):
+        short, long = question(1), replace(question(2), after="A question that is a good deal longer than that one:")
+        asked = Asked(questions=(short, long))
+        model = asked_model(DecoderReader(decoder(), BYTES, start=(256,), max_tokens=200, batch=2))
+        whole = run_task(task("generate"), model, asked, samples=tmp_path / "whole.jsonl", long_texts="keep_tail")
+        lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+        assert len(lines) == 3
+        (tmp_path / "part.jsonl").write_bytes(b"".join(lines[:2]))
+        again = run_task(task("generate"), model, asked, samples=tmp_path / "part.jsonl", long_texts="keep_tail")
+        assert again == whole
+        (tmp_path / "head.jsonl").write_bytes(lines[0])  # killed between the protocol and the first answer
+        for _ in range(2):
+            found = run_task(task("generate"), model, asked, samples=tmp_path / "head.jsonl", long_texts="keep_tail")
+            assert found == whole
 
     def test_answers_by_another_protocol_are_not_mixed_in(self, tmp_path: Path):
         samples, asked = tmp_path / "s.jsonl", Asked(questions=tuple(questions(4)))

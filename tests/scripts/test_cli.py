@@ -446,7 +446,7 @@ def test_evaluate_without_the_runs_store(workshop: Path, refused: Refused, capsy
     assert line.endswith("prepare the data of that run again (longspan prepare), or give data.path=… to score a text")
     Path("a.txt").write_text("text " * 50)
     assert main(["evaluate", "checkpoint=run", "data.path=a.txt", "output=out"]) == 0
-    assert "no n-gram baseline: " in capsys.readouterr().err
+    assert "no n-gram baseline, " in capsys.readouterr().err
     assert "baseline" not in json.loads(Path("out/evaluation.json").read_text())
 
 
