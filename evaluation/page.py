@@ -223,7 +223,10 @@ th,td{padding:6px 10px;text-align:right;border-bottom:1px solid var(--line);whit
 th:first-child,td:first-child{text-align:left;padding-left:0}
 th:last-child,td:last-child{padding-right:0}
 tbody tr:last-child td{border-bottom:0}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto;background-repeat:no-repeat;background-attachment:local,local,scroll,scroll;
+background-size:40px 100%,40px 100%,12px 100%,12px 100%;background-position:0 0,100% 0,0 0,100% 0;
+background-image:linear-gradient(90deg,#fff 30%,#fff0),linear-gradient(270deg,#fff 30%,#fff0),
+linear-gradient(90deg,#14233a29,#14233a00),linear-gradient(270deg,#14233a29,#14233a00)}
 .shares td.wide{width:55%}
 .shares .bar{height:10px}
 .shares .bar i{background:var(--accent)}

@@ -348,7 +348,8 @@ def html(results: Results) -> str:
 
 def _headline(results: Results) -> str:
     questions = sum(result.questions for each in results.measured for result in each.tasks.values())
-    said = [f"{len(results.task_names)} tasks, {questions:,} questions"] if results.task_names else []
+    n_tasks = len(results.task_names)
+    said = [f"{n_tasks} task{'s' * (n_tasks > 1)}, {questions:,} questions"] if n_tasks else []
     for each in results.measured:
         found = each.perplexity.get("perplexity") if each.perplexity is not None else None
         if isinstance(found, Mapping) and found["perplexity"] is not None:

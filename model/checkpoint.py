@@ -22,7 +22,6 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .build import Model, build_from
@@ -42,6 +41,7 @@ from .checkpoint_files import (
 )
 from .config import to_dict
 from .decoder import Decoder, from_config
+from .tensor_file import write_tensors
 
 __all__ = [
     "CONFIG",
@@ -97,7 +97,7 @@ def save_model(
         (staging / CONFIG).write_text(json.dumps(to_dict(model.config), indent=2) + "\n")
         (staging / LINEAGE).write_text(json.dumps(dict(lineage or {}), indent=2, sort_keys=True) + "\n")
         weights = model.state_dict() if state is None else state
-        save_file({name: _whole(tensor) for name, tensor in weights.items()}, staging / WEIGHTS, {"format": "pt"})
+        write_tensors({name: _whole(tensor) for name, tensor in weights.items()}, staging / WEIGHTS)
         if tokenizer is not None:
             tokenizer.save(staging)
         if also is not None:

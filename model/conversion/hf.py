@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from longspan.model.checkpoint_files import CONFIG, WEIGHTS, sha256_of
+from longspan.model.tensor_file import write_tensors
 
 GENERATION = "generation_config.json"
 # What belongs to the tokenizer, or to nobody in particular, and travels with the weights unread.
@@ -186,12 +186,12 @@ def write_weights(directory: Path, tensors: Mapping[str, Tensor], *, shard_bytes
         shards[-1][name] = tensor
         filled += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], directory / WEIGHTS, {"format": "pt"})
+        write_tensors(shards[0], directory / WEIGHTS)
         return
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, directory / file, {"format": "pt"})
+        write_tensors(shard, directory / file)
         places |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})

@@ -274,7 +274,7 @@ class TestReading:
     def test_what_is_missing_is_said(self, tmp_path: Path):
         with pytest.raises(SourceError, match=r"x\.\* is missing: put x\.jsonl \(or .*parquet.*\) there, one a row"):
             find_question_file(tmp_path, "x", "one a row")
-        with pytest.raises(SourceError, match="no directory of local files is given, and x is read from one: put"):
+        with pytest.raises(SourceError, match=r"given \(files=DIR\), and x is read from one: put"):
             find_question_file(None, "x", "one a row")
         path = write(tmp_path / "x.jsonl", {"text": "a b"})
         assert find_question_file(tmp_path, "x", "") == path

@@ -342,3 +342,8 @@ def test_paths_that_are_neither(tmp_path: Path) -> None:
     assert "neither a checkpoint directory" in error_of(resolve_checkpoint, tmp_path / "runs" / "first")
     assert "did you mean 'first'?" in error_of(resolve_checkpoint, tmp_path / "runs" / "frist")
     assert error_of(resolve_checkpoint, tmp_path / "no" / "such").endswith("no such directory")
+
+
+def test_whoever_may_read_one_file_may_read_all(tmp_path: Path) -> None:
+    directory = save_model(build("gpt-tiny", seed=0), tmp_path / "model")
+    assert len({path.stat().st_mode for path in directory.iterdir()}) == 1

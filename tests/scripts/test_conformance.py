@@ -47,7 +47,7 @@ def test_a_users_class(own_module: str, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("backend=spda", "registered are decode, flex, reference, sdpa"),
+        ("backend=spda", "registered are decode, flex, hopper, reference, sdpa"),
         ("backend=own_kernels.MyBackend", "a class of your own is package.module:Class"),
         ("backend=no_such_module:X", "importing no_such_module failed: ModuleNotFoundError"),
         ("backend=own_kernels:Nope", "own_kernels has no 'Nope'"),

@@ -67,7 +67,7 @@ class Hopper:
             found = oldest_capability()
             if found is None:
                 reasons += (Reason("device=cuda", "torch sees no GPU"),)
-            elif found != _CAPABILITY:
+            elif found[0] != _CAPABILITY[0] or found[1] != _CAPABILITY[1]:  # dynamo cannot trace tuples' `!=` here
                 reasons += (Reason(f"device=cuda of capability {found[0]}.{found[1]}", "9.0 only"),)
         return reasons
 

@@ -48,14 +48,12 @@ def choose(head_dim: int, *, edges: bool = False) -> Tiles:
     return (_EDGES if edges else _TILES)[padded(head_dim)]
 
 
-# One H100, TFLOP/s of an earlier form of the kernel, whose softmax did not yet overlap its own products (docs/log.md):
-# causal at 16,384 and full at 16,384.
+# One H100, TFLOP/s at 16,384 tokens causal, 4,096 causal, and 16,384 full (docs/log.md).
 _TILES = {
-    64: Tiles(3, 128, 4, True, 160),  # 438 and 494; two consumers 401 and 436; without turns 414 and 473
-    128: Tiles(2, 128, 2, False, 240),  # 515 and 625 (659 over 4 of 16 heads); with turns 522 and 596 (580)
+    64: Tiles(2, 128, 4, False, 240),  # 437, 363, 446; with turns 437, 362, 445; three consumers 440, 337, 457: spills
+    128: Tiles(2, 128, 2, False, 240),  # 646, 487, 644; with turns 629, 482, 613
 }
-# By what compiles without spills, and because a taller tile has more of an edge; not measured.
-_EDGES = {64: Tiles(2, 128, 4, True, 240), 128: _TILES[128]}
+_EDGES = _TILES  # a taller tile has more of an edge
 
 L2_BYTES = 32 * 2**20  # of the 50 MiB of an H100: the queries and the output pass through it too
 

@@ -55,8 +55,6 @@ SPILL_BUDGETS: dict[str, dict[int, int]] = {
     "d64 dropout dq": {80: 64, 90: 16},
     "d64 dropout dkdv": {80: 176, 90: 480},
     "d128 everything dkdv": {80: 608, 90: 1168},
-    # Three consumers leave a thread 160 registers, and were faster than two. As triton 3.6 compiles it; 72 by 3.7.
-    "hopper d64 causal forward": {90: 156},
 }
 
 
