@@ -18,17 +18,15 @@ Legend: d documents.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import combinations
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from .bootstrap import chunks, ratio_interval
+from .result import DocumentScore
 
-if TYPE_CHECKING:
-    from .perplexity import TokenScores
-
+PER_BYTE = "bits per byte"
 _RESAMPLES = 10_000
 _CHANGES_NOTHING = ("merged",)  # fields of a protocol that are about how it was computed
 
@@ -97,25 +95,26 @@ class Comparison:
     differing: tuple[str, ...] = ()
 
 
-def measured_loss(name: str, scores: TokenScores, *, per: Literal["token", "byte"] = "token") -> Measured:
-    """Loss of each document: nats per token, or bits per byte (for checkpoints with different tokenizers)."""
-    documents = scores.documents
-    nll_d = np.bincount(scores.document, weights=scores.nll.astype(np.float64), minlength=len(documents))
-    tokens_d = np.bincount(scores.document, minlength=len(documents))
-    bytes_d = np.array([document.n_bytes for document in documents])
-    weights_d = tokens_d if per == "token" else bytes_d
-    kept = np.flatnonzero((tokens_d > 0) & (weights_d > 0))
-    protocol = asdict(scores.protocol)
+def measured_loss(
+    name: str,
+    documents: Sequence[DocumentScore],
+    protocol: Mapping[str, object],
+    *,
+    per: Literal["token", "byte"] = "token",
+) -> Measured:
+    """Loss of each document: nats per token, or bits per byte (for checkpoints with different tokenizers, whose tokens
+    are not the same)."""
     if per == "byte":
-        # Token ids, and counts of tokens, mean something within one tokenizer only.
-        protocol |= {"bos": scores.protocol.bos is not None}
+        documents = [each for each in documents if each.bytes]
+        protocol = {**protocol, "bos": protocol["bos"] is not None}  # an id means something within one tokenizer
+    nll_d = np.array([each.nll for each in documents], dtype=np.float64)
     return Measured(
         name=name,
-        measure="loss (nats per token)" if per == "token" else "bits per byte",
+        measure="loss (nats per token)" if per == "token" else PER_BYTE,
         protocol=protocol,
-        units=tuple(f"{documents[i].source}/{documents[i].id or i}" for i in kept),
-        totals=nll_d[kept] if per == "token" else nll_d[kept] / np.log(2),
-        weights=weights_d[kept].astype(np.float64),
+        units=tuple(f"{each.source}/{each.id}" for each in documents),
+        totals=nll_d if per == "token" else nll_d / np.log(2),
+        weights=np.array([each.tokens if per == "token" else each.bytes for each in documents], dtype=np.float64),
     )
 
 
@@ -174,12 +173,10 @@ def compare(
     )
 
 
-def compare_all(
-    measured: Sequence[Measured], *, force: bool = False, resamples: int = _RESAMPLES, seed: int = 0
-) -> list[Comparison]:
-    """Every pair, the earlier one first, with p-values adjusted for their number."""
-    found = [compare(a, b, force=force, resamples=resamples, seed=seed) for a, b in combinations(measured, 2)]
-    return [replace(each, adjusted_p_value=p) for each, p in zip(found, holm([each.p_value for each in found]))]
+def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The same, with p-values adjusted for how many were made together."""
+    p_values = holm([each.p_value for each in comparisons])
+    return [replace(each, adjusted_p_value=p) for each, p in zip(comparisons, p_values, strict=True)]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

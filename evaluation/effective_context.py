@@ -37,7 +37,9 @@ _OUTER, _INNER = 500, 400  # of the decision itself: in each of the outer draws 
 class ContextCurve:
     """The nll of the same tokens read with growing windows.
 
-    lengths      tokens of a window, ascending; the last `targets` of them are predictions that count
+    lengths      tokens of a window, ascending; the last `targets` of them are predictions that count. Nothing stands
+                 before a window
+    blocks       of targets, at most, in a document
     nll_dL       float64 [d, L], nats, summed over a document's targets
     count_d      int64 [d], targets of each document
     units        names of the documents, which are those with a block behind the longest window
@@ -46,6 +48,7 @@ class ContextCurve:
 
     lengths: tuple[int, ...]
     targets: int
+    blocks: int
     nll_dL: np.ndarray
     count_d: np.ndarray
     units: tuple[str, ...]
@@ -84,6 +87,7 @@ class EffectiveContext:
     distribution: tuple[tuple[int, float], ...]
     points: tuple[ContextPoint, ...]
     targets: int
+    blocks: int
     documents: int
     left_out: int
     precision: str
@@ -97,9 +101,10 @@ class EffectiveContext:
         """The definition with its numbers."""
         windows = ", ".join(f"{point.length:,}" for point in self.points)
         return (
-            f"The longest of the windows {windows} that lowers the loss of the same tokens (blocks of {self.targets:,} "
-            f"at the ends of windows) below that of every shorter window, with a 95 % paired bootstrap interval over "
-            f"{self.documents:,} documents above zero; {self.left_out:,} documents shorter than the longest window "
+            f"The longest of the windows {windows} that lowers the loss of the same tokens (at most {self.blocks} "
+            f"blocks of {self.targets:,} in a document, each at the end of its window) below that of every shorter "
+            f"window, with a 95 % paired bootstrap interval over {self.documents:,} documents above zero; "
+            f"{self.left_out:,} documents shorter than the longest window "
             f"left out; {self.precision}."
         )
 
@@ -199,6 +204,7 @@ def measure_context_curve(
     return ContextCurve(
         lengths=ordered,
         targets=targets,
+        blocks=blocks,
         nll_dL=np.add.reduceat(of_block_Lb, first_block_d, axis=1).T,
         count_d=np.array([targets * len(ends) for ends in ends_d]),
         units=tuple(f"{document.source}/{document.id}" for document in long),
@@ -247,6 +253,7 @@ def effective_context(curve: ContextCurve, *, seed: int = 0) -> EffectiveContext
         distribution=distribution,
         points=tuple(points),
         targets=curve.targets,
+        blocks=curve.blocks,
         documents=n,
         left_out=curve.left_out,
         precision=curve.precision,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from longspan.data.store import Documents
@@ -17,10 +16,10 @@ from longspan.data.tokenizer import Tokenizer
 
 from .documents import SAMPLE_SEED, EvalDocument, StoredDocuments, documents_from, in_full_windows
 from .names import ProtocolName
-from .perplexity import LanguageModel, Precision, TokenScores, score
+from .perplexity import LanguageModel, Precision, score
 from .protocols import ProtocolResult, measure_protocols
 from .record import BaselineResult, evaluation_record, finite_or_none, measure_baseline
-from .result import PerplexityResult, Scored
+from .result import DocumentScore, PerplexityResult, Scored
 
 BASELINE_BYTES = 50_000_000  # of training text: beyond that three bytes have nothing more to learn
 
@@ -51,18 +50,6 @@ class Scoring(Protocol):
     def merge_windows(self) -> bool: ...
     @property
     def protocols(self) -> tuple[ProtocolName, ...]: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DocumentScore:
-    """One document's share of a perplexity: the sum of nll of its scored tokens, in nats, how many those are, and the
-    UTF-8 bytes that they stand for."""
-
-    id: str
-    source: str
-    nll: float
-    tokens: int
-    bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,20 +157,7 @@ def evaluate_documents(
             progress=progress,
         )
     return Evaluation(
-        replace(scores, protocol=protocol).summary(), baseline, documents=_by_document(scores), protocols=tuple(others)
-    )
-
-
-def _by_document(scores: TokenScores) -> tuple[DocumentScore, ...]:
-    n = len(scores.documents)
-    nll_d = np.bincount(scores.document, weights=scores.nll.astype(np.float64), minlength=n)
-    tokens_d = np.bincount(scores.document, minlength=n)
-    return tuple(
-        DocumentScore(
-            id=document.id, source=document.source, nll=float(nll), tokens=int(tokens), bytes=document.n_bytes
-        )
-        for document, nll, tokens in zip(scores.documents, nll_d, tokens_d, strict=True)
-        if tokens
+        replace(scores, protocol=protocol).summary(), baseline, documents=scores.by_document(), protocols=tuple(others)
     )
 
 

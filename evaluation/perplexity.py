@@ -35,7 +35,7 @@ from longspan.kernels.cross_entropy import token_nll
 from longspan.model.decoder import Decoder
 
 from .documents import EvalDocument
-from .result import PerplexityResult, ScoringProtocol, summarise
+from .result import DocumentScore, PerplexityResult, ScoringProtocol, summarise
 
 Precision = Literal["fp32", "bf16"]
 
@@ -100,6 +100,19 @@ class TokenScores:
     context: np.ndarray
     documents: tuple[EvalDocument, ...]
     protocol: ScoringProtocol
+
+    def by_document(self) -> tuple[DocumentScore, ...]:
+        """Each document that has a scored token; one without an id is named by its number."""
+        n = len(self.documents)
+        nll_d = np.bincount(self.document, weights=self.nll.astype(np.float64), minlength=n)
+        tokens_d = np.bincount(self.document, minlength=n)
+        return tuple(
+            DocumentScore(
+                id=each.id or str(number), source=each.source, nll=float(nll), tokens=int(tokens), bytes=each.n_bytes
+            )
+            for number, (each, nll, tokens) in enumerate(zip(self.documents, nll_d, tokens_d, strict=True))
+            if tokens
+        )
 
     def summary(self, *, seed: int = 0) -> PerplexityResult:
         """Token-weighted loss with everything derived from it; `seed` is the bootstrap's."""

@@ -1,8 +1,8 @@
 """What answers the questions of a task: a decoder, an encoder–decoder, or an encoder with a head.
 
 A decoder reads what the questions of a document have in common once, into pages that all of them (and all the choices
-of each) begin with. Where a model's cache has no pages, or little is shared, whole prompts are read in batches instead:
-the same numbers up to rounding.
+of each) begin with. Where little is shared, whole prompts are read in batches instead: the same numbers up to rounding.
+Where the length of a sequence rotates its keys (dynamic RoPE scaling), each prompt is read alone.
 
 Legend: B rows, T new tokens of the longest of them, N option tokens, D width, V vocabulary.
 """
@@ -32,6 +32,7 @@ from longspan.model.seq2seq import Seq2Seq
 from longspan.model.session import Request, Session
 
 from .asking import Prompt, TooLong, common_prefix, prompts_of
+from .perplexity import rotates_by_length
 from .predictions import predict_answers, predict_classes
 from .tasks.task import Answer, Ask, Task, Truncation
 
@@ -100,8 +101,7 @@ class DecoderReader:
         self.start = tuple(start)
         self.max_tokens = max_tokens
         # Keys that are rotated by the length of their sequence cannot be shared, nor read beside longer ones.
-        scaling = model.config.rope_scaling
-        self._pages = scaling is None or scaling.kind != "dynamic"
+        self._pages = not rotates_by_length(model)
         self.batch = batch if self._pages else 1
 
     def replies(

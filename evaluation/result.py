@@ -76,6 +76,18 @@ class ScoringProtocol:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentScore:
+    """One document's share of a perplexity: the sum of nll of its scored tokens, in nats, how many those are, and the
+    UTF-8 bytes that they stand for."""
+
+    id: str
+    source: str
+    nll: float
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PositionBucket:
     """Tokens at positions [start, end) of their documents.
 

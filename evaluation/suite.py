@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .effective_context import EffectiveContext, RetrievalContext
-from .evaluate import DocumentScore
 from .files import write_atomically
+from .result import DocumentScore
 from .task_result import QuestionScore, TaskResult
 
 REQUEST, RESULTS = "request.json", "results.json"
@@ -70,14 +70,12 @@ def begun(
     Raises Occupied where it holds something else, unless it may be overwritten: then what an evaluation writes is
     removed, and nothing else.
     """
-    missing = [path for path in (*reversed(parts), *({output, *output.parents} - set(parts))) if not path.exists()]
+    missing = [path for path in {*parts, output, *output.parents} if not path.exists()]
     resumed = _begin(output, request, overwrite=overwrite, again=again, parts=parts)
     try:
         yield resumed
     except BaseException:
-        if not resumed and not any(
-            path.is_file() for part in (output, *parts) for path in part.rglob("*") if path.name != REQUEST
-        ):
+        if not resumed and not any((part / name).exists() for part in parts for name in _OF_A_CHECKPOINT):
             (output / REQUEST).unlink(missing_ok=True)
             for path in sorted(missing, key=lambda path: -len(path.parts)):
                 with suppress(OSError):  # somebody else has put something there

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class Progress:
 
     def __init__(self, name: str, bars: Bars) -> None:
         self._name, self._bars = name, bars
+
+    def labelled(self, prefix: str) -> Callable[[str], AbstractContextManager[Callable[[int, int], None]]]:
+        """`part`, of parts whose labels begin so."""
+        return lambda label: self.part(prefix + label)
 
     @contextmanager
     def part(self, label: str) -> Iterator[Callable[[int, int], None]]:

@@ -1,17 +1,22 @@
-"""A checkpoint made ready for evaluation: weights, tokenizer, arithmetic, and the documents that it is asked about."""
+"""A checkpoint made ready for evaluation (weights, tokenizer, arithmetic, the documents that it is asked about), and
+everything measured that a configuration asks of it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from longspan.data.sources import from_path
 from longspan.data.store import Documents
+from longspan.data.synthetic import TooShortError, TooSmallError
 from longspan.data.tokenizer import Tokenizer
+from longspan.evaluation.asking import TooLong
 from longspan.evaluation.documents import StoredDocuments, documents_from, text_documents
 from longspan.evaluation.effective_context import (
     TARGETS,
@@ -26,7 +31,13 @@ from longspan.evaluation.names import LongTexts
 from longspan.evaluation.perplexity import Precision
 from longspan.evaluation.processed import StrategyReader
 from longspan.evaluation.readers import Reader, reader_of
-from longspan.evaluation.task_run import AskedModel, CannotAsk, as_truncation
+from longspan.evaluation.record import write_evaluation
+from longspan.evaluation.retrieval import fitting_lengths
+from longspan.evaluation.suite import CheckpointResults, read_perplexity, write_documents
+from longspan.evaluation.suite_context import by_retrieval
+from longspan.evaluation.task_run import AskedModel, CannotAsk, as_truncation, run_task, way_of_asking
+from longspan.evaluation.tasks.registry import gather
+from longspan.evaluation.tasks.task import Material, Task
 from longspan.model.checkpoint import load_model, resolve_checkpoint
 from longspan.model.checkpoint_files import fingerprint
 from longspan.model.decoder import Decoder
@@ -34,7 +45,7 @@ from longspan.model.encoder import Encoder
 from longspan.model.seq2seq import Seq2Seq
 
 from .errors import UserError
-from .held_out import imported, trained_with, training_store
+from .held_out import start_token, trained_with, training_store
 from .precision import choose_device, inference_precision
 from .schema import EvaluateConfig, EvaluationDataConfig
 
@@ -72,6 +83,14 @@ class Subject:
         }
 
 
+class Shown(Protocol):
+    """Shows a part of the work, by its label, for as long as it lasts."""
+
+    def __call__(self, label: str, /) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Gives a function to call with (done, in all)."""
+        ...
+
+
 def load_subject(config: EvaluateConfig, checkpoint: str) -> Subject:
     """Raises CheckpointError, in one line, for what cannot be loaded; UserError for a device that is not there."""
     device = choose_device(config.accelerator, key="accelerator")
@@ -86,9 +105,97 @@ def load_subject(config: EvaluateConfig, checkpoint: str) -> Subject:
         model=model,
         tokenizer=tokenizer,
         context=config.evaluation.window or trained.context or longest,
-        start=next(iter(reversed(tokenizer.start_ids)), None) if imported(directory) else None,
+        start=start_token(directory, tokenizer),
         precision=inference_precision(config.precision, device, trained_in=trained.precision),
         device=device,
+    )
+
+
+def measure(
+    subject: Subject, config: EvaluateConfig, tasks: Sequence[Task], *, name: str, directory: Path, shown: Shown
+) -> CheckpointResults:
+    """Everything that was asked for; what this model cannot be asked is refused, with the reason: the rest goes on.
+
+    directory   what is there already of an unfinished evaluation is kept
+    shown       shows how far each part is
+    """
+    measured = CheckpointResults(name=name, facts=subject.facts)
+    refused: dict[str, str] = {}
+    if "perplexity" in config.tasks:
+        try:
+            measured = _with_perplexity(measured, config, subject, directory, shown)
+        except CannotAsk as error:
+            refused["perplexity"] = str(error)
+    if "effective_context" in config.tasks:
+        try:
+            with shown("effective context") as advance:
+                measured = replace(measured, effective=measure_context(subject, config, advance))
+        except CannotAsk as error:
+            refused["effective_context"] = str(error)
+    if config.harness:
+        try:
+            with shown("lm-evaluation-harness"):
+                measured = replace(measured, harness=measure_harness(subject, config))
+        except CannotAsk as error:
+            refused["harness"] = str(error)
+    model = asked_model(subject, batch=config.evaluation.batch, long_texts=config.long_texts)
+    for task in tasks:
+        try:
+            way_of_asking(task, model.reader)
+            asked = gather(task, _material(config, subject), shorten=config.lengths is None)
+            with shown(task.name) as advance:
+                result, scores = run_task(
+                    task,
+                    model,
+                    asked,
+                    samples=directory / "samples" / f"{task.name}.jsonl",
+                    long_texts=config.long_texts,
+                    progress=advance,
+                )
+        except (CannotAsk, TooLong) as error:
+            refused[task.name] = str(error)
+            continue
+        except (TooShortError, TooSmallError) as error:
+            if config.lengths is not None:
+                raise
+            refused[task.name] = f"by a context of {subject.context:,} tokens: {error}"
+            continue
+        measured = replace(
+            measured,
+            tasks={**measured.tasks, task.name: result},
+            samples={**measured.samples, task.name: scores},
+        )
+    return replace(
+        measured, refused=refused, retrieves=by_retrieval(measured.tasks, measured.samples, seed=config.seed)
+    )
+
+
+def _with_perplexity(
+    measured: CheckpointResults, config: EvaluateConfig, subject: Subject, directory: Path, shown: Shown
+) -> CheckpointResults:
+    found = read_perplexity(directory)
+    if found is None:
+        with shown("perplexity") as advance:
+            evaluation = measure_perplexity(subject, config, advance)
+        title = f"Perplexity of {subject.checkpoint}"
+        write_documents(directory, evaluation.documents)
+        write_evaluation(
+            evaluation.result, directory, baseline=evaluation.baseline, protocols=evaluation.protocols, title=title
+        )
+        found = evaluation.record(), evaluation.documents
+    record, documents = found
+    return replace(measured, perplexity=record, documents=documents)
+
+
+def _material(config: EvaluateConfig, subject: Subject) -> Material:
+    return Material(
+        lengths=config.lengths or fitting_lengths(subject.context),
+        depths=config.depths,
+        samples=config.samples,
+        seed=config.seed,
+        files=None if config.files is None else Path(config.files),
+        count=lambda text: len(subject.tokenizer.encode(text)),
+        hub=config.hub,
     )
 
 

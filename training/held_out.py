@@ -50,6 +50,12 @@ def imported(checkpoint: Path) -> bool:
     return lineage.is_file() and "imported" in _json(lineage)
 
 
+def start_token(checkpoint: Path, tokenizer: Tokenizer) -> int | None:
+    """What its texts began with where they were framed by the tokenizer's template; None: the end-of-text token, as in
+    our own training."""
+    return next(iter(reversed(tokenizer.start_ids)), None) if imported(checkpoint) else None
+
+
 def training_store(checkpoint: Path, tokenizer: Tokenizer) -> TokenStore:
     """The store that the checkpoint was trained on, as its lineage tells: the same content, or none.
 

@@ -50,7 +50,7 @@ from .checkpointing import Checkpoints
 from .data_settings import prepare_settings
 from .distillation import DistilledHiddenLoss, DistilledTokenLoss
 from .errors import Terminated, UserError
-from .held_out import imported, training_store
+from .held_out import start_token, training_store
 from .objectives import Objective, objective_for
 from .precision import Arithmetic, choose_arithmetic, choose_device
 from .run import Given, train
@@ -228,7 +228,7 @@ class Workshop:
             device=self.device,
             precision=self.arithmetic.scoring,
             # Every cell as `longspan evaluate` scores the parent.
-            start=next(iter(reversed(tokenizer.start_ids)), None) if imported(self.grid.parent) else None,
+            start=start_token(self.grid.parent, tokenizer),
             receptive_field=config.receptive_field,
         )
         self.stop_if_asked()

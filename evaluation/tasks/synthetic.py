@@ -11,11 +11,11 @@ from pathlib import Path
 from longspan.data import synthetic
 from longspan.data.files import SourceError
 from longspan.data.questions import Question
+from longspan.data.synthetic.haystack import KEY_VALUE_ROOM, NEEDLE_ROOM, PASSKEY_ROOM
 from longspan.evaluation.string_match import string_match_all, string_match_mean, string_match_part
 
 from .task import Answer, Material, Task
 
-PASSKEY_TOKENS, NEEDLE_TOKENS, KEY_VALUE_TOKENS = 16, 32, 64  # that an answer may have
 _START = 1  # the token that a text begins with
 
 QA_FILES: Mapping[str, tuple[str, str]] = {
@@ -203,21 +203,21 @@ SYNTHETIC_TASKS: tuple[Task, ...] = (
         "passkey",
         "a number among sentences that repeat (Mohtashami & Jaggi 2023), by length and depth",
         synthetic.passkey,
-        PASSKEY_TOKENS,
+        PASSKEY_ROOM,
         first_number,
     ),
     _hidden_task(
         "needle",
         "a made-up fact in natural text (Kamradt 2023), by length and depth",
         synthetic.needle,
-        NEEDLE_TOKENS,
+        NEEDLE_ROOM,
         said,
     ),
     _hidden_task(
         "key_value",
         "one value of a JSON object of random identifiers (Liu et al. 2023), by length and depth",
         synthetic.key_value,
-        KEY_VALUE_TOKENS,
+        KEY_VALUE_ROOM,
         said,
     ),
     *(_ruler_task(name) for name in synthetic.TASKS),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
-from itertools import product
+from dataclasses import asdict, replace
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from longspan.evaluation.compare import (
     Measured,
+    adjusted,
     compare,
-    compare_all,
     differing_fields,
     holm,
     measured_loss,
@@ -134,7 +134,7 @@ def test_all_pairs_are_adjusted_together() -> None:
     three = [
         measured(base + shift + rng.normal(0, 0.1, 12), name=name) for name, shift in (("a", 0), ("b", 0), ("c", 1))
     ]
-    found = compare_all(three, resamples=4096)
+    found = adjusted([compare(*pair, resamples=4096) for pair in combinations(three, 2)])
     assert [(each.first, each.second) for each in found] == [("a", "b"), ("a", "c"), ("b", "c")]
     assert [each.adjusted_p_value for each in found] == pytest.approx(holm([each.p_value for each in found]))
     assert found[1].adjusted_p_value == pytest.approx(3 * 2 / 4096)
@@ -203,11 +203,11 @@ def test_loss_of_token_scores() -> None:
         documents=tuple(documents),
         protocol=ScoringProtocol(window=8, stride=4, bos=0, precision="fp32", documents=2),
     )
-    loss = measured_loss("a", scores)
+    loss = measured_loss("a", scores.by_document(), asdict(scores.protocol))
     assert loss.units == ("s/2", "s/1")  # the empty document is no unit
     assert loss.totals.tolist() == [3, 5]
     assert loss.value == pytest.approx(scores.summary().loss)
-    per_byte = measured_loss("a", scores, per="byte")
+    per_byte = measured_loss("a", scores.by_document(), asdict(scores.protocol), per="byte")
     assert per_byte.value == pytest.approx(scores.summary().bits_per_byte)
     assert per_byte.protocol["bos"] is True
     assert loss.protocol["window"] == 8

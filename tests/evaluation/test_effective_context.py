@@ -110,6 +110,7 @@ def simulated(losses: list[float], *, noise: float, n: int = 40, seed: int = 0) 
     return ContextCurve(
         lengths=tuple(256 * 2**i for i in range(len(losses))),
         targets=128,
+        blocks=1,
         nll_dL=128 * (np.array(losses) + hard_d1 + rng.normal(0, noise, (n, len(losses)))),
         count_d=np.full(n, 128),
         units=tuple(map(str, range(n))),
@@ -157,7 +158,8 @@ def test_too_few_documents_have_a_curve_and_no_figure() -> None:
 def test_words_and_lengths() -> None:
     found = effective_context(simulated([3.0, 2.9], noise=0.01))
     assert found.words.startswith(
-        "The longest of the windows 256, 512 that lowers the loss of the same tokens (blocks of 128"
+        "The longest of the windows 256, 512 that lowers the loss of the same tokens (at most 1 blocks of 128 in a "
+        "document, each at the end of its window) below"
     )
     assert "over 40 documents above zero; 3 documents shorter" in found.words
     assert doubling_lengths(1024) == (256, 512, 1024)

@@ -17,8 +17,8 @@ from longspan.evaluation.tasks.registry import GROUPS, TASKS
 from longspan.evaluation.tasks.task import Truncation
 from longspan.model.checkpoint import save_model
 from longspan.model.zoo import build
-from longspan.scripts import verb_evaluate
 from longspan.scripts.cli import main
+from longspan.training import evaluating
 
 Refused = Callable[..., list[str]]
 CHEAP = ("samples=1", "lengths=[320,384]", "depths=[0,1]", "evaluation.max_tokens=600", "data.path=text.txt")
@@ -89,18 +89,18 @@ def test_what_was_interrupted_is_gone_on_with(
     checkpoint: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["evaluate", f"checkpoint={checkpoint}", "tasks=[passkey,copying]", "output=out", *CHEAP]
-    run_task = verb_evaluate.run_task
+    run_task = evaluating.run_task
 
     def stopping(task: object, *arguments: object, **named: object):
         if getattr(task, "name", "") == "copying":
             raise KeyboardInterrupt
         return run_task(task, *arguments, **named)  # pyright: ignore[reportArgumentType]: passed through
 
-    monkeypatch.setattr(verb_evaluate, "run_task", stopping)
+    monkeypatch.setattr(evaluating, "run_task", stopping)
     assert main(asked) == 130
     assert not Path("out/results.json").exists()
     before = Path("out/samples/passkey.jsonl").read_bytes()
-    monkeypatch.setattr(verb_evaluate, "run_task", run_task)
+    monkeypatch.setattr(evaluating, "run_task", run_task)
     capsys.readouterr()
     (line,) = refused(*asked, "seed=1")
     assert line.startswith("output=out: holds an unfinished evaluation that asked for something else (seed=0, now 1)")
