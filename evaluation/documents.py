@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -125,6 +126,28 @@ def documents_from(
             "or pass decode so that a document may be cut"
         )
     return [_stored(documents, i, take, decode) for i, take in sorted(chosen)]
+
+
+def tokens_digest(documents: Iterable[EvalDocument]) -> str:
+    """SHA-256 of what a model reads and of which of it is scored: each document's number of tokens, how many of them
+    are prompt, and the tokens, as little-endian 64-bit integers. Names count nothing."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(np.array([len(document.tokens), document.prompt], dtype="<i8").tobytes())
+        digest.update(np.asarray(document.tokens).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def text_digest(documents: Iterable[EvalDocument], decode: Callable[[Sequence[int]], str]) -> str:
+    """SHA-256 of the same in words, which tokenizers have in common: of each document's prompt and of its text the
+    number of UTF-8 bytes (little-endian, 64 bits) and the bytes. `decode` is the tokenizer's."""
+    digest = hashlib.sha256()
+    for document in documents:
+        for text in (document.prompt_text(decode), document.text(decode)):
+            content = text.encode()
+            digest.update(len(content).to_bytes(8, "little"))
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def in_full_windows(

@@ -18,13 +18,15 @@ Legend: L lengths, d documents, N questions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from .bootstrap import FEWEST_DOCUMENTS
-from .documents import EvalDocument
+from .documents import EvalDocument, tokens_digest
+from .journal import keep, kept_records
 from .perplexity import LanguageModel, Precision, Row, check_request, score_rows
 
 TARGETS = 128  # tokens of a block
@@ -44,6 +46,8 @@ class ContextCurve:
     count_d      int64 [d], targets of each document
     units        names of the documents, which are those with a block behind the longest window
     left_out     how many were too short
+    tokens_sha256  of the documents that were read (`documents.tokens_digest`); `tokenizer_sha256` says whose tokens.
+                 None: not stated
     """
 
     lengths: tuple[int, ...]
@@ -54,6 +58,8 @@ class ContextCurve:
     units: tuple[str, ...]
     left_out: int
     precision: str
+    tokens_sha256: str | None = None
+    tokenizer_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +86,7 @@ class EffectiveContext:
     interval         95 %, of the length itself
     distribution     (length, share of the resamples that would have named it), ascending
     longest          whether it is the longest length tried, so that the true one may be greater
+    tokens_sha256    of the documents that were read, in tokens; `tokenizer_sha256` says whose. None: not stated
     """
 
     length: int | None
@@ -91,6 +98,8 @@ class EffectiveContext:
     documents: int
     left_out: int
     precision: str
+    tokens_sha256: str | None = None
+    tokenizer_sha256: str | None = None
 
     @property
     def longest(self) -> bool:
@@ -156,6 +165,8 @@ def measure_context_curve(
     precision: Precision = "fp32",
     targets: int = TARGETS,
     blocks: int = 1,
+    tokenizer_sha256: str | None = None,
+    kept: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ContextCurve:
     """Read the last `targets` tokens of each document with each window length.
@@ -163,7 +174,10 @@ def measure_context_curve(
     lengths   tokens of a forward pass, in any order
     blocks    blocks of targets in a document: the last one and others, evenly spread over what lies behind the longest
               window, apart from each other, as many as there are; a document is one unit whatever their number
-    progress  called with (predictions scored, predictions to score)
+    kept      file of JSON lines that each forward pass is appended to, and whose passes are not computed again; it
+              begins with what they depend on, the model's weights aside: something else there is refused
+    tokenizer_sha256   of the tokenizer.json that the tokens are of, to be stated there and in the result
+    progress  called with (tokens read, tokens to read) before the first forward pass and after each
 
     A window holds no other token than the document's: one that reaches back to the beginning is not preceded by any.
     Raises ValueError for fewer than two lengths, blocks that don't fit into the shortest, and when every document is
@@ -188,29 +202,50 @@ def measure_context_curve(
             "lower the longest length, or give longer documents"
         )
     ends_d = [_block_ends(len(document.tokens), ordered[-1], targets, blocks) for document in long]
-    rows = [
-        Row(
-            inputs=(tokens := np.asarray(document.tokens[end - 1 - length : end], dtype=np.int64))[:-1],
-            targets=tokens[1:],
-            first=length - targets,
-        )
-        for length in ordered
-        for document, ends in zip(long, ends_d)
-        for end in ends
-    ]
-    nll = score_rows(model, rows, batch=batch, device=device, precision=precision, progress=progress)
-    of_block_Lb = np.array([each.sum(dtype=np.float64) for each in nll]).reshape(len(ordered), -1)
-    first_block_d = np.cumsum([0, *(len(ends) for ends in ends_d[:-1])])
-    return ContextCurve(
+    curve = ContextCurve(
         lengths=ordered,
         targets=targets,
         blocks=blocks,
-        nll_dL=np.add.reduceat(of_block_Lb, first_block_d, axis=1).T,
+        nll_dL=np.empty((len(long), len(ordered))),
         count_d=np.array([targets * len(ends) for ends in ends_d]),
         units=tuple(f"{document.source}/{document.id}" for document in long),
         left_out=len(documents) - len(long),
         precision="bf16 autocast" if precision == "bf16" else str(model.head_weight.dtype).removeprefix("torch."),
+        tokens_sha256=tokens_digest(long),
+        tokenizer_sha256=tokenizer_sha256,
     )
+    protocol = {
+        key: value for key, value in asdict(curve).items() if key not in ("nll_dL", "count_d", "units", "left_out")
+    }
+    placed = [(document.tokens, end) for document, ends in zip(long, ends_d) for end in ends]
+    nll_Lb = np.full((len(ordered), len(placed)), np.nan)
+    for record in kept_records(kept, protocol) if kept is not None else []:
+        nll_Lb[ordered.index(record["length"]), record["blocks"]] = record["nll"]
+    missing_Lb = np.isnan(nll_Lb)
+    length_L1 = np.array(ordered)[:, None]
+    total = int(length_L1.sum()) * len(placed)
+    if progress is not None:
+        progress(total - int((missing_Lb * length_L1).sum()), total)
+    for i, length in reversed([*enumerate(ordered)]):  # what does not fit into memory fails first
+        missing = np.flatnonzero(missing_Lb[i]).tolist()
+        for first in range(0, len(missing), batch):
+            chosen = missing[first : first + batch]
+            rows = [_row(*placed[block], length, targets) for block in chosen]
+            nll = score_rows(model, rows, batch=batch, device=device, precision=precision)
+            nll_Lb[i, chosen] = [each.sum(dtype=np.float64) for each in nll]
+            missing_Lb[i, chosen] = False
+            if kept is not None:
+                keep(kept, protocol, {"length": length, "blocks": chosen, "nll": nll_Lb[i, chosen].tolist()})
+            if progress is not None:
+                progress(total - int((missing_Lb * length_L1).sum()), total)
+    first_block_d = np.cumsum([0, *(len(ends) for ends in ends_d[:-1])])
+    return replace(curve, nll_dL=np.add.reduceat(nll_Lb, first_block_d, axis=1).T)
+
+
+def _row(tokens: np.ndarray, end: int, length: int, targets: int) -> Row:
+    """The block of targets that ends before token `end`, at the end of its window."""
+    read = np.asarray(tokens[end - 1 - length : end], dtype=np.int64)
+    return Row(inputs=read[:-1], targets=read[1:], first=length - targets)
 
 
 def _block_ends(n: int, longest: int, targets: int, blocks: int) -> list[int]:
@@ -257,6 +292,8 @@ def effective_context(curve: ContextCurve, *, seed: int = 0) -> EffectiveContext
         documents=n,
         left_out=curve.left_out,
         precision=curve.precision,
+        tokens_sha256=curve.tokens_sha256,
+        tokenizer_sha256=curve.tokenizer_sha256,
     )
 
 

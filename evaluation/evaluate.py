@@ -14,7 +14,7 @@ import torch
 from longspan.data.store import Documents
 from longspan.data.tokenizer import Tokenizer
 
-from .documents import SAMPLE_SEED, EvalDocument, StoredDocuments, documents_from, in_full_windows
+from .documents import SAMPLE_SEED, EvalDocument, StoredDocuments, documents_from, in_full_windows, text_digest
 from .names import ProtocolName
 from .perplexity import LanguageModel, Precision, score
 from .protocols import ProtocolResult, measure_protocols
@@ -129,7 +129,14 @@ def evaluate_documents(
         documents_available=len(stored),
         reach=receptive_field if scoring.merge_windows else None,
     )
-    protocol = replace(scores.protocol, max_tokens=scoring.max_tokens, sample_seed=SAMPLE_SEED, scored=scoring.scored)
+    protocol = replace(
+        scores.protocol,
+        max_tokens=scoring.max_tokens,
+        sample_seed=SAMPLE_SEED,
+        scored=scoring.scored,
+        text_sha256=text_digest(documents, tokenizer.decode),
+        tokenizer_sha256=tokenizer.sha256,
+    )
     if scoring.scored == "full_windows":  # its cuts are the protocol's, not the documents'
         protocol = replace(
             protocol,

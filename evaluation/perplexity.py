@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from longspan.kernels.cross_entropy import token_nll
 from longspan.model.decoder import Decoder
 
-from .documents import EvalDocument
+from .documents import EvalDocument, tokens_digest
 from .result import DocumentScore, PerplexityResult, ScoringProtocol, summarise
 
 Precision = Literal["fp32", "bf16"]
@@ -235,6 +235,7 @@ def score(
             truncated=sum(document.truncated for document, count in zip(documents, counts_d) if count),
             prompts=sum(document.prompt > 0 for document, count in zip(documents, counts_d) if count),
             merged=passes is not windows,
+            tokens_sha256=tokens_digest(documents),
         ),
     )
 

@@ -30,6 +30,9 @@ class ScoringProtocol:
     prompts              how many documents have a prompt, which is read and not scored
     scored               "all": every token; "full_windows": the last `stride` tokens of each window that is full
     merged               whether windows were computed several at a time, which changes no number
+    tokens_sha256        what was read and scored, in tokens (`documents.tokens_digest`); None: not stated
+    text_sha256          the same as text, which tokenizers have in common (`documents.text_digest`); None: not stated
+    tokenizer_sha256     of the tokenizer.json that the tokens are of; None: not stated
     """
 
     window: int
@@ -45,6 +48,9 @@ class ScoringProtocol:
     prompts: int = 0
     scored: Scored = "all"
     merged: bool = False
+    tokens_sha256: str | None = None
+    text_sha256: str | None = None
+    tokenizer_sha256: str | None = None
 
     @property
     def words(self) -> str:

@@ -6,6 +6,8 @@ results.md, results.html   the same for people
 <checkpoint>/              of each checkpoint (of a single one, the directory itself):
   evaluation.json, .md, .png   perplexity
   documents.jsonl              each scored document's nll: what checkpoints are compared by
+  effective_context.jsonl      nll of each block of tokens, read with each length of context
+  harness.jsonl                what lm-evaluation-harness said of each task
   samples/<task>.jsonl         each question's answer and scores
 """
 
@@ -18,14 +20,23 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .effective_context import EffectiveContext, RetrievalContext
+from .effective_context import ContextCurve, EffectiveContext, RetrievalContext
 from .files import write_atomically
 from .result import DocumentScore
 from .task_result import QuestionScore, TaskResult
 
 REQUEST, RESULTS = "request.json", "results.json"
 _OWN = (REQUEST, RESULTS, "results.md", "results.html")
-_OF_A_CHECKPOINT = ("evaluation.json", "evaluation.md", "evaluation.png", "documents.jsonl", "samples")
+CONTEXT, HARNESS = "effective_context.jsonl", "harness.jsonl"
+_OF_A_CHECKPOINT = (
+    "evaluation.json",
+    "evaluation.md",
+    "evaluation.png",
+    "documents.jsonl",
+    CONTEXT,
+    HARNESS,
+    "samples",
+)
 
 
 class Occupied(ValueError):  # noqa: N818  # says what is the matter, as its users read it
@@ -40,6 +51,7 @@ class CheckpointResults:
     facts        where it lies, what it holds: plain data
     perplexity   the record of evaluation.json; None: not asked for
     documents    what that was summed up from
+    curve        the losses behind its effective context by loss; None: not asked for
     effective    its effective context: the record by loss (None: not asked for), and by each retrieval task
     tasks        task → result; samples: the scores of its questions
     refused      task → why this model cannot be asked it
@@ -50,6 +62,7 @@ class CheckpointResults:
     facts: Mapping[str, object]
     perplexity: Mapping[str, object] | None = None
     documents: tuple[DocumentScore, ...] = ()
+    curve: ContextCurve | None = None
     effective: EffectiveContext | None = None
     retrieves: Mapping[str, RetrievalContext] = field(default_factory=dict)
     tasks: Mapping[str, TaskResult] = field(default_factory=dict)

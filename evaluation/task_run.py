@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from longspan.data.questions import Question
 from longspan.data.tokenizer import Tokenizer
 
+from .journal import keep, kept_records
 from .names import LongTexts
 from .readers import Reader, Reply
 from .task_result import QuestionScore, TaskProtocol, TaskResult, summarise_task
@@ -92,7 +92,8 @@ def run_task(
         tokenizer_sha256=model.tokenizer.sha256,
         precision=model.precision,
     )
-    found = _begun(samples, protocol)
+    header = asdict(protocol)
+    found = {each.id: each for each in map(_read, kept_records(samples, header))}
     # Whole documents: how much of a text is read depends on all questions about it.
     open_documents = {question.document for question in questions if question.id not in found}
     left = [question for question in questions if question.document in open_documents]
@@ -102,9 +103,7 @@ def run_task(
         score = _scored(task, reply)
         if score.id in found:
             continue
-        if not found:
-            _append(samples, {"protocol": asdict(protocol)})
-        _append(samples, asdict(score))
+        keep(samples, header, asdict(score))
         found[score.id] = score
         if progress is not None:
             progress(len(found), len(questions))
@@ -116,12 +115,6 @@ def as_truncation(long_texts: LongTexts | None) -> Truncation | None:
     """The rule, where it is one: a strategy is what the reader goes by."""
     rules: dict[str, Truncation] = {rule: rule for rule in get_args(Truncation)}
     return None if long_texts is None else rules.get(long_texts)
-
-
-def _append(samples: Path, record: Mapping[str, object]) -> None:
-    samples.parent.mkdir(parents=True, exist_ok=True)
-    with samples.open("ab") as lines:
-        lines.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 
 def _scored(task: Task, reply: Reply) -> QuestionScore:
@@ -145,26 +138,5 @@ def _digest(questions: Sequence[Question]) -> str:
     return digest.hexdigest()
 
 
-def _begun(samples: Path, protocol: TaskProtocol) -> dict[str, QuestionScore]:
-    """What the file answers already; a half-written last line is cut off, and a file with nothing else removed.
-
-    Raises ValueError for answers by another protocol."""
-    header = json.loads(json.dumps(asdict(protocol)))
-    raw = samples.read_bytes() if samples.is_file() else b""
-    whole, _, torn = raw.rpartition(b"\n")
-    lines = whole.split(b"\n") if whole else []
-    if len(lines) < 2:
-        samples.unlink(missing_ok=True)
-        return {}
-    written = json.loads(lines[0])["protocol"]
-    differing = [key for key in header if written.get(key) != header[key]]
-    if differing:
-        key = differing[0]
-        raise ValueError(
-            f"{samples} holds answers by another protocol ({key}={written.get(key)!r}, now {header[key]!r}); give "
-            "another output, or overwrite=true to begin again"
-        )
-    if torn:
-        os.truncate(samples, len(whole) + 1)
-    records = [json.loads(line) for line in lines[1:]]
-    return {record["id"]: QuestionScore(**{**record, "references": tuple(record["references"])}) for record in records}
+def _read(record: Mapping[str, Any]) -> QuestionScore:
+    return QuestionScore(**{**record, "references": tuple(record["references"])})

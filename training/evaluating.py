@@ -20,7 +20,7 @@ from longspan.evaluation.asking import TooLong
 from longspan.evaluation.documents import StoredDocuments, documents_from, text_documents
 from longspan.evaluation.effective_context import (
     TARGETS,
-    EffectiveContext,
+    ContextCurve,
     doubling_lengths,
     effective_context,
     measure_context_curve,
@@ -33,7 +33,7 @@ from longspan.evaluation.processed import StrategyReader
 from longspan.evaluation.readers import Reader, reader_of
 from longspan.evaluation.record import write_evaluation
 from longspan.evaluation.retrieval import fitting_lengths
-from longspan.evaluation.suite import CheckpointResults, read_perplexity, write_documents
+from longspan.evaluation.suite import CONTEXT, CheckpointResults, read_perplexity, write_documents
 from longspan.evaluation.suite_context import by_retrieval
 from longspan.evaluation.task_run import AskedModel, CannotAsk, as_truncation, run_task, way_of_asking
 from longspan.evaluation.tasks.registry import gather
@@ -129,7 +129,8 @@ def measure(
     if "effective_context" in config.tasks:
         try:
             with shown("effective context") as advance:
-                measured = replace(measured, effective=measure_context(subject, config, advance))
+                curve = measure_context(subject, config, advance, kept=directory / CONTEXT)
+            measured = replace(measured, curve=curve, effective=effective_context(curve, seed=config.seed))
         except CannotAsk as error:
             refused["effective_context"] = str(error)
     if config.harness:
@@ -222,10 +223,18 @@ def measure_perplexity(
 
 
 def measure_context(
-    subject: Subject, config: EvaluateConfig, progress: Callable[[int, int], None] | None = None
-) -> EffectiveContext:
-    """The length to which extra context lowers loss, of the documents that perplexity is of. Raises as that, and
-    ValueError where no document is longer than the context."""
+    subject: Subject,
+    config: EvaluateConfig,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    kept: Path | None = None,
+) -> ContextCurve:
+    """Losses of the same tokens with more and more context, of the documents that perplexity is of: what effective
+    context is decided by.
+
+    kept   file that a measurement which was stopped goes on from
+    Raises as perplexity does, and CannotAsk where no document is longer than the context.
+    """
     model = _decoder(subject, "effective context")
     stored, _ = documents_of(config.data, subject)
     longest = max(config.lengths) if config.lengths is not None else subject.context
@@ -233,7 +242,7 @@ def measure_context(
     documents = [document for document in documents if not document.prompt]  # whose first tokens are not to be scored
     if not any(len(document.tokens) > longest for document in documents):
         raise CannotAsk(f"effective context by {longest:,} tokens: no document without a prompt is longer than that")
-    curve = measure_context_curve(
+    return measure_context_curve(
         model,
         documents,
         lengths=config.lengths or doubling_lengths(longest, shortest=min(256, longest // 4)),
@@ -242,9 +251,10 @@ def measure_context(
         precision=subject.precision,
         targets=max(1, min(TARGETS, min(config.lengths or (256, longest // 4)) // 2)),
         blocks=_BLOCKS,
+        tokenizer_sha256=subject.tokenizer.sha256,
+        kept=kept,
         progress=progress,
     )
-    return effective_context(curve, seed=config.seed)
 
 
 def measure_harness(subject: Subject, config: EvaluateConfig) -> dict[str, object]:
