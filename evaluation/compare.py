@@ -26,7 +26,7 @@ import numpy as np
 from .bootstrap import chunks, ratio_interval
 from .result import DocumentScore
 
-PER_BYTE = "bits per byte"
+PER_TOKEN, PER_BYTE = "loss (nats per token)", "bits per byte"
 _RESAMPLES = 10_000
 _CHANGES_NOTHING = ("merged",)  # fields of a protocol that are about how it was computed
 
@@ -110,7 +110,7 @@ def measured_loss(
     nll_d = np.array([each.nll for each in documents], dtype=np.float64)
     return Measured(
         name=name,
-        measure="loss (nats per token)" if per == "token" else PER_BYTE,
+        measure=PER_TOKEN if per == "token" else PER_BYTE,
         protocol=protocol,
         units=tuple(f"{each.source}/{each.id}" for each in documents),
         totals=nll_d if per == "token" else nll_d / np.log(2),
@@ -224,7 +224,8 @@ def _paired(first: Measured, second: Measured) -> tuple[np.ndarray, np.ndarray, 
         i = int(unequal[0])
         raise ValueError(
             f"document '{first.units[i]}' weighs {first.weights[i]:,.0f} with {first.name} and {weights[i]:,.0f} with "
-            f"{second.name}: it was cut into other tokens or has other questions; compare bits per byte"
+            f"{second.name}: it was cut into other tokens or has other questions"
+            + ("; compare bits per byte" if first.measure == PER_TOKEN else "")
         )
     return first.totals, second.totals[order], first.weights
 

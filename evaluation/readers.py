@@ -26,7 +26,7 @@ from longspan.model.decoder import Decoder
 from longspan.model.encoder import Encoder
 from longspan.model.generation import complete
 from longspan.model.paging import CachedSequence, PagePool
-from longspan.model.prompts import prefill
+from longspan.model.prompts import fitting, prefill
 from longspan.model.sampling import Sampling
 from longspan.model.seq2seq import Seq2Seq
 from longspan.model.session import Request, Session
@@ -350,8 +350,8 @@ class Seq2SeqReader:
 
 
 def target_room(model: Seq2Seq, task: Task) -> int:
-    """Tokens of an answer that the decoder has positions for: its start token takes one."""
-    return min(task.max_new_tokens, model.config.decoder.max_positions - 1)
+    """Tokens of an answer that the decoder has positions for, behind its start token."""
+    return fitting(model.config.decoder_half, 1, task.max_new_tokens)
 
 
 def global_positions(model: Seq2Seq) -> tuple[int, ...]:

@@ -7,9 +7,11 @@ from dataclasses import asdict
 from itertools import combinations
 from typing import Literal
 
-from .compare import PER_BYTE, Comparison, Measured, adjusted, compare, measured_loss, measured_scores
+from .compare import PER_BYTE, Comparison, Measured, adjusted, compare, differing_fields, measured_loss, measured_scores
 from .run_files import mapping
 from .suite import CheckpointResults
+
+_OF_A_BUDGET = frozenset({"documents", "truncated", "prompts"})  # fields that what a budget buys decides
 
 
 def compare_checkpoints(
@@ -27,7 +29,7 @@ def compare_checkpoints(
                 found.append(compare(*pair, force=force, seed=seed))
             except ValueError as error:
                 budget = "; two tokenizers make two texts of one budget: set evaluation.max_tokens=null"
-                refused.append(f"{pair[0].measure}: {error}" + (budget if pair[0].measure == PER_BYTE else ""))
+                refused.append(f"{pair[0].measure}: {error}" + (budget if _spent_apart(*pair) else ""))
     return tuple(adjusted(found)), tuple(refused)
 
 
@@ -38,6 +40,15 @@ def _pairs(first: CheckpointResults, second: CheckpointResults) -> Iterator[tupl
     for name in first.tasks:
         if name in second.tasks:
             yield _scores(first, name), _scores(second, name)
+
+
+def _spent_apart(first: Measured, second: Measured) -> bool:
+    """Whether two tokenizers had one budget of tokens, and nothing else tells the protocols apart."""
+    return (
+        first.measure == PER_BYTE
+        and first.protocol["max_tokens"] is not None
+        and _OF_A_BUDGET.issuperset(differing_fields(first.protocol, second.protocol))
+    )
 
 
 def _loss(results: CheckpointResults, per: Literal["token", "byte"]) -> Measured:

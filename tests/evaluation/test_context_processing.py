@@ -157,6 +157,21 @@ class TestStrategies:
         assert (found.text, found.prompts) == ("BC", 3)
         assert found.read == (range(6), range(4, 10), range(8, 12))
 
+    def test_nothing_is_no_answer_as_long_as_there_is_another(self):
+        """Saying nothing takes one stop token, and what is not in a part of the text is often said with near
+        certainty."""
+
+        class Unsure(Scribe):
+            def write(self, prompts: Sequence[Sequence[int]]) -> list[Written]:
+                return [
+                    Written(each.text, (-7.0, -5.0) if each.text else (-1e-4,)) for each in super().write(prompts)
+                ]
+
+        found = BestChunk(overlap=0)(long_text("....A..."), Unsure(max_prompt=2 + 4))
+        assert (found.text, found.prompts) == ("A", 2)
+        assert Written("", (-1e-4,)).confidence < Written("A", (-7.0, -5.0)).confidence == -6.0
+        assert BestChunk(overlap=0)(long_text("........"), Unsure(max_prompt=2 + 4)).text == ""
+
     def test_overlap_is_at_most_half_a_part(self):
         found = BestChunk(overlap=100)(long_text("abcdef"), Scribe(max_prompt=2 + 4))
         assert found.read == (range(4), range(2, 6))

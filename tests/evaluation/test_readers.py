@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.data.questions import Question
-from longspan.data.tokenizer import Tokenizer, byte_level, train_bpe
+from longspan.data.tokenizer import END_OF_TEXT, MASK, Tokenizer, byte_level, train_bpe
 from longspan.evaluation.asking import TooLong, common_prefix, prompts_of
 from longspan.evaluation.processed import BY_STRATEGY, StrategyReader
 from longspan.evaluation.readers import DecoderReader, EncoderReader, Reply, Seq2SeqReader, reader_of
@@ -25,6 +25,8 @@ from longspan.model.config_attention import AttentionPlan
 from longspan.model.config_rope import RopeScaling
 from longspan.model.decoder import Decoder
 from longspan.model.encoder import Encoder
+from longspan.model.generation import complete
+from longspan.model.sampling import Sampling
 from longspan.model.seq2seq import Seq2Seq
 from longspan.model.zoo import build
 
@@ -262,6 +264,34 @@ class TestOthers:
             assert together[each.id] == alone.answer.text
             assert alone.prompt_tokens == len(each.context + each.after) + 1  # and the template's token before it
 
+    @pytest.mark.parametrize("strategy", [None, "fused", "bm25"])
+    def test_an_answer_ends_where_its_decoder_has_no_more_positions(self, strategy: str | None, tmp_path: Path):
+        model = sharpened(
+            "bart-tiny", {"vocab_size": 257, "encoder": {"max_positions": 64}, "decoder": {"max_positions": 8}}
+        )
+        assert isinstance(model, Seq2Seq)
+        if strategy is None:
+            reader = Seq2SeqReader(model, BYTES, max_tokens=64, batch=2)
+        else:
+            reader = StrategyReader(model, BYTES, strategy, start=(), max_tokens=64, batch=2)
+        asked = Asked(questions=(question(1, context="abc "),))
+        roomy = replace(task("generate"), max_new_tokens=64)
+        result, (score,) = run_task(roomy, asked_model(reader), asked, samples=tmp_path / "s.jsonl")
+        assert result.protocol.max_new_tokens == 8  # a start token and seven of the answer's: the eighth is not read
+        assert "answers of at most 8 tokens" in result.protocol.words
+        frame = BYTES.frame
+        (alone,) = complete(
+            model,
+            [[*frame.before, *b"abc What is 1? It is", *frame.after]],
+            Sampling(max_new_tokens=8, temperature=0.0),
+            tokenizer=BYTES,
+        )
+        assert len(alone.tokens) == 8
+        assert BYTES.eos_id not in alone.tokens
+        assert score.answer.strip() == (alone.text or "").strip()
+        few, _ = run_task(task("generate"), asked_model(reader), asked, samples=tmp_path / "few.jsonl")
+        assert few.protocol.max_new_tokens == 6
+
     def test_an_encoder_names_the_class_of_a_text(self):
         model = sharpened(
             "bert-tiny",
@@ -279,18 +309,29 @@ class TestOthers:
             list(reader.replies(task("classify"), "classify", asked, "keep_tail"))
 
     def test_whether_an_answer_may_be_missing_is_the_tasks(self):
+        """Neither how many texts are read together nor what is right decides what is found. Texts of a few characters
+        have few places for an answer, so that of half of them "no answer" is the likelier one."""
         model = sharpened("bert-tiny", {"head": "qa", "vocab_size": 257, "max_positions": 128})
         assert isinstance(model, Encoder)
-        asked = [
-            replace(question(n, context=TEXT[n : 60 + 2 * n], document=str(n)), references=("" if n == 3 else "value",))
-            for n in range(8)
-        ]
-        answers = []
-        for batch in (1, 2):  # neither how many are read together nor what is right decides what is found
+        letters = TEXT.replace(" ", "")
+        asked = [question(n, context=letters[n : n + 2 + n % 2], document=str(n)) for n in range(24)]
+        asked = [replace(each, references=("value",)) for each in asked]
+
+        def answers(questions: Sequence[Question], *, batch: int, unanswerable: bool) -> list[str]:
             reader = EncoderReader(model, BYTES, max_tokens=128, batch=batch)
-            answers.append([reply.answer.text for reply in reader.replies(task("extract"), "extract", asked)])
-        assert answers[0] == answers[1]
-        assert all(answers[0])
+            made = reader.replies(replace(task("extract"), unanswerable=unanswerable), "extract", questions)
+            return [reply.answer.text for reply in made]
+
+        with_a_gap = [replace(each, references=("",)) if n == 3 else each for n, each in enumerate(asked)]
+        for unanswerable in (False, True):
+            found = [
+                answers(questions, batch=batch, unanswerable=unanswerable)
+                for questions in (asked, with_a_gap)
+                for batch in (1, 2)  # of which eight times as many are looked at together
+            ]
+            assert found == [found[0]] * 4
+            missing = found[0].count("")
+            assert missing == 0 if not unanswerable else 4 < missing < 20
 
     def test_a_model_is_asked_what_it_can_do(self, tmp_path: Path):
         model = sharpened("bert-tiny", {"vocab_size": 257, "max_positions": 64})
@@ -298,6 +339,23 @@ class TestOthers:
         asked = asked_model(reader_of(model, BYTES, start=(), max_tokens=64, batch=2))
         with pytest.raises(CannotAsk, match="made_up cannot be asked of this model: it needs a decoder"):
             run_task(task("choose"), asked, Asked(questions=(question(1),)), samples=tmp_path / "s.jsonl")
+
+
+def framed_bytes(directory: Path) -> Tokenizer:
+    """Bytes whose template puts a token of its own, 257, before a text."""
+    byte_level(mask=True).save(directory)
+    definition = json.loads((directory / "tokenizer.json").read_text())
+    before, one, other = (
+        {"SpecialToken": {"id": MASK, "type_id": 0}},
+        *({"Sequence": {"id": each, "type_id": 0}} for each in "AB"),
+    )
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [before, one],
+        "pair": [before, one, other],
+        "special_tokens": {MASK: {"id": MASK, "ids": [257], "tokens": [MASK]}},
+    }
+    return Tokenizer(json.dumps(definition), END_OF_TEXT)
 
 
 def asked_model(reader: object) -> AskedModel:
@@ -309,7 +367,7 @@ class Parrot:
 
     asks: frozenset[Ask] = frozenset({"generate"})
     max_tokens = 64
-    start = (256,)
+    start: tuple[int, ...] = (256,)
 
     def new_tokens(self, task: Task) -> int:
         return task.max_new_tokens
@@ -389,9 +447,48 @@ class TestRuns:
         run_task(task("generate"), asked_model(Parrot()), asked, samples=samples)
         with pytest.raises(ValueError, match=r"by another protocol \(version=1, now 2\)"):
             run_task(task("generate", version=2), asked_model(Parrot()), asked, samples=samples)
+        other = Parrot()
+        other.start = (7,)
+        with pytest.raises(ValueError, match=r"by another protocol \(start=\[256\], now \[7\]\)"):
+            run_task(task("generate"), asked_model(other), asked, samples=samples)
         changed = replace(asked, questions=(*asked.questions[:3], replace(asked.questions[3], after="And?")))
         with pytest.raises(ValueError, match=r"by another protocol \(questions_sha256="):
             run_task(task("generate"), asked_model(Parrot()), changed, samples=samples)
+
+    def test_two_questions_of_one_id_are_refused(self, tmp_path: Path):
+        """Answers are told apart by ids, also after an interruption: one of the two would be lost."""
+        one, other = question(1), replace(question(1), after="Another one:")
+        samples = tmp_path / "s.jsonl"
+        with pytest.raises(ValueError, match="made_up: two questions have the same id"):
+            run_task(task("generate"), asked_model(Parrot()), Asked(questions=(one, other)), samples=samples)
+        assert not samples.exists()
+
+    def test_the_protocol_names_what_stands_before_a_text(self, tmp_path: Path):
+        """A decoder's start token; of others, what their tokenizer's template puts there."""
+        framed = framed_bytes(tmp_path)
+        assert framed.frame.before == (257,)
+        sizes = {"vocab_size": 258, "max_positions": 128}
+        small, half = decoder(**sizes), {"encoder": {"max_positions": 128}, "decoder": {"max_positions": 16}}
+        encoder_decoder = sharpened("bart-tiny", {"vocab_size": 258, **half})
+        classifier = sharpened(
+            "bert-tiny", {"head": "classification", "labels": ("no", "yes"), "pooler": True, **sizes}
+        )
+        assert isinstance(encoder_decoder, Seq2Seq)
+        assert isinstance(classifier, Encoder)
+        sized = {"max_tokens": 64, "batch": 1}
+        readers = [
+            (reader_of(small, framed, start=(9,), **sized), (9,)),
+            (StrategyReader(small, framed, "bm25", start=(9,), **sized), (9,)),
+            (reader_of(encoder_decoder, framed, start=(9,), **sized), (257,)),
+            (StrategyReader(encoder_decoder, framed, "fused", start=(9,), **sized), (257,)),
+            (reader_of(classifier, framed, start=(9,), **sized), (257,)),
+        ]
+        for number, (reader, start) in enumerate(readers):
+            (ask,) = reader.asks & {"generate", "classify"}
+            asked = Asked(questions=(question(1, context="a b "),))
+            model = AskedModel(reader=reader, tokenizer=framed, precision="fp32")
+            result, _ = run_task(task(ask), model, asked, samples=tmp_path / f"{number}.jsonl")
+            assert result.protocol.start == start, reader
 
 
 class TestStrategies:
