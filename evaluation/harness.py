@@ -16,6 +16,7 @@ Legend: B rows, T tokens of the longest of them, N scored tokens, D width, V voc
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ from longspan.kernels.cross_entropy import CHUNK_LOGITS
 from longspan.model.decoder import Decoder
 
 from .documents import EvalDocument
+from .journal import keep, kept_records
 from .perplexity import Precision, batches, rotates_by_length, score
 
 if TYPE_CHECKING:
@@ -57,9 +59,12 @@ def run_harness(
     precision: Precision = "fp32",
     starts: bool = False,
     seed: int = 0,
+    kept: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, object]:
     """The harness's results of some of its tasks, or of those defined below `include_path`, as plain data: `results`
-    by task as the harness has them, and under `harness` its version and how it was asked.
+    by task as the harness has them, `questions_sha256` of what was asked, and under `harness` its version and how it
+    was asked. Tasks (or groups of them) are run one by one.
 
     limit         documents per task; None: all
     num_fewshot   examples in each prompt; None: as each task has it
@@ -67,6 +72,9 @@ def run_harness(
     batch         rows in a forward pass
     starts        contexts begin with the tokenizer's start tokens, as the models of others expect
     seed          of what the harness draws (examples, samples)
+    kept          file of JSON lines that each finished task is appended to, and whose tasks are not run again; it
+                  begins with what they depend on, the model's weights aside: something else there is refused
+    progress      called with (tasks finished, tasks in all) before the first and after each
 
     The harness seeds the generators of random, numpy and torch. Raises ImportError where lm_eval is not installed,
     ValueError for tasks that it does not have (with the nearest names) and for data that cannot be had.
@@ -82,36 +90,75 @@ def run_harness(
 
     manager = _manager(tasks, include_path)
     adapter = HarnessModel(model, tokenizer, max_length=max_length, batch=batch, precision=precision, starts=starts)
-    try:
-        found = simple_evaluate(
-            adapter,
-            tasks=list(tasks),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            task_manager=manager,
-            log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"the harness cannot read the data of {', '.join(tasks)}: {reason}; its own tasks take theirs from the "
-            "hub, so be online, or define tasks with local files and give include_path"
-        ) from error
-    return {
-        "harness": {
-            "lm_eval": lm_eval.__version__,
-            "tasks": list(tasks),
-            "limit": limit,
-            "num_fewshot": num_fewshot,
-            "seed": seed,
-            **adapter.protocol,
-        },
-        **{name: _plain(each) for name, each in cast("Mapping[str, object]", found).items() if name in _KEPT},
+
+    def asked(name: str) -> dict[str, object]:
+        try:
+            found = simple_evaluate(
+                adapter,
+                tasks=[name],
+                num_fewshot=num_fewshot,
+                limit=limit,
+                task_manager=manager,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                f"the harness cannot read the data of {name}: {reason}; its own tasks take theirs from the "
+                "hub, so be online, or define tasks with local files and give include_path"
+            ) from error
+        results = cast("Mapping[str, Mapping[str, object]]", found)
+        plain = {part: _plain(results[part]) for part in _KEPT if part in results}
+        samples = cast("Mapping[str, Sequence[Mapping[str, str]]]", results["samples"])
+        return plain | {"questions_sha256": {task: _digest(each) for task, each in samples.items()}}
+
+    protocol = {
+        "lm_eval": lm_eval.__version__,
+        "definitions_sha256": None if include_path is None else _definitions_digest(include_path),
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "seed": seed,
+        **adapter.protocol,
     }
+    names = list(dict.fromkeys(tasks))
+    done = {record["task"]: record["found"] for record in kept_records(kept, protocol)} if kept is not None else {}
+    if progress is not None:
+        progress(sum(name in done for name in names), len(names))
+    for name in names:
+        if name in done:
+            continue
+        done[name] = asked(name)
+        if kept is not None:
+            keep(kept, protocol, {"task": name, "found": done[name]})
+        if progress is not None:
+            progress(sum(each in done for each in names), len(names))
+    merged: dict[str, object] = {"harness": {**protocol, "tasks": names}}
+    for part in (*_KEPT, "questions_sha256"):
+        of_tasks = [done[name][part] for name in names if part in done[name]]
+        if of_tasks:
+            merged[part] = {key: value for each in of_tasks for key, value in each.items()}
+    return merged
+
+
+def _digest(samples: Sequence[Mapping[str, str]]) -> str:
+    """SHA-256 of the harness's own hashes of the documents, prompts and right answers of a task, in order."""
+    digest = hashlib.sha256()
+    for each in samples:
+        digest.update(f"{each['doc_hash']} {each['prompt_hash']} {each['target_hash']}\n".encode())
+    return digest.hexdigest()
+
+
+def _definitions_digest(folder: Path) -> str:
+    """SHA-256 of the files that define tasks, with their names."""
+    digest = hashlib.sha256()
+    for path in sorted(each for each in folder.rglob("*") if each.suffix in (".yaml", ".yml") and each.is_file()):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def _manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:

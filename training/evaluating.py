@@ -33,7 +33,7 @@ from longspan.evaluation.processed import StrategyReader
 from longspan.evaluation.readers import Reader, reader_of
 from longspan.evaluation.record import write_evaluation
 from longspan.evaluation.retrieval import fitting_lengths
-from longspan.evaluation.suite import CONTEXT, CheckpointResults, read_perplexity, write_documents
+from longspan.evaluation.suite import CONTEXT, HARNESS, CheckpointResults, read_perplexity, write_documents
 from longspan.evaluation.suite_context import by_retrieval
 from longspan.evaluation.task_run import AskedModel, CannotAsk, as_truncation, run_task, way_of_asking
 from longspan.evaluation.tasks.registry import gather
@@ -135,8 +135,9 @@ def measure(
             refused["effective_context"] = str(error)
     if config.harness:
         try:
-            with shown("lm-evaluation-harness"):
-                measured = replace(measured, harness=measure_harness(subject, config))
+            with shown("lm-evaluation-harness") as advance:
+                found = measure_harness(subject, config, advance, kept=directory / HARNESS)
+            measured = replace(measured, harness=found)
         except CannotAsk as error:
             refused["harness"] = str(error)
     model = asked_model(subject, batch=config.evaluation.batch, long_texts=config.long_texts)
@@ -257,8 +258,17 @@ def measure_context(
     )
 
 
-def measure_harness(subject: Subject, config: EvaluateConfig) -> dict[str, object]:
-    """What lm-evaluation-harness says of it. Raises UserError where that is not installed or has no such task."""
+def measure_harness(
+    subject: Subject,
+    config: EvaluateConfig,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    kept: Path | None = None,
+) -> dict[str, object]:
+    """What lm-evaluation-harness says of it. Raises UserError where that is not installed or has no such task.
+
+    kept   file that a measurement which was stopped goes on from, task by task
+    """
     model = _decoder(subject, "lm-evaluation-harness")
     try:
         return run_harness(
@@ -272,6 +282,8 @@ def measure_harness(subject: Subject, config: EvaluateConfig) -> dict[str, objec
             precision=subject.precision,
             starts=subject.start is not None,
             seed=config.seed,
+            kept=kept,
+            progress=progress,
         )
     except (ImportError, ValueError) as error:
         said = str(error).replace("include_path", "harness_files")  # as the command line calls it
