@@ -30,6 +30,10 @@ _K1, _B = 1.2, 0.75  # BM25: how fast a repeated word saturates, and how much lo
 Scores = Callable[[str, Sequence[str]], list[float]]
 
 
+class NoRoom(ValueError):  # noqa: N818  # says what is the matter, as its users read it
+    """A model that reads too little for any of a text beside instructions and question."""
+
+
 # -- tokens -----------------------------------------------------------------------------------------------------------
 
 
@@ -160,10 +164,10 @@ class LongText:
     query: str = ""
 
     def room(self, max_prompt: int) -> int:
-        """Tokens of the text that fit. Raises ValueError where none does."""
+        """Tokens of the text that fit. Raises NoRoom where none does."""
         room = max_prompt - len(self.before) - len(self.after)
         if room < 1:
-            raise ValueError(
+            raise NoRoom(
                 f"the model reads {max_prompt:,} tokens, of which instructions and question alone take "
                 f"{max_prompt - room:,}: no text fits between them"
             )
@@ -188,7 +192,7 @@ class Processed:
 
 class Strategy(Protocol):
     def __call__(self, text: LongText, writer: Writer) -> Processed:
-        """Raises ValueError where instructions and question leave no room for the text."""
+        """Raises NoRoom where instructions and question leave too little of it for the text."""
         ...
 
 
@@ -248,7 +252,7 @@ class MapReduce:
         context, read, prompts = list(text.context), (range(len(text.context)),), 0
         while len(context) > room:
             if most < 1:
-                raise ValueError(f"there is room for {room} tokens of text, too few to hold two answers to parts of it")
+                raise NoRoom(f"there is room for {room} tokens of text, too few to hold two answers to parts of it")
             spans = chunk_spans(len(context), room)
             read = spans if prompts == 0 else read
             written = writer.write([[*text.before, *_taken(context, (span,)), *text.after] for span in spans])

@@ -131,7 +131,7 @@ class Fused:
     overlap: int = 128
 
     def __call__(self, text: LongText, writer: ModelWriter) -> Processed:
-        """Raises ValueError for a decoder, and where instructions and question leave no room for the text."""
+        """Raises ValueError for a decoder; NoRoom where instructions and question leave no room for the text."""
         model = writer.model
         if not isinstance(model, Seq2Seq):
             raise ValueError("fusion: parts are encoded apart and decoded together, which only an encoder–decoder can")

@@ -11,7 +11,8 @@ from longspan.model.decoder import Decoder
 from longspan.model.sampling import Sampling
 from longspan.model.seq2seq import Seq2Seq
 
-from .context_processing import STRATEGIES, LongText, Processed
+from .asking import TooLong
+from .context_processing import STRATEGIES, LongText, NoRoom, Processed
 from .fusion import Fused, ModelWriter, long_text
 from .readers import Reply, global_positions, target_room
 from .tasks.task import Answer, Ask, Task, Truncation
@@ -74,7 +75,10 @@ class StrategyReader:
         )
         for question in questions:
             text = long_text(question, self.tokenizer, start=self.start, end=self._end)
-            done = self._strategy(text, writer)
+            try:
+                done = self._strategy(text, writer)
+            except NoRoom as error:
+                raise TooLong(f"{task.name}: question {question.id}: {error}") from None
             read = {token for span in done.read for token in span}
             yield Reply(
                 question=question,

@@ -163,9 +163,7 @@ class TestStrategies:
 
         class Unsure(Scribe):
             def write(self, prompts: Sequence[Sequence[int]]) -> list[Written]:
-                return [
-                    Written(each.text, (-7.0, -5.0) if each.text else (-1e-4,)) for each in super().write(prompts)
-                ]
+                return [Written(each.text, (-7.0, -5.0) if each.text else (-1e-4,)) for each in super().write(prompts)]
 
         found = BestChunk(overlap=0)(long_text("....A..."), Unsure(max_prompt=2 + 4))
         assert (found.text, found.prompts) == ("A", 2)

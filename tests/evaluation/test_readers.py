@@ -517,6 +517,15 @@ class TestStrategies:
         assert reply.dropped == (0 if whole else len(TEXT) - room)
         assert reply.prompt_tokens > len(TEXT) if whole else reply.prompt_tokens <= 122
 
+    @pytest.mark.parametrize("strategy", ["bm25", "best_chunk", "map_reduce", "fused"])
+    def test_where_no_text_fits_beside_the_question_the_task_is_refused(self, strategy: str):
+        name, ours = ("bart-tiny", {"encoder": {"max_positions": 128}}) if strategy == "fused" else ("llama-tiny", {})
+        model = build(name, {"vocab_size": 257, **ours}, seed=0)
+        assert isinstance(model, Decoder | Seq2Seq)
+        reader = StrategyReader(model, BYTES, strategy, start=(256,), max_tokens=18, batch=2)
+        with pytest.raises(TooLong, match=r"^made_up: question d/1: the model reads \d+ tokens, of which"):
+            list(reader.replies(task("generate"), "generate", [question(1)]))
+
     def test_a_decoder_has_nothing_to_fuse(self):
         with pytest.raises(ValueError, match=r"long_texts=fused: .* this model is a decoder"):
             StrategyReader(decoder(), BYTES, "fused", start=(), max_tokens=64, batch=1)

@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 
-from longspan.data.tokenizer import byte_level
+from longspan.data.tokenizer import END_OF_TEXT, MASK, Tokenizer, byte_level
 from longspan.evaluation.names import LongTexts, ProtocolName, TaskName
 from longspan.evaluation.processed import BY_STRATEGY
 from longspan.evaluation.protocol_definitions import protocol_names
@@ -28,6 +28,13 @@ CHEAP = ("samples=1", "lengths=[320,384]", "depths=[0,1]", "evaluation.max_token
 def checkpoint(tmp_path: Path) -> Path:
     """A model that reads bytes and has learned nothing."""
     return saved(tmp_path / "model", max_positions=512)
+
+
+def encoder_decoder(directory: Path) -> Path:
+    tokenizer = byte_level()
+    sizes = {"encoder": {"max_positions": 512}, "decoder": {"max_positions": 32}}
+    save_model(build("bart-tiny", {"vocab_size": tokenizer.vocab_size, **sizes}, seed=0), directory, tokenizer)
+    return directory
 
 
 def saved(directory: Path, *, max_positions: int, seed: int = 0) -> Path:
@@ -145,6 +152,97 @@ def test_numbers_of_different_protocols_are_not_compared_unless_forced(
     assert "max_tokens" in comparison["differing"]
 
 
+def test_the_same_weights_behind_another_start_token_are_not_compared() -> None:
+    """Imported weights read texts framed by their tokenizer's template, ours behind the end of the text before."""
+    byte_level(mask=True).save(Path("bytes"))
+    definition = json.loads(Path("bytes/tokenizer.json").read_text())
+    before, one, other = (
+        {"SpecialToken": {"id": MASK, "type_id": 0}},
+        *({"Sequence": {"id": each, "type_id": 0}} for each in "AB"),
+    )
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [before, one],
+        "pair": [before, one, other],
+        "special_tokens": {MASK: {"id": MASK, "ids": [257], "tokens": [MASK]}},
+    }
+    tokenizer = Tokenizer(json.dumps(definition), END_OF_TEXT)
+    ours, imported = Path("ours"), Path("imported")
+    for directory, lineage in ((ours, {}), (imported, {"imported": {}})):
+        model = build("llama-tiny", {"vocab_size": 258, "max_positions": 512}, seed=0)
+        save_model(model, directory, tokenizer, lineage=lineage)
+    Path("text.txt").write_text("A text. " * 100)
+    asked = ["evaluate", f"checkpoints=[{ours},{imported}]", "tasks=[induction,perplexity]", "output=out", *CHEAP]
+    assert main(asked) == 1
+    found = json.loads(Path("out/results.json").read_text())
+    starts = [each["tasks"]["induction"]["protocol"]["start"] for each in found["checkpoints"]]
+    assert starts == [[256], [257]]
+    assert [line.partition(":")[0] for line in found["not_compared"]] == [
+        "loss (nats per token)",
+        "induction, token_accuracy",
+    ]
+    assert "different protocols: bos is 256 and 257; measure both alike" in found["not_compared"][0]
+    assert "different protocols: start is (256,) and (257,); measure both alike" in found["not_compared"][1]
+    assert found["comparisons"] == []
+
+
+def test_what_a_model_cannot_be_asked_is_said_and_the_rest_is_measured(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = encoder_decoder(Path("other"))
+    Path("files").mkdir()
+    Path("files/lambada_test_openai.jsonl").write_text('{"text": "the last word"}\n' * 2)
+    tasks = "tasks=[perplexity,effective_context,lambada,passkey]"
+    asked = ["evaluate", f"checkpoints=[{other},{checkpoint}]", tasks, "harness=[none]", "files=files", *CHEAP]
+    with pytest.MonkeyPatch.context() as patch:  # the harness's own numbers are test_harness's
+        patch.setattr(evaluating, "run_harness", lambda *_, **__: {"results": {"none": {"acc,none": 0.25}}})
+        assert main([*asked, "output=out"]) == 0
+    first, second = json.loads(Path("out/results.json").read_text())["checkpoints"]
+    assert set(first["refused"]) == {"perplexity", "effective_context", "harness", "lambada"}
+    assert first["refused"]["lambada"] == "lambada cannot be asked of this model: it needs a decoder"
+    assert first["refused"]["perplexity"].endswith(
+        "other holds no decoder, and perplexity is of models that predict the next token"
+    )
+    assert (first["perplexity"], set(first["tasks"]), first["harness"]) == (None, {"passkey"}, {})
+    assert second["refused"] == {}
+    assert set(second["tasks"]) == {"lambada", "passkey"}
+    assert second["harness"]["results"] == {"none": {"acc,none": 0.25}}
+    page = Path("out/results.md").read_text()
+    assert "## Not measured" in page
+    assert "* other, lambada: lambada cannot be asked of this model" in page
+    assert "other, effective_context: " in Path("out/results.html").read_text()
+    assert "## Not measured" in capsys.readouterr().out
+
+
+def test_a_task_without_room_in_the_context_is_left_out_where_no_length_was_asked_for(
+    checkpoint: Path, refused: Refused
+) -> None:
+    short = saved(Path("short"), max_positions=96)
+    Path("text.txt").write_text("Short.")
+    asked = ["evaluate", f"checkpoint={short}", "samples=1", "data.path=text.txt"]
+    assert main([*asked, "tasks=[effective_context,niah_single_2,copying]", "output=out"]) == 0
+    (found,) = json.loads(Path("out/results.json").read_text())["checkpoints"]
+    assert set(found["tasks"]) == {"copying"}
+    assert found["refused"]["niah_single_2"].startswith("by a context of 96 tokens: length=96: niah_single_2 takes at ")
+    assert found["refused"]["effective_context"] == (
+        "effective context by 96 tokens: no document without a prompt is longer than that"
+    )
+    (line,) = refused(*asked, "tasks=[niah_single_2]", "output=other")  # nothing at all
+    assert line.startswith("by a context of 96 tokens: ")
+    (line,) = refused(*asked, "tasks=[niah_single_2,copying]", "output=other", "lengths=[96]")
+    assert line.startswith("length=96: niah_single_2 takes at least")
+
+
+def test_a_text_that_may_not_be_shortened_costs_its_task_only(checkpoint: Path) -> None:
+    Path("files").mkdir()
+    Path("files/lambada_test_openai.jsonl").write_text(json.dumps({"text": "word " * 200 + "last"}) + "\n")
+    asked = ["evaluate", f"checkpoint={checkpoint}", "tasks=[lambada,passkey]", "files=files", "long_texts=refuse"]
+    assert main([*asked, "output=out", *CHEAP]) == 0
+    (found,) = json.loads(Path("out/results.json").read_text())["checkpoints"]
+    assert set(found["tasks"]) == {"passkey"}
+    assert "needs 1,005 tokens with its answer and the model reads 512" in found["refused"]["lambada"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -158,6 +256,17 @@ def test_numbers_of_different_protocols_are_not_compared_unless_forced(
         (["tasks=[]"], "tasks=[]: measures nothing"),
         (["tasks=[passkey,passkey]"], "names a task twice"),
         (["tasks=[passkey]", "depths=[2]"], "a depth is a share of the text"),
+        (["tasks=[passkey]", "lengths=[320,64,320]"], "lengths=[320, 64, 320]: names one of them twice"),
+        (["tasks=[passkey]", "depths=[0.5,0.5]"], "depths=[0.5, 0.5]: names one of them twice"),
+        (
+            ["tasks=[passkey,qa_1]"],
+            "qa_1: no squad.json in files=DIR: put it there, SQuAD's published JSON (dev-v2.0.json or dev-v1.1.json)",
+        ),
+        (
+            ["tasks=[ruler]", "files=."],
+            "qa_1: no squad.json in .: put it there, SQuAD's published JSON (dev-v2.0.json or dev-v1.1.json)",
+        ),
+        (["tasks=[qa_2]", "files=."], "no hotpotqa.json in .: put it there, HotpotQA's published JSON (hotpot_dev_"),
         (["harness_files=."], "is for harness=[task,…]"),
         (["tasks=[qmsum]", "files=nowhere"], "files=nowhere: does not exist"),
     ],
