@@ -10,25 +10,30 @@ The units are documents: tokens, and questions about one text, are not independe
   Bootstrap Tests of Hypotheses, §3.2.1). All patterns where there are no more of them than resamples (up to thirteen
   documents), else as many random ones and the one seen itself, (1 + hits) / (1 + draws), which never claims 0.
 
+Of a number that is made of several means (a geometric mean of ROUGE, F1), the interval is of that number, made anew
+from the means over each draw; and the test exchanges the two checkpoints on documents, and makes both numbers anew.
+
 Several comparisons at once are corrected by Holm's step-down method (Holm 1979, Scand. J. Statistics 6, 65-70).
 
-Legend: d documents.
+Legend: d documents, K sums of each document.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from .bootstrap import chunks, ratio_interval
+from .bootstrap import chunks, figure_interval, ratio_interval
 from .result import DocumentScore
+from .task_result import by_document
 
 PER_TOKEN, PER_BYTE = "loss (nats per token)", "bits per byte"
 _RESAMPLES = 10_000
 _CHANGES_NOTHING = ("merged",)  # fields of a protocol that are about how it was computed
+_OF_A_TOKENIZER = ("tokens_sha256", "tokenizer_sha256")  # fields that two tokenizers cannot have in common
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,10 +44,12 @@ class Measured:
     measure   what the numbers are, with their unit
     protocol  how they were measured: numbers with different fields here are not compared
     units     ids of the documents, each once
-    totals    float64 [d]: sum of the scores in each (nats, points)
+    totals    float64 [d]: sum of the scores in each (nats, points); with a `figure` [d, K]
     weights   float64 [d]: what they are divided by (tokens, bytes, questions)
+    figure    what is made of the K means; None: there is one, and it is the number
 
-    The number is Σ totals / Σ weights. Raises ValueError for arrays that don't fit together.
+    The number is Σ totals / Σ weights, or what `figure` makes of that. Raises ValueError for arrays that don't fit
+    together.
     """
 
     name: str
@@ -51,6 +58,7 @@ class Measured:
     units: tuple[str, ...]
     totals: np.ndarray
     weights: np.ndarray
+    figure: Callable[[np.ndarray], float] | None = None
 
     def __post_init__(self) -> None:
         if not self.units:
@@ -62,13 +70,15 @@ class Measured:
                 f"{self.name}, {self.measure}: {len(self.units)} documents, {len(self.totals)} totals and "
                 f"{len(self.weights)} weights"
             )
-        if not np.isfinite(self.totals).all():
-            bad = self.units[int(np.flatnonzero(~np.isfinite(self.totals))[0])]
+        finite_d = np.isfinite(self.totals.reshape(len(self.units), -1)).all(axis=1)
+        if not finite_d.all():
+            bad = self.units[int(np.flatnonzero(~finite_d)[0])]
             raise ValueError(f"{self.name}, {self.measure}: document {bad} has a score that is not a number")
 
     @property
     def value(self) -> float:
-        return float(np.sum(self.totals) / np.sum(self.weights))
+        ratio = np.sum(self.totals, axis=0) / np.sum(self.weights)
+        return float(ratio) if self.figure is None else self.figure(ratio)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +116,8 @@ def measured_loss(
     are not the same)."""
     if per == "byte":
         documents = [each for each in documents if each.bytes]
-        protocol = {**protocol, "bos": protocol["bos"] is not None}  # an id means something within one tokenizer
+        protocol = {key: value for key, value in protocol.items() if key not in _OF_A_TOKENIZER}
+        protocol["bos"] = protocol["bos"] is not None  # an id means something within one tokenizer
     nll_d = np.array([each.nll for each in documents], dtype=np.float64)
     return Measured(
         name=name,
@@ -122,14 +133,31 @@ def measured_scores(
     name: str, measure: str, protocol: Mapping[str, object], documents: Sequence[str], scores: Sequence[float]
 ) -> Measured:
     """Scores of single questions, of which `documents` names the text; every question weighs the same."""
-    units, unit_N = np.unique(np.asarray(documents, dtype=object).astype(str), return_inverse=True)
+    units, total_dK, count_d = by_document(documents, [[score] for score in scores])
+    return Measured(
+        name=name, measure=measure, protocol=protocol, units=units, totals=total_dK[:, 0], weights=count_d.astype(float)
+    )
+
+
+def measured_figure(
+    name: str,
+    measure: str,
+    protocol: Mapping[str, object],
+    documents: Sequence[str],
+    scores: Sequence[Mapping[str, float]],
+    figure: Callable[[Mapping[str, float]], float],
+) -> Measured:
+    """The number that `figure` makes of the means of several scores of single questions, by name."""
+    names = list(scores[0])
+    units, total_dK, count_d = by_document(documents, [[each[key] for key in names] for each in scores])
     return Measured(
         name=name,
         measure=measure,
         protocol=protocol,
-        units=tuple(units.tolist()),
-        totals=np.bincount(unit_N, weights=np.asarray(scores, dtype=np.float64), minlength=len(units)),
-        weights=np.bincount(unit_N, minlength=len(units)).astype(np.float64),
+        units=units,
+        totals=total_dK,
+        weights=count_d.astype(float),
+        figure=lambda mean_K: figure(dict(zip(names, mean_K.tolist()))),
     )
 
 
@@ -155,20 +183,29 @@ def compare(
             f"{_shown(first.protocol, key)} and {_shown(second.protocol, key)}{more}; measure both alike, or force=true"
         )
     first_d, second_d, weight_d = _paired(first, second)
-    difference_d = first_d - second_d
-    exact = len(difference_d) <= int(np.log2(resamples))
+    if first.figure is None:
+        difference = float((first_d - second_d).sum() / weight_d.sum())
+        interval = ratio_interval(first_d - second_d, weight_d, seed=seed, resamples=resamples)
+        p_value = _sign_flip(first_d - second_d, resamples, seed)
+    else:
+        difference = first.value - second.value
+        interval = _figure_interval(first_d, second_d, weight_d, first.figure, resamples, seed)
+        p_value = _exchange(first_d, second_d, weight_d, first.figure, resamples, seed)
+    n = len(weight_d)
+    test, all_patterns = ("sign-flip", "all sign patterns") if first.figure is None else ("exchange", "all exchanges")
+    patterns = all_patterns if n <= int(np.log2(resamples)) else f"{resamples:,} random patterns"
     return Comparison(
         first=first.name,
         second=second.name,
         measure=first.measure,
         first_value=first.value,
         second_value=second.value,
-        difference=float(difference_d.sum() / weight_d.sum()),
-        interval=ratio_interval(difference_d, weight_d, seed=seed, resamples=resamples),
-        p_value=_sign_flip(difference_d, resamples, seed),
-        documents=len(difference_d),
-        method=f"paired over {len(difference_d):,} documents: 95 % percentile bootstrap ({resamples:,} resamples); "
-        + ("two-sided sign-flip test over " + ("all sign patterns" if exact else f"{resamples:,} random patterns")),
+        difference=difference,
+        interval=interval,
+        p_value=p_value,
+        documents=n,
+        method=f"paired over {n:,} documents: 95 % percentile bootstrap ({resamples:,} resamples); "
+        f"two-sided {test} test over {patterns}",
         differing=differing,
     )
 
@@ -205,7 +242,10 @@ def differing_fields(first: Mapping[str, object], second: Mapping[str, object]) 
 
 
 def _shown(protocol: Mapping[str, object], key: str) -> str:
-    return str(protocol[key]) if key in protocol else "not stated"
+    value = protocol.get(key)
+    if key not in protocol or (value is None and key.endswith("_sha256")):
+        return "not stated"
+    return f"{str(value)[:12]}…" if key.endswith("_sha256") else str(value)
 
 
 def _paired(first: Measured, second: Measured) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -230,13 +270,61 @@ def _paired(first: Measured, second: Measured) -> tuple[np.ndarray, np.ndarray, 
     return first.totals, second.totals[order], first.weights
 
 
+def _figure_interval(
+    first_dK: np.ndarray,
+    second_dK: np.ndarray,
+    weight_d: np.ndarray,
+    figure: Callable[[np.ndarray], float],
+    resamples: int,
+    seed: int,
+) -> tuple[float, float] | None:
+    k = first_dK.shape[1]
+    return figure_interval(
+        np.concatenate([first_dK, second_dK], axis=1),
+        weight_d,
+        lambda ratios: figure(ratios[:k]) - figure(ratios[k:]),
+        seed=seed,
+        resamples=resamples,
+    )
+
+
+def _exchange(
+    first_dK: np.ndarray,
+    second_dK: np.ndarray,
+    weight_d: np.ndarray,
+    figure: Callable[[np.ndarray], float],
+    resamples: int,
+    seed: int,
+) -> float:
+    """The sign-flip test of a number that is no mean: on each document the checkpoints' scores are exchanged or not."""
+    n, weight = len(weight_d), weight_d.sum()
+    first_K, second_K, more_dK = first_dK.sum(axis=0), second_dK.sum(axis=0), second_dK - first_dK
+
+    def hits(exchanged_cd: np.ndarray) -> int:
+        moved_cK = exchanged_cd @ more_dK
+        values = [(figure((first_K + moved) / weight), figure((second_K - moved) / weight)) for moved in moved_cK]
+        return sum(abs(one - other) >= seen for one, other in values)
+
+    a, b = figure(first_K / weight), figure(second_K / weight)
+    seen = abs(a - b) - 1e-12 * (abs(a) + abs(b))  # ties but for rounding decide exact p-values
+    if 2**n <= resamples:
+        return hits(_patterns(n)) / 2**n
+    rng = np.random.default_rng([seed, 1])
+    found = sum(hits(rng.integers(0, 2, (count, n), dtype=np.int8)) for count in chunks(resamples, n))
+    return (1 + found) / (1 + resamples)
+
+
+def _patterns(n: int) -> np.ndarray:
+    """[2^n, n]: every row of n zeros and ones."""
+    return (np.arange(2**n)[:, None] >> np.arange(n)) & 1
+
+
 def _sign_flip(difference_d: np.ndarray, resamples: int, seed: int) -> float:
     n = len(difference_d)
     # Sums that are equal but for rounding count as equal: ties decide exact p-values.
     seen = abs(difference_d.sum()) - 1e-12 * np.abs(difference_d).sum()
     if 2**n <= resamples:
-        patterns = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
-        return float(np.mean(np.abs((1 - 2 * patterns) @ difference_d) >= seen))
+        return float(np.mean(np.abs((1 - 2 * _patterns(n)) @ difference_d) >= seen))
     rng = np.random.default_rng([seed, 1])
     hits = 0
     for count in chunks(resamples, n):

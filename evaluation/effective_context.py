@@ -18,7 +18,7 @@ Legend: L lengths, d documents, N questions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,18 @@ class ContextCurve:
     precision: str
     tokens_sha256: str | None = None
     tokenizer_sha256: str | None = None
+
+    @property
+    def protocol(self) -> dict[str, object]:
+        """What the losses depend on, the model aside: plain data."""
+        return {
+            "lengths": list(self.lengths),
+            "targets": self.targets,
+            "blocks": self.blocks,
+            "precision": self.precision,
+            "tokens_sha256": self.tokens_sha256,
+            "tokenizer_sha256": self.tokenizer_sha256,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,12 +226,9 @@ def measure_context_curve(
         tokens_sha256=tokens_digest(long),
         tokenizer_sha256=tokenizer_sha256,
     )
-    protocol = {
-        key: value for key, value in asdict(curve).items() if key not in ("nll_dL", "count_d", "units", "left_out")
-    }
     placed = [(document.tokens, end) for document, ends in zip(long, ends_d) for end in ends]
     nll_Lb = np.full((len(ordered), len(placed)), np.nan)
-    for record in kept_records(kept, protocol) if kept is not None else []:
+    for record in kept_records(kept, curve.protocol) if kept is not None else []:
         nll_Lb[ordered.index(record["length"]), record["blocks"]] = record["nll"]
     missing_Lb = np.isnan(nll_Lb)
     length_L1 = np.array(ordered)[:, None]
@@ -235,7 +244,7 @@ def measure_context_curve(
             nll_Lb[i, chosen] = [each.sum(dtype=np.float64) for each in nll]
             missing_Lb[i, chosen] = False
             if kept is not None:
-                keep(kept, protocol, {"length": length, "blocks": chosen, "nll": nll_Lb[i, chosen].tolist()})
+                keep(kept, curve.protocol, {"length": length, "blocks": chosen, "nll": nll_Lb[i, chosen].tolist()})
             if progress is not None:
                 progress(total - int((missing_Lb * length_L1).sum()), total)
     first_block_d = np.cumsum([0, *(len(ends) for ends in ends_d[:-1])])

@@ -7,11 +7,23 @@ from dataclasses import asdict
 from itertools import combinations
 from typing import Literal
 
-from .compare import PER_BYTE, Comparison, Measured, adjusted, compare, differing_fields, measured_loss, measured_scores
+from .compare import (
+    PER_BYTE,
+    Comparison,
+    Measured,
+    adjusted,
+    compare,
+    differing_fields,
+    measured_figure,
+    measured_loss,
+    measured_scores,
+)
+from .effective_context import ContextCurve
 from .run_files import mapping
 from .suite import CheckpointResults
+from .tasks.registry import TASKS
 
-_OF_A_BUDGET = frozenset({"documents", "truncated", "prompts"})  # fields that what a budget buys decides
+_OF_A_BUDGET = frozenset({"documents", "truncated", "prompts", "text_sha256"})  # fields that what a budget buys decides
 
 
 def compare_checkpoints(
@@ -37,6 +49,8 @@ def _pairs(first: CheckpointResults, second: CheckpointResults) -> Iterator[tupl
     if first.perplexity is not None and second.perplexity is not None:
         same = first.facts["tokenizer_sha256"] == second.facts["tokenizer_sha256"]
         yield _loss(first, "token" if same else "byte"), _loss(second, "token" if same else "byte")
+    if first.curve is not None and second.curve is not None:
+        yield _curve(first.name, first.curve), _curve(second.name, second.curve)
     for name in first.tasks:
         if name in second.tasks:
             yield _scores(first, name), _scores(second, name)
@@ -57,13 +71,34 @@ def _loss(results: CheckpointResults, per: Literal["token", "byte"]) -> Measured
     return measured_loss(results.name, results.documents, fields, per=per)
 
 
+def _curve(name: str, curve: ContextCurve) -> Measured:
+    """Loss with the longest window: what all of the context is worth to each."""
+    return Measured(
+        name=name,
+        measure="loss with all of the context (nats per token)",
+        protocol=curve.protocol,
+        units=curve.units,
+        totals=curve.nll_dL[:, -1],
+        weights=curve.count_d.astype(float),
+    )
+
+
 def _scores(results: CheckpointResults, name: str) -> Measured:
+    """By the task's headline, be it a mean over questions or made of several."""
     result, samples = results.tasks[name], results.samples[name]
-    metric = result.headline if result.headline in samples[0].scores else next(iter(samples[0].scores))
-    return measured_scores(
+    metric, combine = result.headline, TASKS[name].combine
+    protocol = asdict(result.protocol)
+    documents = [each.document for each in samples]
+    if metric in samples[0].scores:
+        scores = [each.scores[metric] for each in samples]
+        return measured_scores(results.name, f"{name}, {metric}", protocol, documents, scores)
+    if combine is None:
+        raise ValueError(f"{name} has no {metric}: neither do its questions, nor is it made of what they have")
+    return measured_figure(
         results.name,
         f"{name}, {metric}",
-        asdict(result.protocol),
-        [each.document for each in samples],
-        [each.scores[metric] for each in samples],
+        protocol,
+        documents,
+        [each.scores for each in samples],
+        lambda means: combine(means)[metric],
     )

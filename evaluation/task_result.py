@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from longspan.data.questions import GroupValue
 
-from .bootstrap import ratio_interval
+from .bootstrap import figure_interval, ratio_interval
 from .names import LongTexts
-from .tasks.task import Ask, Task
+from .tasks.task import Ask, Combine, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,8 @@ class QuestionScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """mean over questions, with its 95 % bootstrap interval over documents; None with fewer than ten of them"""
+    """mean over questions, or what is made of several means, with its 95 % bootstrap interval over documents; None with
+    fewer than ten of them"""
 
     mean: float
     interval: tuple[float, float] | None
@@ -146,8 +148,7 @@ def summarise_task(task: Task, protocol: TaskProtocol, found: Sequence[QuestionS
         raise ValueError(f"{task.name}: no questions were answered")
     metrics = {name: _metric(found, name, seed) for name in found[0].scores}
     if task.combine is not None:
-        combined = task.combine({name: metric.mean for name, metric in metrics.items()})
-        metrics |= {name: Metric(mean=value, interval=None) for name, value in combined.items()}
+        metrics |= _combined(task.combine, found, seed)
     names = sorted({name for each in found for name in each.groups})
     breakdowns: list[tuple[str, ...]] = [(name,) for name in names]
     if {"length", "depth"} <= set(names):
@@ -164,10 +165,37 @@ def summarise_task(task: Task, protocol: TaskProtocol, found: Sequence[QuestionS
 
 
 def _metric(found: Sequence[QuestionScore], name: str, seed: int) -> Metric:
-    value_N = np.array([each.scores[name] for each in found], dtype=np.float64)
-    _, document_N = np.unique([each.document for each in found], return_inverse=True)
-    total_d = np.bincount(document_N, weights=value_N)
-    return Metric(mean=float(value_N.mean()), interval=ratio_interval(total_d, np.bincount(document_N), seed=seed))
+    _, total_dK, count_d = by_document([each.document for each in found], [[each.scores[name]] for each in found])
+    return Metric(
+        mean=float(np.mean([each.scores[name] for each in found])),
+        interval=ratio_interval(total_dK[:, 0], count_d, seed=seed),
+    )
+
+
+def _combined(combine: Combine, found: Sequence[QuestionScore], seed: int) -> dict[str, Metric]:
+    """What is made of means, with the intervals of what is made of the means over other draws of documents."""
+    names = list(found[0].scores)
+    score_NK = np.array([[each.scores[name] for name in names] for each in found], dtype=np.float64)
+    _, total_dK, count_d = by_document([each.document for each in found], score_NK)
+    mean_K = score_NK.mean(axis=0)
+    return {
+        name: Metric(
+            mean=value,
+            interval=figure_interval(
+                total_dK, count_d, lambda of_K, of=name: combine(dict(zip(names, of_K.tolist())))[of], seed=seed
+            ),
+        )
+        for name, value in combine(dict(zip(names, mean_K.tolist()))).items()
+    }
+
+
+def by_document(documents: Sequence[str], score_NK: ArrayLike) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+    """(names, float64 [d, K], int64 [d]): the documents in the order of their names, sums of the scores of each one's
+    questions, and how many those are."""
+    units, unit_N = np.unique(np.asarray(documents, dtype=object).astype(str), return_inverse=True)
+    total_dK = np.zeros((len(units), np.shape(score_NK)[1]))
+    np.add.at(total_dK, unit_N, np.asarray(score_NK, dtype=np.float64))
+    return tuple(units.tolist()), total_dK, np.bincount(unit_N)
 
 
 def _cells(task: Task, found: Sequence[QuestionScore], breakdown: tuple[str, ...]) -> list[Cell]:

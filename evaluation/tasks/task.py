@@ -80,6 +80,7 @@ class Answer:
 
 
 Score = Callable[[Question, Answer], Mapping[str, float]]
+Combine = Callable[[Mapping[str, float]], Mapping[str, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +110,7 @@ class Task:
     questions: Callable[[Material], Iterable[Question]]
     score: Score
     headline: str
-    combine: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
+    combine: Combine | None = None
     truncation: Truncation = "refuse"
     max_new_tokens: int = 32
     stop: tuple[str, ...] = ()
