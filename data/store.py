@@ -80,6 +80,9 @@ class Documents:
         """UTF-8 bytes of the document's text."""
         return int(self.byte_counts[document])
 
+    def text_sha256(self, _: int) -> None:
+        """Of a document's text as it was before it was tokenised: a store does not keep it."""
+
     def source(self, document: int) -> str:
         return self._names[int(self.source_ids[document])]
 

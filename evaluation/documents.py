@@ -27,6 +27,7 @@ class EvalDocument:
     truncated     whether `tokens` are only the beginning of the document
     prompt        how many tokens, from the first on, are read and not scored
     n_characters  Unicode code points of that text; None: not counted
+    text_sha256   of the UTF-8 bytes of its text as it was before it was tokenised, whole; None: it is not known
     """
 
     tokens: np.ndarray
@@ -36,6 +37,7 @@ class EvalDocument:
     truncated: bool = False
     prompt: int = 0
     n_characters: int | None = None
+    text_sha256: str | None = None
 
     def text(self, decode: Callable[[Sequence[int]], str]) -> str:
         """What the scored tokens stand for, by a tokenizer's `decode`."""
@@ -56,6 +58,7 @@ class StoredDocuments(Protocol):
     def loss_mask(self, document: int, /) -> np.ndarray | None: ...
     def n_bytes(self, document: int, /) -> int: ...
     def source(self, document: int, /) -> str: ...
+    def text_sha256(self, document: int, /) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class TextDocuments:
     ids: Sequence[np.ndarray]
     sizes: Sequence[int]
     sources: Sequence[str]
+    digests: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -81,6 +85,9 @@ class TextDocuments:
     def source(self, document: int) -> str:
         return self.sources[document]
 
+    def text_sha256(self, document: int) -> str:
+        return self.digests[document]
+
 
 def text_documents(source: SourceSpec, tokenizer: Tokenizer) -> TextDocuments:
     """The documents of a source, tokenised. Raises SourceError for one that holds none."""
@@ -90,6 +97,7 @@ def text_documents(source: SourceSpec, tokenizer: Tokenizer) -> TextDocuments:
         [np.array([*ids, tokenizer.eos_id]) for ids in encoded],
         [len(document.text.encode()) for document in documents],
         [document.source for document in documents],
+        [hashlib.sha256(document.text.encode()).hexdigest() for document in documents],
     )
 
 
@@ -139,14 +147,14 @@ def tokens_digest(documents: Iterable[EvalDocument]) -> str:
 
 
 def text_digest(documents: Iterable[EvalDocument], decode: Callable[[Sequence[int]], str]) -> str:
-    """SHA-256 of the same in words, which tokenizers have in common: of each document's prompt and of its text the
-    number of UTF-8 bytes (little-endian, 64 bits) and the bytes. `decode` is the tokenizer's."""
+    """SHA-256 of the same in words, which tokenizers have in common: of a line for each document with the SHA-256 of
+    its prompt and of its text. A text that is known as it was before it was tokenised, and is scored whole, counts as that;
+    any other as the tokenizer's `decode` has it."""
     digest = hashlib.sha256()
     for document in documents:
-        for text in (document.prompt_text(decode), document.text(decode)):
-            content = text.encode()
-            digest.update(len(content).to_bytes(8, "little"))
-            digest.update(content)
+        prompt = hashlib.sha256(document.prompt_text(decode).encode()).hexdigest()
+        text = None if document.prompt or document.truncated else document.text_sha256
+        digest.update(f"{prompt} {text or hashlib.sha256(document.text(decode).encode()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
@@ -184,7 +192,12 @@ def _stored(
     tokens = np.asarray(documents.tokens(i))
     prompt = _prompt_length(documents, i)
     whole = EvalDocument(
-        tokens=tokens, n_bytes=int(documents.n_bytes(i)), source=str(documents.source(i)), id=str(i), prompt=prompt
+        tokens=tokens,
+        n_bytes=int(documents.n_bytes(i)),
+        source=str(documents.source(i)),
+        id=str(i),
+        prompt=prompt,
+        text_sha256=documents.text_sha256(i),
     )
     if take == len(tokens) and not prompt:
         return whole if decode is None else replace(whole, n_characters=len(whole.text(decode)))

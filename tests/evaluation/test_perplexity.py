@@ -382,6 +382,8 @@ class Stored:
     def source(self, i: int) -> str:
         return f"s{i % 2}"
 
+    def text_sha256(self, i: int) -> None: ...
+
 
 def decode(ids) -> str:
     return bytes(ids).decode(errors="replace")

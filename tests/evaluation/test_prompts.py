@@ -147,5 +147,7 @@ def test_masks_that_are_no_prompts_are_refused() -> None:
         def source(self, _: int) -> str:
             return "chat"
 
+        def text_sha256(self, _: int) -> None: ...
+
     with pytest.raises(ValueError, match="tokens without loss behind its prompt"):
         documents_from(Chat(), decode=str)

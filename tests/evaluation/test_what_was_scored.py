@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from longspan.data.sources import from_path
 from longspan.data.tokenizer import Tokenizer, byte_level, train_bpe
 from longspan.evaluation.documents import (
     EvalDocument,
@@ -17,6 +20,7 @@ from longspan.evaluation.documents import (
     TextDocuments,
     documents_from,
     text_digest,
+    text_documents,
     tokens_digest,
 )
 from longspan.evaluation.evaluate import evaluate_documents
@@ -26,9 +30,15 @@ from longspan.model.zoo import build
 TEXTS = ("Grün ist das Gras.", "The sky is blue, the sky is blue.", "naïve")
 
 
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def stored(tokenizer: Tokenizer, *texts: str) -> TextDocuments:
     ids = [np.array([*tokenizer.encode(text), tokenizer.eos_id]) for text in texts]
-    return TextDocuments(ids, [len(text.encode()) for text in texts], ["made"] * len(texts))
+    return TextDocuments(
+        ids, [len(text.encode()) for text in texts], ["made"] * len(texts), [sha(each) for each in texts]
+    )
 
 
 def protocol_of(tokenizer: Tokenizer, documents: StoredDocuments, **scoring) -> ScoringProtocol:
@@ -44,9 +54,12 @@ def test_by_hand() -> None:
     two = EvalDocument(tokens=np.array([5]), n_bytes=1, prompt=1)
     assert tokens_digest([one, two]) == hashlib.sha256(struct.pack("<7q", 2, 0, 7, 300, 1, 1, 5)).hexdigest()
     texts = {(): "", (7, 300): "né", (5,): "?"}
-    by_hand = struct.pack("<Q", 0) + struct.pack("<Q", 3) + "né".encode() + struct.pack("<Q", 1) + b"?"
     found = text_digest([one, two], lambda ids: texts[tuple(ids)])
-    assert found == hashlib.sha256(by_hand + struct.pack("<Q", 0)).hexdigest()
+    assert found == sha(f"{sha('')} {sha('né')}\n{sha('?')} {sha('')}\n")
+    known = replace(one, text_sha256=sha("Né"))  # as it was before a tokenizer lowered it
+    assert text_digest([known], lambda ids: texts[tuple(ids)]) == sha(f"{sha('')} {sha('Né')}\n")
+    for cut in (replace(known, truncated=True), replace(known, tokens=known.tokens, prompt=0, text_sha256=None)):
+        assert text_digest([cut], lambda ids: texts[tuple(ids)]) == sha(f"{sha('')} {sha('né')}\n")
 
 
 def test_a_perplexity_says_what_was_scored() -> None:
@@ -56,8 +69,22 @@ def test_a_perplexity_says_what_was_scored() -> None:
     assert bytes_.tokens_sha256 == tokens_digest(documents_from(stored(of_bytes, *TEXTS)))
     assert (bytes_.tokenizer_sha256, pieces.tokenizer_sha256) == (of_bytes.sha256, of_pieces.sha256)
     assert bytes_.tokens_sha256 != pieces.tokens_sha256
-    framed = b"".join(struct.pack("<QQ", 0, len(text.encode())) + text.encode() for text in TEXTS)
-    assert bytes_.text_sha256 == pieces.text_sha256 == hashlib.sha256(framed).hexdigest()
+    assert bytes_.text_sha256 == pieces.text_sha256 == sha("".join(f"{sha('')} {sha(text)}\n" for text in TEXTS))
+
+
+def test_text_from_a_file_is_known_as_it_was(tmp_path: Path) -> None:
+    """Whatever becomes of it in a tokenizer; what is cut is known by its tokens alone."""
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    documents = documents_from(
+        text_documents(from_path(str(path)), byte_level()), max_tokens=45, decode=byte_level().decode
+    )
+    whole = [each for each in documents if not each.truncated]
+    assert [each.text_sha256 for each in whole] == [sha(TEXTS[int(each.id)]) for each in whole]
+    assert 0 < len(whole) < len(documents)
+    assert text_digest(whole, lambda ids: "" if not ids else "LOSSY") == sha(
+        "".join(f"{sha('')} {each.text_sha256}\n" for each in whole)
+    )
 
 
 @pytest.mark.parametrize(
