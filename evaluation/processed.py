@@ -14,7 +14,8 @@ from longspan.model.seq2seq import Seq2Seq
 from .asking import TooLong
 from .context_processing import STRATEGIES, LongText, NoRoom, Processed
 from .fusion import Fused, ModelWriter, long_text
-from .readers import Reply, global_positions, target_room
+from .reader import Reply
+from .readers import global_positions, target_room
 from .tasks.task import Answer, Ask, Task, Truncation
 
 BY_STRATEGY: Mapping[str, Callable[[LongText, ModelWriter], Processed]] = MappingProxyType(

@@ -14,7 +14,7 @@ from longspan.data.tokenizer import Tokenizer
 
 from .journal import keep, kept_records
 from .names import LongTexts
-from .readers import Reader, Reply
+from .reader import Reader, Reply
 from .task_result import QuestionScore, TaskProtocol, TaskResult, summarise_task
 from .tasks.task import Ask, Asked, Task, Truncation
 

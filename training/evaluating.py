@@ -30,7 +30,8 @@ from longspan.evaluation.harness import run_harness
 from longspan.evaluation.names import LongTexts
 from longspan.evaluation.perplexity import Precision
 from longspan.evaluation.processed import StrategyReader
-from longspan.evaluation.readers import Reader, reader_of
+from longspan.evaluation.reader import Reader
+from longspan.evaluation.readers import reader_of
 from longspan.evaluation.record import write_evaluation
 from longspan.evaluation.retrieval import fitting_lengths
 from longspan.evaluation.suite import CONTEXT, HARNESS, CheckpointResults, read_perplexity, write_documents

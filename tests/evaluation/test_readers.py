@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from longspan.data.questions import Question
 from longspan.data.tokenizer import END_OF_TEXT, MASK, Tokenizer, byte_level, train_bpe
 from longspan.evaluation.asking import TooLong, common_prefix, prompts_of
+from longspan.evaluation.decoder_reader import DecoderReader
 from longspan.evaluation.processed import BY_STRATEGY, StrategyReader
-from longspan.evaluation.readers import DecoderReader, EncoderReader, Reply, Seq2SeqReader, reader_of
+from longspan.evaluation.reader import Reply
+from longspan.evaluation.readers import EncoderReader, Seq2SeqReader, reader_of
 from longspan.evaluation.task_run import AskedModel, CannotAsk, run_task
 from longspan.evaluation.tasks.task import Answer, Ask, Asked, Task, Truncation
 from longspan.kernels.attention import AttentionSpec, Window
