@@ -148,8 +148,8 @@ def tokens_digest(documents: Iterable[EvalDocument]) -> str:
 
 def text_digest(documents: Iterable[EvalDocument], decode: Callable[[Sequence[int]], str]) -> str:
     """SHA-256 of the same in words, which tokenizers have in common: of a line for each document with the SHA-256 of
-    its prompt and of its text. A text that is known as it was before it was tokenised, and is scored whole, counts as that;
-    any other as the tokenizer's `decode` has it."""
+    its prompt and of its text. A text that is known as it was before it was tokenised, and is scored whole, counts as
+    that; any other as the tokenizer's `decode` has it."""
     digest = hashlib.sha256()
     for document in documents:
         prompt = hashlib.sha256(document.prompt_text(decode).encode()).hexdigest()

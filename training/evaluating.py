@@ -142,7 +142,7 @@ def measure(
         except CannotAsk as error:
             refused["harness"] = str(error)
     model = asked_model(subject, batch=config.evaluation.batch, long_texts=config.long_texts)
-    for task in tasks:
+    for task in (_limited(each, config.answer_tokens) for each in tasks):
         try:
             way_of_asking(task, model.reader)
             asked = gather(task, _material(config, subject), shorten=config.lengths is None)
@@ -171,6 +171,10 @@ def measure(
     return replace(
         measured, refused=refused, retrieves=by_retrieval(measured.tasks, measured.samples, seed=config.seed)
     )
+
+
+def _limited(task: Task, answer_tokens: int | None) -> Task:
+    return task if answer_tokens is None else replace(task, max_new_tokens=min(task.max_new_tokens, answer_tokens))
 
 
 def _with_perplexity(

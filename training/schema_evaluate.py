@@ -59,6 +59,11 @@ class EvaluateConfig:
         description="what becomes of texts that the model cannot read whole: they are refused, shortened, or read in "
         "parts (docs/tasks.md); null: each task's own rule",
     )
+    answer_tokens: Count | None = Field(
+        default=None,
+        description="tokens that a written answer has at most, where its task allows more; the room is the text's then; "
+        "null: as many as each task allows",
+    )
     data: EvaluationDataConfig = Field(default=EvaluationDataConfig(), description="see data.*")
     evaluation: ProtocolConfig = Field(default=ProtocolConfig(), description="see evaluation.*")
     harness: tuple[str, ...] = Field(
