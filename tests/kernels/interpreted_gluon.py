@@ -1,4 +1,4 @@
-"""As much of Gluon as the Hopper kernel uses, in NumPy: so that the kernel's own text runs, and is checked, on a CPU.
+"""As much of Gluon as the Hopper kernels use, in NumPy: so that the kernels' own text runs, and is checked, on a CPU.
 
 Partitions are threads. What is asynchronous happens either at once or as late as it may: a copy when its barrier is
 waited for, a product when it is. A slot of shared memory that is given away or read too early therefore holds the wrong
@@ -23,6 +23,7 @@ import pytest
 from longspan.kernels.attention import hopper
 
 SOURCE = Path(hopper.__file__).with_name("forward.py")
+BACKWARD = Path(hopper.__file__).with_name("backward.py")
 PATIENCE = 20.0  # seconds without anybody's progress: a deadlock
 
 
@@ -89,6 +90,9 @@ class Shared:
     def store(self, x: Block) -> None:
         self.data[...] = x
 
+    def load(self, layout: object) -> Block:
+        return block(self.data.copy())
+
 
 class Descriptor:
     """Of a tensor [B, T, H, D], read and written in blocks [1, rows, 1, width]."""
@@ -96,13 +100,26 @@ class Descriptor:
     dtype, layout = "fp32", None
 
     def __init__(self, data: np.ndarray, rows: int, width: int) -> None:
-        self.data, self.rows, self.width = data, rows, width
+        self.data, self.block = data, (rows, width)
         self.block_type = types.SimpleNamespace(nbytes=rows * width * 2)
 
     def part(self, coordinates: Sequence[int]) -> np.ndarray:
-        """What of the block lies in the tensor, [rows, width]."""
-        b, t, h, _ = coordinates
-        return self.data[b, t : t + self.rows, h, : self.width]
+        """What of the block lies in the tensor, at most [rows, width]."""
+        (rows, width), (b, t, h, _) = self.block, coordinates
+        return self.data[b, t : t + rows, h, :width]
+
+
+class Vector:
+    """A descriptor of numbers in a row, read in pieces."""
+
+    dtype, layout = "fp32", None
+
+    def __init__(self, data: np.ndarray, length: int) -> None:
+        self.data, self.block = data, (length,)
+        self.block_type = types.SimpleNamespace(nbytes=length * 4)
+
+    def part(self, coordinates: Sequence[int]) -> np.ndarray:
+        return self.data[coordinates[0] : coordinates[0] + self.block[0]]
 
 
 class Product:
@@ -165,14 +182,14 @@ class Machine:
 
     # TMA
 
-    def load(self, descriptor: Descriptor, coordinates: Sequence[int], barrier: Barrier, to: Shared) -> None:
+    def load(self, descriptor: Descriptor | Vector, coordinates: Sequence[int], barrier: Barrier, to: Shared) -> None:
         coordinates = [int(x) for x in coordinates]
 
         def copy() -> None:
             part = descriptor.part(coordinates)
-            tile = to.data.reshape(descriptor.rows, descriptor.width)
+            tile = to.data.reshape(descriptor.block)
             tile[...] = 0
-            tile[: part.shape[0], : part.shape[1]] = part
+            tile[tuple(map(slice, part.shape))] = part
             barrier.bytes -= descriptor.block_type.nbytes
             self.completed(barrier)
 
@@ -187,7 +204,7 @@ class Machine:
 
         def copy() -> None:
             part = descriptor.part(coordinates)
-            part[...] = source.data.reshape(descriptor.rows, descriptor.width)[: part.shape[0], : part.shape[1]]
+            part[...] = source.data.reshape(descriptor.block)[: part.shape[0], : part.shape[1]]
 
         self.mine.stores.append(copy)
 
@@ -251,8 +268,9 @@ def language(machine: Machine) -> types.SimpleNamespace:
         found = pointer.data[pointer.at]
         return Int(found) if pointer.data.dtype.kind == "i" else block(found)
 
-    def store(pointer: Pointer, value: Any, mask: Any) -> None:
-        pointer.data[np.asarray(pointer.at)[np.asarray(mask)]] = np.asarray(value)[np.asarray(mask)]
+    def store(pointer: Pointer, value: Any, mask: Any = True) -> None:
+        chosen = np.broadcast_to(mask, np.shape(pointer.at))
+        pointer.data[np.asarray(pointer.at)[chosen]] = np.asarray(value)[chosen]
 
     def either(scalar: Callable[[Any, Any], Any], array: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def function(x: Any, y: Any) -> Any:
@@ -280,6 +298,7 @@ def language(machine: Machine) -> types.SimpleNamespace:
         NVMMADistributedLayout=lambda **_: None,
         DotOperandLayout=lambda **_: None,
         SliceLayout=lambda *_: None,
+        BlockedLayout=lambda *_: None,
         static_range=range,
         arange=lambda begin, end, layout: block(np.arange(begin, end)),
         zeros=lambda shape, dtype, layout: block(np.zeros(shape, np.float32)),
@@ -303,12 +322,13 @@ def language(machine: Machine) -> types.SimpleNamespace:
     )
 
 
-def text() -> str:
-    return SOURCE.read_text(encoding="utf-8")
+def text(source: Path = SOURCE) -> str:
+    return source.read_text(encoding="utf-8")
 
 
-def kernel(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> Callable[..., None]:
-    """`forward_kernel` as its text stands, over what is here; called, it runs every program of the grid."""
+def kernel(monkeypatch: pytest.MonkeyPatch, machine: Machine, name: str = "forward_kernel") -> Callable[..., None]:
+    """A kernel of SOURCE or BACKWARD as its text stands, over what is here; called, it runs every program of the
+    grid."""
 
     def jit(function: Any = None, **_: object) -> Any:
         return function if function is not None else (lambda decorated: decorated)
@@ -332,20 +352,25 @@ def kernel(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> Callable[..., N
     device.warpgroup_mma, device.warpgroup_mma_wait = machine.multiply, machine.multiplied
     experimental: Any = types.ModuleType("triton.experimental")
     experimental.gluon = gluon
-    for name, module in (
+    for path, module in (
         ("triton", types.ModuleType("triton")),
         ("triton.experimental", experimental),
         ("triton.experimental.gluon", gluon),
         ("triton.experimental.gluon.language.nvidia.hopper", device),
     ):
-        monkeypatch.setitem(sys.modules, name, module)
-    names: dict[str, Any] = {"__name__": "interpreted", "__package__": hopper.__name__}
-    exec(compile(text(), SOURCE, "exec", dont_inherit=True), names)
+        monkeypatch.setitem(sys.modules, path, module)
+    for source in (SOURCE, BACKWARD):
+        found = types.ModuleType(f"{hopper.__name__}.{source.stem}")
+        found.__package__ = hopper.__name__
+        monkeypatch.setitem(sys.modules, found.__name__, found)
+        exec(compile(text(source), source, "exec", dont_inherit=True), vars(found))
+        if name in vars(found):
+            break
 
     def run(*arguments: Any) -> None:
         with np.errstate(invalid="ignore", over="ignore"):
             for program in range(machine.programs):
                 machine.program = program
-                names["forward_kernel"](*arguments)
+                vars(found)[name](*arguments)
 
     return run

@@ -167,7 +167,7 @@ def test_the_interpreter_notices(monkeypatch: pytest.MonkeyPatch, was: str, beco
     monkeypatch.setattr(gluon, "PATIENCE", 0.5)
     text = gluon.SOURCE.read_text(encoding="utf-8")
     assert was in text
-    monkeypatch.setattr(gluon, "text", lambda: text.replace(was, becomes))
+    monkeypatch.setattr(gluon, "text", lambda _: text.replace(was, becomes))
 
     def several() -> None:
         for seed in range(5):

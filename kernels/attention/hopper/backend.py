@@ -113,6 +113,12 @@ def tiles_of(spec: AttentionSpec, head_dim: int) -> Tiles:
     return choose(head_dim, edges=spec.documents or spec.window.left is not None)
 
 
+def takes_gluon_backward(spec: AttentionSpec) -> bool:
+    """Do the gradients come from this backend's kernels? If not, from `triton`'s; both are deterministic."""
+    # Interpreted and compiled, the kernels of `backward.py` have yet to run on a GPU; until then nobody gets them.
+    return False
+
+
 def _missing() -> str:
     """Why the kernel cannot be imported; empty: it can."""
     if importlib.util.find_spec("triton") is None:

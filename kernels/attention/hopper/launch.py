@@ -23,7 +23,7 @@ from .tiles import ROWS, Tiles, heads_at_a_time, padded
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _LAUNCHES_LIMIT = 4096
-_FURTHEST = 2**30  # no sum of positions leaves 32 bits; a window as wide as that hides nothing
+FURTHEST = 2**30  # no sum of positions leaves 32 bits; a window as wide as that hides nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def forward(
     if sinks is not None:
         sinks = sinks.contiguous()
     if tile_span is not None:
-        q_doc, k_doc, tile_span = (_per_batch(x, B) for x in (q_doc, k_doc, tile_span))
+        q_doc, k_doc, tile_span = (per_batch(x, B) for x in (q_doc, k_doc, tile_span))
 
     key = (
         spec, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device.index,
@@ -91,7 +91,7 @@ def forward(
     tiles = tiles_of(parsed, max(q.shape[3], v.shape[3]))
     programs, order, rest, options = arguments(parsed, tiles, q, k, v)
     rows = (ROWS, tiles.columns, tiles.columns, ROWS)
-    descriptors = [_descriptor(x, n) for x, n in zip((q, k, v, out), rows)]
+    descriptors = [descriptor(x, n) for x, n in zip((q, k, v, out), rows)]
     compiled = forward_kernel[(programs,)](
         *descriptors, lse, order, tile_span, q_doc, k_doc, slopes, sinks, *rest, **options
     )
@@ -114,7 +114,7 @@ def arguments(
     programs = min(n_tiles * B * H, _processors(q.device))
     group = heads_at_a_time(B * H, H // G, S, D + E)
     order = _order(spec, T, S, B * H, group, programs, tiles.rows, tiles.columns, q.device)
-    left, right = min(window.left or 0, _FURTHEST), min(window.right or 0, _FURTHEST)
+    left, right = min(window.left or 0, FURTHEST), min(window.right or 0, FURTHEST)
     scalars = (T, S, H, H // G, spec.softmax_scale(D), spec.softcap or 1.0, left, right, n_tiles, order.shape[1])
     constants = (
         tiles.consumers, tiles.columns, padded(D), padded(E), tiles.stages, tiles.turns, tiles.registers,
@@ -138,7 +138,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _per_batch(x: Tensor | None, B: int) -> Tensor | None:
+def per_batch(x: Tensor | None, B: int) -> Tensor | None:
     return None if x is None else x.expand(B, *x.shape[1:]).contiguous()
 
 
@@ -173,7 +173,7 @@ class Rows:
         self.strides = strides
 
 
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+def descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     block = [1, rows, 1, padded(x.shape[3])]
     layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[x.dtype])
     return TensorDescriptor(x, list(x.shape), strides_of(x), block, layout)

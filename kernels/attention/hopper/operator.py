@@ -1,5 +1,5 @@
 """The launch as torch sees it: differentiable, and an operator, `longspan::hopper_attention`, that is opaque to
-torch.compile. The backward pass is the `triton` backend's, fed with this forward pass's output and lse."""
+torch.compile. Its backward is one, too, or the `triton` backend's, fed with this forward pass's output and lse."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..triton.launch import backward
-from ..triton.operator import backward_op
+from ..triton import launch as portable
+from ..triton.operator import backward_op as portable_backward_op
+from .backend import takes_gluon_backward
+from .backward_launch import backward
 from .launch import forward
 
 _forward_op = torch.library.custom_op("longspan::hopper_attention", forward, mutates_args=())
+_backward_op = torch.library.custom_op("longspan::hopper_attention_backward", backward, mutates_args=())
 
 
 @_forward_op.register_fake
@@ -21,17 +24,25 @@ def _(q, k, v, slopes, sinks, q_doc, k_doc, q_span, k_span, tile_span, spec):
     return q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, H, T, dtype=torch.float32)
 
 
+@_backward_op.register_fake
+def _(d_out, d_lse, out, lse, q, k, v, slopes, sinks, q_doc, k_doc, q_span, k_span, spec):
+    per_head = (q.new_empty(0 if x is None else q.shape[2], dtype=torch.float32) for x in (slopes, sinks))
+    return (*(x.new_empty(x.shape) for x in (q, k, v)), *per_head)
+
+
 def _save(ctx, inputs, output):
     *tensors, _, ctx.spec = inputs
     ctx.save_for_backward(*output, *tensors)
 
 
-def _gradients(run, ctx, d_out, d_lse):
-    out, lse, q, k, v, slopes, sinks, q_doc, k_doc, q_span, k_span = ctx.saved_tensors
-    dq, dk, dv, d_slopes, d_sinks = run(
-        d_out, d_lse, out, lse, q, k, v, slopes, sinks, None, None, None, q_doc, k_doc, q_span, k_span,
-        None, None, None, None, None, None, 0, 0, ctx.spec,
-    )  # fmt: skip
+def _gradients(ours, theirs, ctx, d_out, d_lse):
+    out, lse, q, k, v, slopes, sinks, *documents = ctx.saved_tensors
+    given = (d_out, d_lse, out, lse, q, k, v, slopes, sinks)
+    if takes_gluon_backward(portable.parse_spec(ctx.spec)):
+        found = ours(*given, *documents, ctx.spec)
+    else:
+        found = theirs(*given, None, None, None, *documents, None, None, None, None, None, None, 0, 0, ctx.spec)
+    dq, dk, dv, d_slopes, d_sinks = found
     return (
         dq,
         dk,
@@ -42,7 +53,7 @@ def _gradients(run, ctx, d_out, d_lse):
     )
 
 
-_forward_op.register_autograd(partial(_gradients, backward_op), setup_context=_save)
+_forward_op.register_autograd(partial(_gradients, _backward_op, portable_backward_op), setup_context=_save)
 
 
 class _Eager(torch.autograd.Function):
@@ -60,7 +71,7 @@ class _Eager(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: torch's own once_differentiable would let autograd.grad pass
             raise RuntimeError("hopper attention has no second derivative; backend='reference' has")
         with torch.cuda.device_of(gradients[0]):
-            return _gradients(backward, ctx, *gradients)
+            return _gradients(backward, portable.backward, ctx, *gradients)
 
 
 def hopper_attention(q: Tensor, *rest: Tensor | str | None) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,37 @@ _TILES = {
 }
 _EDGES = _TILES  # a taller tile has more of an edge
 
+
+@dataclass(frozen=True, slots=True)
+class BackwardTiles:
+    """Of the two kernels of the backward pass, each of two consumers that own ROWS keys or queries.
+
+    queries, query_stages  of a tile that passes the keys of dk and dv; tiles that shared memory holds
+    keys, key_stages       of a tile that passes the queries of dq
+    registers              of a consumer's thread; the producer gives away its own
+    """
+
+    queries: int
+    query_stages: int
+    keys: int
+    key_stages: int
+    registers: int = 240
+
+    rows = 2 * ROWS  # of keys or queries that a program owns
+    compiled_registers = 168  # of a thread when the program starts: as in `Tiles`
+
+
+def choose_backward(head_dim: int, *, curved: bool = False) -> BackwardTiles:
+    """Tiles of the backward pass for a head dim (the larger of q's and v's). `curved`: softcap or ALiBi keep more of a
+    score in registers than its weight."""
+    return (_CURVED if curved else _BACKWARD)[padded(head_dim)]
+
+
+# As large as registers allow: dk and dv of 64 keys take 128 of a thread's 240 at d128, scores and their gradients one
+# for each query of a tile. Not yet measured.
+_BACKWARD = {64: BackwardTiles(64, 4, 128, 3), 128: BackwardTiles(64, 3, 128, 2)}
+_CURVED = {64: BackwardTiles(64, 4, 64, 4), 128: BackwardTiles(32, 4, 64, 3)}
+
 L2_BYTES = 32 * 2**20  # of the 50 MiB of an H100: the queries and the output pass through it too
 
 

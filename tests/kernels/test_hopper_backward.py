@@ -1,0 +1,251 @@
+"""The backward kernels of `hopper` without a GPU: their own text in NumPy, against fp64."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from longspan.kernels.attention import AttentionContext, AttentionParams, AttentionSpec, Window, attend
+from longspan.kernels.attention.hopper import backend as hopper
+from longspan.kernels.attention.hopper.tiles import HEAD_DIMS, ROWS, choose_backward, padded
+from longspan.kernels.attention.plan import make_plan
+
+# Tests are not a package, so a file beside this one is loaded by its path.
+_file = importlib.util.spec_from_file_location("interpreted_gluon", Path(__file__).with_name("interpreted_gluon.py"))
+assert _file is not None
+assert _file.loader is not None
+gluon = importlib.util.module_from_spec(_file)
+_file.loader.exec_module(gluon)
+
+CAUSAL, FULL = AttentionSpec(causal=True), AttentionSpec(causal=False)
+WIDE = AttentionSpec(causal=True, window=Window(left=300))
+TALL = 2 * ROWS  # keys or queries of a program
+STATS_ROWS = 32
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    spec: AttentionSpec,
+    shape: tuple[int, ...],
+    *,
+    queries: int = 64,
+    keys: int = 128,
+    stages: int = 2,
+    group: int = 2,
+    documents: bool = False,
+    seed: int = 0,
+    kernels: tuple[str, ...] = ("dkdv", "dq"),
+) -> None:
+    """Gradients for `shape` (B, T, S, H, G, D, E) by the interpreted kernels, compared with autograd's in fp64."""
+    B, T, S, H, G, D, E = shape
+    generator = np.random.default_rng(seed)
+
+    def normal(*sizes: int) -> np.ndarray:
+        return generator.standard_normal(sizes).astype(np.float32)
+
+    q, k, v, d_out = normal(B, T, H, D), normal(B, S, G, D), normal(B, S, G, E), normal(B, T, H, E)
+    slopes, sinks, d_lse = generator.random(H).astype(np.float32), normal(H), normal(B, H, T)
+    context, spans = AttentionContext(), [None] * 4
+    if spec.documents:
+        n = max(T, S)
+        ids = generator.integers(0, 3, (B, n))
+        ids = torch.from_numpy(np.sort(ids) if documents else ids)
+        context = AttentionContext(q_documents=ids[:, n - T :], kv_documents=ids[:, n - S :])
+        plan = make_plan(context, spec, T, S, torch.device("cpu"))
+        assert plan.q_span is not None
+        assert plan.k_span is not None
+        tensors = (hopper.spans_of_tiles(plan.k_span, TALL), hopper.spans_of_tiles(plan.q_span, TALL))
+        spans = [gluon.Pointer(x.numpy().reshape(-1)) for x in (*tensors, plan.q_doc, plan.k_doc) if x is not None]
+    k_spans, q_spans, q_doc, k_doc = spans
+
+    leaves = [torch.from_numpy(x).double().requires_grad_() for x in (q, k, v, slopes, sinks)]
+    true = attend(
+        *leaves[:3],
+        spec=spec,
+        context=context,
+        params=AttentionParams(alibi_slopes=leaves[3], sink_logits=leaves[4]),
+        backend="reference",
+        return_lse=True,
+    )
+    assert true.lse is not None
+    expected = torch.autograd.grad(
+        (true.out, true.lse),
+        leaves,
+        (torch.from_numpy(d_out).double(), torch.from_numpy(d_lse).double()),
+        allow_unused=True,
+    )
+
+    rounded = -(-T // TALL) * TALL
+    stats = np.full(B * H * 2 * rounded, np.nan, np.float32)
+    pointer, number = gluon.Pointer, gluon.Int
+    machine = gluon.Machine(B * H * rounded // STATS_ROWS, seed)
+    gluon.kernel(monkeypatch, machine, "stats_kernel")(
+        *(pointer(_numpy(x).reshape(-1)) for x in (true.out, torch.from_numpy(d_out), true.lse)),
+        pointer(d_lse.reshape(-1)),
+        pointer(stats),
+        *map(number, (T * H * E, H * E, E) * 2),
+        *map(number, (T, H, E, rounded)),
+        padded(E),
+    )
+    window = spec.window
+    scales = (spec.softmax_scale(D), spec.softcap or 1.0, number(window.left or 0), number(window.right or 0))
+    masks = (
+        spec.causal, window.left is not None, window.right is not None and not spec.causal, spec.documents,
+        spec.softcap is not None, spec.alibi,
+    )  # fmt: skip
+
+    if "dkdv" in kernels:
+        n_tiles = -(-S // TALL)
+        dk, dv = np.full_like(k, np.nan), np.full_like(v, np.nan)
+        machine = gluon.Machine(n_tiles * B * G, seed)
+        gluon.kernel(monkeypatch, machine, "dkdv_kernel")(
+            gluon.Descriptor(q, queries, padded(D)),
+            gluon.Descriptor(k, ROWS, padded(D)),
+            gluon.Descriptor(v, ROWS, padded(E)),
+            gluon.Descriptor(d_out, queries, padded(E)),
+            gluon.Vector(stats, queries),
+            gluon.Descriptor(dk, ROWS, padded(D)),
+            gluon.Descriptor(dv, ROWS, padded(E)),
+            *(k_spans, q_doc, k_doc, pointer(slopes)),
+            *map(number, (T, S, H, G, H // G)),
+            *scales,
+            *map(number, (n_tiles, B * G, group, rounded)),
+            *(queries, padded(D), padded(E), stages, 240, *masks),
+        )
+        _close(dk, expected[1])
+        _close(dv, expected[2])
+    if "dq" in kernels:
+        n_tiles = -(-T // TALL)
+        dq, d_slopes = np.full_like(q, np.nan), np.full(B * H * T, np.nan, np.float32)
+        machine = gluon.Machine(n_tiles * B * H, seed)
+        gluon.kernel(monkeypatch, machine, "dq_kernel")(
+            gluon.Descriptor(q, ROWS, padded(D)),
+            gluon.Descriptor(k, keys, padded(D)),
+            gluon.Descriptor(v, keys, padded(E)),
+            gluon.Descriptor(d_out, ROWS, padded(E)),
+            gluon.Descriptor(dq, ROWS, padded(D)),
+            *(pointer(stats), pointer(d_slopes), q_spans, q_doc, k_doc, pointer(slopes)),
+            *map(number, (T, S, H, H // G)),
+            *scales,
+            *map(number, (n_tiles, B * H, group, rounded)),
+            *(keys, padded(D), padded(E), stages, 240, *masks),
+        )
+        _close(dq, expected[0])
+        if spec.alibi:
+            _close(d_slopes.reshape(B, H, T).sum(axis=(0, 2)), expected[3])
+    if spec.learned_sink:
+        lse, minus_delta = true.lse.detach(), torch.from_numpy(stats).view(B, H, 2, rounded)[:, :, 1, :T]
+        weight = torch.where(lse == -torch.inf, 0.0, torch.exp(leaves[4].detach()[:, None] - lse))
+        _close((weight * minus_delta).sum(dim=(0, 2)).numpy(), expected[4])
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    return x.detach().float().contiguous().numpy()
+
+
+def _close(found: np.ndarray, expected: Tensor) -> None:
+    scale = max(1.0, float(expected.abs().max()))
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5 * scale)
+
+
+CASES = {
+    "one tile": (CAUSAL, (1, 64, 64, 1, 1, 64, 64)),
+    "odd lengths in groups": (CAUSAL, (2, 301, 301, 4, 2, 64, 64)),
+    "more keys, padded": (CAUSAL, (1, 130, 700, 2, 1, 40, 64)),
+    "rows that see nothing": (CAUSAL, (1, 400, 90, 2, 2, 64, 128)),
+    "keys that nobody sees": (AttentionSpec(causal=True, window=Window(left=20)), (1, 40, 500, 2, 1, 64, 64)),
+    "full": (FULL, (1, 200, 450, 2, 1, 128, 64)),
+    "two-sided window": (AttentionSpec(causal=False, window=Window(70, 9)), (1, 500, 450, 2, 1, 64, 64)),
+    "one-sided window": (AttentionSpec(causal=False, window=Window(right=130)), (1, 300, 300, 1, 1, 64, 64)),
+    "causal window": (AttentionSpec(causal=True, window=Window(left=129)), (1, 600, 600, 2, 1, 64, 64)),
+    "documents": (AttentionSpec(causal=True, documents=True), (2, 500, 500, 2, 1, 64, 64)),
+    "documents in a window": (
+        AttentionSpec(causal=False, documents=True, window=Window.symmetric(100)),
+        (2, 300, 420, 2, 1, 64, 64),
+    ),
+    "alibi": (AttentionSpec(causal=True, alibi=True), (1, 300, 300, 4, 2, 64, 64)),
+    "softcap": (AttentionSpec(causal=False, softcap=2.0), (1, 150, 300, 2, 1, 64, 64)),
+    "all at once": (
+        AttentionSpec(causal=True, documents=True, window=Window(left=200), alibi=True, softcap=3.0, learned_sink=True),
+        (1, 500, 500, 4, 2, 64, 64),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernels_text_computes_gradients(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    spec, shape = CASES[name]
+    for seed, (queries, keys, stages, group) in enumerate(((64, 128, 2, 2), (128, 64, 3, 5))):
+        run(
+            monkeypatch, spec, shape, queries=queries, keys=keys, stages=stages, group=group, documents=seed == 0,
+            seed=seed,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        # a slot is given away before the product that reads it
+        (
+            "        dv, p_half, dk, ds_half = warpgroup_mma_wait(0, deps=(dv, p_half, dk, ds_half))\n"
+            "        mbarrier.arrive(empty.index(stage), count=1)\n",
+            "        mbarrier.arrive(empty.index(stage), count=1)\n"
+            "        dv, p_half, dk, ds_half = warpgroup_mma_wait(0, deps=(dv, p_half, dk, ds_half))\n",
+        ),
+        (
+            "        dq, ds_half = warpgroup_mma_wait(0, deps=(dq, ds_half))\n"
+            "        mbarrier.arrive(empty.index(stage), count=1)\n",
+            "        mbarrier.arrive(empty.index(stage), count=1)\n"
+            "        dq, ds_half = warpgroup_mma_wait(0, deps=(dq, ds_half))\n",
+        ),
+        # nobody gives a slot back
+        ("dk, ds_half))\n        mbarrier.arrive(empty.index(stage), count=1)\n", "dk, ds_half))\n"),
+        ("(dq, ds_half))\n        mbarrier.arrive(empty.index(stage), count=1)\n", "(dq, ds_half))\n"),
+        # keys, values and queries are never waited for
+        ("    mbarrier.wait(kv_full.index(CID), 0)\n", ""),
+        ("    mbarrier.wait(q_full.index(CID), 0)\n", ""),
+        # no mask
+        ("s = unseen(", "unseen("),
+        ("s = hidden(", "hidden("),
+        # the heads of a group are one head
+        ("        if it == n:\n", "        if it < 0:\n"),
+        ("        h = g * R + r\n", "        h = g * R\n"),
+        # the heads of a chunk are the first one's
+        ("return tile, begin + at % size", "return tile, begin"),
+    ],
+    ids=[
+        "queries early", "keys early", "queries kept", "keys kept", "keys unwaited", "queries unwaited",
+        "no mask of keys", "no mask of rows", "one round", "one head", "no heads",
+    ],
+)  # fmt: skip
+def test_the_interpreter_notices(monkeypatch: pytest.MonkeyPatch, was: str, becomes: str) -> None:
+    monkeypatch.setattr(gluon, "PATIENCE", 0.5)
+    whole, broken = gluon.text(gluon.SOURCE), gluon.text(gluon.BACKWARD)
+    assert was in broken
+    broken = broken.replace(was, becomes)
+    monkeypatch.setattr(gluon, "text", lambda source: broken if source == gluon.BACKWARD else whole)
+
+    def several() -> None:
+        for seed in range(4):
+            run(monkeypatch, WIDE, (1, 700, 700, 2, 1, 64, 64), keys=64, seed=seed)
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        several()
+
+
+@pytest.mark.parametrize("curved", [True, False])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_tiles_fit_a_processor(head_dim: int, curved: bool) -> None:
+    tiles = choose_backward(head_dim, curved=curved)
+    threads = 3 * 128
+    assert tiles.compiled_registers * threads <= 65_536
+    assert 2 * 128 * tiles.registers + 128 * 24 <= 65_536
+    assert tiles.rows % tiles.queries == 0  # the statistics of rows are rounded up to `rows`
+    for columns, stages in ((tiles.queries, tiles.query_stages), (tiles.keys, tiles.key_stages)):
+        row = 2 * head_dim
+        assert 2 * row * (tiles.rows + stages * columns) + 8 * stages * columns + 1024 <= 232_448
