@@ -175,9 +175,13 @@ def _checked(groups: list[Questions], source: str, digest: str, refused: Refused
 
 
 def _told_apart(questions: Iterable[Question]) -> Iterator[Question]:
-    """With ids that are each there once."""
-    seen: Counter[str] = Counter()
+    """With ids that are each there once, whatever the file calls them."""
+    taken: set[str] = set()
+    again: Counter[str] = Counter()
     for question in questions:
-        seen[question.id] += 1
-        more = seen[question.id]
-        yield question if more == 1 else replace(question, id=f"{question.id}#{more}")
+        name = question.id
+        while name in taken:
+            again[question.id] += 1
+            name = f"{question.id}#{again[question.id] + 1}"
+        taken.add(name)
+        yield replace(question, id=name)

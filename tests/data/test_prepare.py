@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from longspan.data import prepare as module
 from longspan.data import shards, writer
 from longspan.data.prepare import PrepareSettings, TokenizerSettings, prepare
 from longspan.data.sources import SourceError, SourceSpec
-from longspan.data.store import StoreError
-from longspan.data.tokenizer import TokenizerError, byte_level
+from longspan.data.store import Progress, StoreError, TokenStore
+from longspan.data.tokenizer import Tokenizer, TokenizerError, byte_level
 
 SMALL = TokenizerSettings(vocab_size=300)
 
@@ -203,7 +204,9 @@ class TestKill:
         monkeypatch.setattr(
             shards, "tokenize_shard", lambda shard, *rest: (redone.append(shard), tokenize(shard, *rest))
         )
-        monkeypatch.setattr(module, "train_bpe", lambda *args: trained.append(args) or train(*args))
+        monkeypatch.setattr(
+            module, "train_bpe", lambda texts, size, mask: trained.append(size) or train(texts, size, mask)
+        )
         prepared = prepare(settings(tmp_path))
         assert contents(prepared.directory) == contents(clean.directory)
         n_shards = 7
@@ -237,10 +240,29 @@ def test_of_two_at_once_one_builds_and_the_other_waits(tmp_path: Path, texts: Pa
     builds, waited, results = [], threading.Event(), []
     build = module.build_store
 
-    def slow(*args, **kwargs):
+    def slow(
+        directory: Path,
+        sources: Sequence[SourceSpec],
+        tokenizer: Tokenizer,
+        *,
+        validation_fraction: float,
+        workers: int,
+        shard_bytes: int,
+        progress: Progress | None,
+        building: Path,
+    ) -> TokenStore:
         builds.append(1)
         assert waited.wait(30)
-        return build(*args, **kwargs)
+        return build(
+            directory,
+            sources,
+            tokenizer,
+            validation_fraction=validation_fraction,
+            workers=workers,
+            shard_bytes=shard_bytes,
+            progress=progress,
+            building=building,
+        )
 
     def wait(stage: str, _done: int, _total: int | None) -> None:
         if stage == "waiting":

@@ -197,15 +197,15 @@ class TestHub:
 
         calls = []
 
-        def load_dataset(*args, **kwargs):
-            calls.append((args, kwargs))
+        def load_dataset(path: str, name: str | None, *, split: str, revision: str):
+            calls.append((path, name, split, revision))
             return iter([{"text": "one"}, {"text": ""}, {"text": "two"}, {"text": "three"}])
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         documents = list(read(self.SPEC))
         assert [document.text for document in documents] == ["one", "two"]
         assert documents[1].id == "some/name/test:2"
-        assert calls == [(("some/name", None), {"split": "test", "revision": "abc"})]
+        assert calls == [("some/name", None, "test", "abc")]
 
     def test_streaming_a_local_data_set_through_the_library(self, tmp_path: Path):
         pq.write_table(pa.table({"text": ["one", "two"]}), tmp_path / "train.parquet")

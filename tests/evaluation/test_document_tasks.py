@@ -67,6 +67,16 @@ def test_questions_are_drawn(tmp_path: Path):
     assert len(list(task.questions(material(tmp_path)))) == 8
 
 
+def test_questions_of_one_id_are_told_apart(tmp_path: Path):
+    """Ids name the answers that a run keeps; a file may give one twice, or the name that a second would get."""
+    task = BY_NAME["imdb"]
+    ids = ("a#2", "a", "a", "b", "a", "a#2")
+    rows = [{"id": id, "text": f"review {number}", "label": 1} for number, id in enumerate(ids)]
+    (tmp_path / "imdb_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [each.id for each in task.questions(material(tmp_path))]
+    assert found == ["a#2", "a", "a#3", "b", "a#4", "a#2#2"]
+
+
 def test_the_hub_is_asked_only_when_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked: list[str] = []
 
