@@ -6,7 +6,7 @@ NumPy's PCG64, whose streams do not change with the version of Python; natural t
 """
 
 from .fill import Count, TooShortError, TooSmallError
-from .haystack import key_value, needle, passkey
+from .haystack import key_value, needle, passkey, recall_text
 from .listops import ListOpsSettings, listops, listops_expression
 from .mechanisms import associative_recall, copying, induction, selective_copying, words
 from .retrieval import Document, pair_records, write_pairs
@@ -32,6 +32,7 @@ __all__ = [
     "needle",
     "pair_records",
     "passkey",
+    "recall_text",
     "ruler",
     "ruler_qa",
     "selective_copying",

@@ -109,8 +109,7 @@ def needle(
             return Prompt(
                 before="",
                 context=" ".join(_hidden(words, [(where, _fact(name, answer)) for where, name, answer in facts])),
-                after=f"\n\nQuestion: What is the special magic {city} number?\n"
-                f"Answer: The special magic {city} number is:",
+                after=f"\n\n{_question_of(city)}",
                 references=(value,),
             )
 
@@ -157,6 +156,26 @@ def key_value(
         return fill(make, filler.fitting, task="key_value", length=length, room=room, count=count, least=1)
 
     return _grid("key_value", prompt_of, lengths, depths, samples, seed)
+
+
+def recall_text(words: int, facts: int, *, seed: int, index: int) -> str:
+    """What a model can learn retrieval from: `words` words of natural text with `facts` facts of `needle` at random
+    places, then the questions of `needle` for all of them in another order, each with its answer. A document of
+    `needle` holds one answer in thousands of tokens; here every fact is one.
+
+    Raises ValueError for more facts than there are cities.
+    """
+    if not 1 <= facts <= len(CITIES):
+        raise ValueError(f"facts={facts}: from 1 to {len(CITIES)}, a city each")
+    rng = generator(seed, "recall", words, facts, index)
+    text = natural_text()
+    start = text.beginnings[int(rng.integers(len(text.beginnings)))]
+    cities = [CITIES[place] for place in rng.permutation(len(CITIES))[:facts]]
+    said = list(zip(rng.random(facts).tolist(), cities, distinct(number, facts, rng), strict=True))
+    around = [text.word(start + n) for n in range(words)]
+    hidden = _hidden(around, [(depth, _fact(city, value)) for depth, city, value in said])
+    asked = [f"{_question_of(said[place][1])} {said[place][2]}" for place in rng.permutation(facts)]
+    return "\n\n".join([" ".join(hidden), *asked]) + "\n"
 
 
 @cache
@@ -211,6 +230,11 @@ def _question(
 
 def _fact(city: str, value: str) -> str:
     return f"The special magic {city} number is: {value}."
+
+
+def _question_of(city: str) -> str:
+    """Up to where the answer begins."""
+    return f"Question: What is the special magic {city} number?\nAnswer: The special magic {city} number is:"
 
 
 def _hidden(words: list[str], facts: list[tuple[float, str]]) -> list[str]:

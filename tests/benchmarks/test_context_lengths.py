@@ -1,0 +1,49 @@
+"""Two runs of some steps on one mixture, each at its context, and what the made documents ask for."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from longspan.benchmarks.context_lengths import made_documents, main
+
+
+def test_every_fact_is_said_once_and_asked_once() -> None:
+    documents = made_documents(10, seed=3)
+    assert made_documents(10, seed=3) == documents
+    assert made_documents(10, seed=4) != documents
+    for document, facts in zip(documents, (2, 4, 8, 16, 32, 2, 4, 8, 16, 32), strict=True):
+        text, asked = document.split("\n\nQuestion", 1)
+        said = re.findall(r"The special magic ([\w ]+?) number is: (\d{7})\.", text)
+        answers = re.findall(r"Answer: The special magic ([\w ]+?) number is: (\d{7})\n", "Question" + asked)
+        assert len(set(said)) == facts
+        assert sorted(said) == sorted(answers)
+        assert re.findall(r"What is the special magic ([\w ]+?) number\?", asked) == [city for city, _ in answers]
+
+
+def test_each_context_is_a_run_on_the_same_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(8):
+        (texts / f"{i}.txt").write_text("".join(chr(97 + (i * j) % 26) for j in range(600 + i)))
+    typed = [
+        f"data.path={texts}", "contexts=32,64", "documents=10", "tokens=128", "share=0.5", f"runs={tmp_path}/runs",
+        f"data.cache={tmp_path}/cache", "model.vocab_size=258", "model.n_layers=1", "model.d_model=32",
+        "model.n_heads=2", "model.n_kv_heads=2", "model.d_ff=64", "data.tokenizer.kind=bytes", "trainer.steps=2",
+        "trainer.accelerator=cpu", "trainer.precision=fp32", "trainer.compile=false", "schedule.warmup=0",
+        "trainer.val_every=2", "trainer.save_every=2", "callbacks=quiet", "logger.wandb=off",
+    ]  # fmt: skip
+    assert main(typed) == 0
+    for context in (32, 64):
+        config = json.loads((tmp_path / f"runs/context-{context}/config.yaml").read_text())
+        assert config["data"]["context"] == config["model"]["max_positions"] == context
+        assert config["trainer"]["global_batch"] * context == 128
+        assert [(each["name"], each["weight"]) for each in config["data"]["sources"]] == [("text", 0.5), ("made", 0.5)]
+    again = (tmp_path / "runs/context-32/summary.json").stat().st_mtime_ns
+    assert main(typed) == 0
+    assert (tmp_path / "runs/context-32/summary.json").stat().st_mtime_ns == again  # not trained again
+    assert main(["contexts=32"]) == 2
+    assert "data.path" in capsys.readouterr().err
