@@ -70,6 +70,7 @@ def run_harness(
     num_fewshot   examples in each prompt; None: as each task has it
     max_length    tokens that the model reads at most; None: the context that its config states
     batch         rows in a forward pass
+    precision     of log-likelihoods: "bf16" multiplies under autocast; answers are written in the type of the weights
     starts        contexts begin with the tokenizer's start tokens, as the models of others expect
     seed          of what the harness draws (examples, samples)
     kept          file of JSON lines that each finished task is appended to, and whose tasks are not run again; it

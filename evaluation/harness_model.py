@@ -23,7 +23,7 @@ from longspan.model.generation import complete
 from longspan.model.sampling import Sampling
 
 from .harness import continuations, rolling, warn_cut
-from .perplexity import Precision
+from .perplexity import Precision, dtype_name
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -101,11 +101,13 @@ class HarnessModel(TemplateLM):
     @property
     def protocol(self) -> dict[str, object]:
         """What numbers depend on, for a record."""
+        stored = dtype_name(self.model.head_weight.dtype)
         return {
             "max_length": self.max_length,
             "prefix_token": self.prefix_token_id,
             "start_tokens": list(self._start),
-            "precision": self.precision,
+            "precision": "bf16 autocast" if self.precision == "bf16" else stored,  # of log-likelihoods
+            "precision_of_answers": stored,  # whose keys and values are cached as the weights compute them
             "tokenizer_sha256": self._text.sha256,
         }
 

@@ -229,7 +229,7 @@ def score(
             window=window,
             stride=stride,
             bos=bos,
-            precision="bf16 autocast" if precision == "bf16" else _dtype_name(model.head_weight.dtype),
+            precision="bf16 autocast" if precision == "bf16" else dtype_name(model.head_weight.dtype),
             documents=int((counts_d > 0).sum()),
             documents_available=documents_available,
             truncated=sum(document.truncated for document, count in zip(documents, counts_d) if count),
@@ -354,5 +354,6 @@ def check_request(
             )
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As protocols state it."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype))

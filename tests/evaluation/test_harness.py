@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -16,7 +17,7 @@ import torch
 from longspan.data.tokenizer import Tokenizer, train_bpe
 from longspan.evaluation.documents import EvalDocument
 from longspan.evaluation.harness import continuations, rolling, run_harness
-from longspan.evaluation.perplexity import score
+from longspan.evaluation.perplexity import Precision, score
 from longspan.model import zoo
 from longspan.model.checkpoint import save_model
 from longspan.model.decoder import Decoder
@@ -134,6 +135,31 @@ class TestNumbers:
         sums = [float(ours.nll[ours.document == each].sum()) for each in (0, 1)]
         assert found == pytest.approx([-sums[0], 0.0, -sums[1]], abs=1e-4)
         assert adapter.loglikelihood_rolling(requests_of("loglikelihood_rolling", ("",))) == [0.0]
+
+    @pytest.mark.parametrize(("weights", "precision"), [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "fp32")])
+    def test_numbers_are_of_the_precision_that_is_stated(
+        self, model: Decoder, tokenizer: Tokenizer, weights: str, precision: Precision
+    ):
+        """Ours in the same arithmetic, and nobody else's: these weights differ by some thousandths of a nat."""
+        stored = copy.deepcopy(model).to(torch.bfloat16 if weights == "bf16" else torch.float32)
+        adapter = HarnessModel(stored, tokenizer, max_length=16, batch=2, precision=precision)
+        of_likelihoods = "bf16 autocast" if precision == "bf16" else weights
+        assert (adapter.protocol["precision"], adapter.protocol["precision_of_answers"]) == (of_likelihoods, weights)
+        (found,) = adapter.loglikelihood_rolling(requests_of("loglikelihood_rolling", (TEXTS[0],)))
+        documents = [EvalDocument(tokens=np.array(tokenizer.encode(TEXTS[0])), n_bytes=1)]
+        ours = score(
+            stored, documents, window=16, stride=16, bos=tokenizer.eos_id, batch=1, device="cpu", precision=precision
+        )
+        assert ours.protocol.precision == of_likelihoods
+        assert found == pytest.approx(-float(ours.nll.sum()), abs=1e-4)
+        before, behind = tokenizer.encode(TEXTS[1])[:5], tokenizer.encode(TEXTS[1])[5:9]
+        ((single, _),) = adapter._loglikelihood_tokens([(("", ""), before, behind)], disable_tqdm=True)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            logits_TV = stored.logits(stored.hidden(torch.tensor([[*before, *behind[:-1]]])))[0, -len(behind) :]
+        likely_N = logits_TV.double().log_softmax(-1)[torch.arange(len(behind)), behind]
+        assert single == pytest.approx(float(likely_N.sum()), abs=1e-4)
+        if of_likelihoods != "fp32":
+            assert abs(single - by_hand(model, before, behind)[0]) > 5e-4
 
     def test_texts(self, model: Decoder, tokenizer: Tokenizer):
         """White space at a context's end belongs to the continuation; an empty context is the end-of-text token."""

@@ -214,6 +214,29 @@ def test_what_a_model_cannot_be_asked_is_said_and_the_rest_is_measured(
     assert "## Not measured" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore")  # of packages that the harness imports
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_harness_counts_in_the_precision_of_everything_else(checkpoint: Path, precision: str) -> None:
+    """Its perplexity of a text is ours by its protocol, in either arithmetic."""
+    pytest.importorskip("lm_eval")
+    Path("tasks").mkdir()
+    Path("text.jsonl").write_text(json.dumps({"text": "A text. " * 100}) + "\n")
+    Path("tasks/whole.yaml").write_text(
+        f"task: whole\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {Path('text.jsonl').resolve()}\n"
+        f"  cache_dir: {Path('hub').resolve()}\ntest_split: test\noutput_type: loglikelihood_rolling\n"
+        'doc_to_text: ""\ndoc_to_target: "{{text}}"\nmetric_list:\n  - metric: bits_per_byte\n'
+    )
+    asked = ["evaluate", f"checkpoint={checkpoint}", "evaluation.protocols=[lm_eval_rolling]", "data.path=text.txt"]
+    more = ["harness=[whole]", "harness_files=tasks", f"precision={precision}", "evaluation.max_tokens=null"]
+    assert main([*asked, *more, "output=out"]) == 0
+    (found,) = json.loads(Path("out/results.json").read_text())["checkpoints"]
+    (ours,) = found["perplexity"]["protocols"]
+    theirs = found["harness"]["results"]["whole"]["bits_per_byte,none"]
+    assert theirs == pytest.approx(ours["bits_per_byte"], rel=2e-6)
+    assert found["harness"]["harness"]["precision"] == found["perplexity"]["perplexity"]["protocol"]["precision"]
+    assert found["harness"]["harness"]["precision"] == {"fp32": "fp32", "bf16": "bf16 autocast"}[precision]
+
+
 def test_a_task_without_room_in_the_context_is_left_out_where_no_length_was_asked_for(
     checkpoint: Path, refused: Refused
 ) -> None:
