@@ -111,7 +111,7 @@ def _of_document(
 ) -> list[Prompt]:
     encoded = tokenizer.encode_offsets([question.before + question.context + question.after for question in questions])
     options = [
-        () if ask == "generate" else _options(question, ask, tokenizer, ids_T.tolist())
+        () if ask == "generate" else options_of(question, ask, tokenizer, ids_T.tolist())
         for question, (ids_T, _) in zip(questions, encoded)
     ]
     spans = [context_span(question, chars_T2) for question, (_, chars_T2) in zip(questions, encoded)]
@@ -131,8 +131,9 @@ def _of_document(
             + (
                 "; ask for shorter ones (lengths), shorten its text (long_texts=cut_middle), or ask another model"
                 if room > 0
-                else f", of which instructions, question and answer alone take {max_tokens - room:,}; ask a model that "
-                "reads more"
+                else f", of which instructions, question and answer alone take {max_tokens - room:,}; "
+                + ("limit the answer (answer_tokens), or " if ask == "generate" else "")
+                + "ask a model that reads more"
             )
         )
     prompts = []
@@ -150,7 +151,9 @@ def _of_document(
     return prompts
 
 
-def _options(question: Question, ask: Ask, tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[Option, ...]:
+def options_of(question: Question, ask: Ask, tokenizer: Tokenizer, prompt: Sequence[int]) -> tuple[Option, ...]:
+    """The choices of a question, or its reference, behind a prompt of these tokens. Raises ValueError for one that has
+    no tokens of its own."""
     texts = question.choices if ask == "choose" else question.references[:1]
     tail = (question.after or question.context)[-_TAIL:]
     before = tokenizer.encode(tail)

@@ -214,13 +214,17 @@ class Selected:
     size: int = 256
 
     def __call__(self, text: LongText, writer: Writer) -> Processed:
-        room = text.room(writer.max_prompt)
+        return _at_once(text, self.spans(text, writer.max_prompt, writer.decode), writer)
+
+    def spans(self, text: LongText, max_prompt: int, decode: Callable[[Sequence[int]], str]) -> tuple[range, ...]:
+        """The parts of the text that are read, where a prompt has so many tokens. Raises NoRoom where none fits."""
+        room = text.room(max_prompt)
         if len(text.context) <= room:
-            return _at_once(text, (range(len(text.context)),), writer)
+            return (range(len(text.context)),)
         spans = chunk_spans(len(text.context), min(self.size, room))
-        parts = [writer.decode(_taken(text.context, (span,))) for span in spans]
+        parts = [decode(_taken(text.context, (span,))) for span in spans]
         chosen = best_in_order(self.scores(text.query, parts), [len(span) for span in spans], room)
-        return _at_once(text, tuple(spans[part] for part in chosen), writer)
+        return tuple(spans[part] for part in chosen)
 
 
 @dataclass(frozen=True, slots=True)

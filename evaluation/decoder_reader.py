@@ -72,6 +72,10 @@ class DecoderReader:
             max_tokens=self.max_tokens,
             truncation=truncation,
         )
+        yield from self.answers(task, ask, prompts)
+
+    def answers(self, task: Task, ask: Ask, prompts: Sequence[Prompt]) -> Iterator[Reply]:
+        """A reply to each prompt, those of a document side by side, in any order."""
         documents = [list(group) for _, group in groupby(prompts, key=lambda prompt: prompt.question.document)]
         documents.sort(key=lambda group: -max(len(prompt.tokens) for prompt in group))  # alike lengths side by side
         was_training = self.model.training

@@ -1,4 +1,4 @@
-"""Tasks asked of a model that is shorter than the texts: a reader that goes by a strategy of `context_processing`."""
+"""Tasks asked of a model that is shorter than the texts: readers that go by a strategy of `context_processing`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from longspan.model.decoder import Decoder
 from longspan.model.sampling import Sampling
 from longspan.model.seq2seq import Seq2Seq
 
-from .asking import TooLong
-from .context_processing import STRATEGIES, LongText, NoRoom, Processed
+from .asking import Prompt, TooLong, options_of
+from .context_processing import STRATEGIES, LongText, NoRoom, Processed, Selected
+from .decoder_reader import DecoderReader
 from .fusion import Fused, ModelWriter, long_text
 from .reader import Reply
 from .readers import global_positions, target_room
@@ -87,3 +88,66 @@ class StrategyReader:
                 prompt_tokens=sum(map(len, done.read)) + done.prompts * (len(text.before) + len(text.after)),
                 dropped=len(text.context) - len(read),
             )
+
+
+class SelectingReader:
+    """A decoder that reads, of texts that are too long, the parts which a strategy selects, all of them at once: it can
+    be given choices, too. What is to be continued (`force`) cannot be made of parts."""
+
+    asks: frozenset[Ask] = frozenset({"generate", "choose"})
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        selected: Selected,
+        *,
+        start: Sequence[int],
+        max_tokens: int,
+        batch: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.start = tuple(start)
+        self.max_tokens = max_tokens
+        self._selected = selected
+        self._reader = DecoderReader(model, tokenizer, start=start, max_tokens=max_tokens, batch=batch)
+
+    def new_tokens(self, task: Task) -> int:
+        return self._reader.new_tokens(task)
+
+    def replies(
+        self, task: Task, ask: Ask, questions: Sequence[Question], truncation: Truncation | None = None
+    ) -> Iterator[Reply]:
+        yield from self._reader.answers(task, ask, [self._prompt(task, ask, question) for question in questions])
+
+    def _prompt(self, task: Task, ask: Ask, question: Question) -> Prompt:
+        text = long_text(question, self.tokenizer, start=self.start)
+        whole = text.prompt((range(len(text.context)),))
+        options = () if ask == "generate" else options_of(question, ask, self.tokenizer, whole[len(self.start) :])
+        answer = max((len(option.tokens) for option in options), default=task.max_new_tokens)
+        try:
+            spans = self._selected.spans(text, self.max_tokens - answer, self.tokenizer.decode)
+        except NoRoom as error:
+            raise TooLong(f"{task.name}: question {question.id}: {error}") from None
+        return Prompt(
+            question=question,
+            tokens=tuple(text.prompt(spans)),
+            options=options,
+            dropped=len(text.context) - sum(map(len, spans)),
+        )
+
+
+def strategy_reader(
+    model: Decoder | Seq2Seq,
+    tokenizer: Tokenizer,
+    strategy: str,
+    *,
+    start: Sequence[int],
+    max_tokens: int,
+    batch: int,
+) -> StrategyReader | SelectingReader:
+    """The reader of a model that goes by a strategy; see there. Raises ValueError for one that the model cannot do."""
+    chosen = BY_STRATEGY[strategy]
+    if isinstance(model, Decoder) and isinstance(chosen, Selected):
+        return SelectingReader(model, tokenizer, chosen, start=start, max_tokens=max_tokens, batch=batch)
+    return StrategyReader(model, tokenizer, strategy, start=start, max_tokens=max_tokens, batch=batch)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 from longspan.data.questions import Question
@@ -17,6 +18,16 @@ from .names import LongTexts
 from .reader import Reader, Reply
 from .task_result import QuestionScore, TaskProtocol, TaskResult, summarise_task
 from .tasks.task import Ask, Asked, Task, Truncation
+
+_DOES: Mapping[Ask, str] = MappingProxyType(
+    {
+        "generate": "writes answers",
+        "choose": "takes one of those given",
+        "force": "is held to an answer",
+        "classify": "names classes",
+        "extract": "points at answers",
+    }
+)
 
 
 class CannotAsk(ValueError):  # noqa: N818  # says what is the matter, as its users read it
@@ -32,8 +43,11 @@ class AskedModel:
     precision: str
 
 
-def way_of_asking(task: Task, reader: Reader) -> Ask:
-    """The first of the task's ways that the model can do. Raises CannotAsk, saying what would be needed."""
+def way_of_asking(task: Task, reader: Reader, long_texts: LongTexts | None = None) -> Ask:
+    """The first of the task's ways that the model can do. Raises CannotAsk, saying what would be needed.
+
+    long_texts   the strategy that the reader goes by, if any
+    """
     for ask in task.asks:
         if ask in reader.asks:
             return ask
@@ -44,9 +58,15 @@ def way_of_asking(task: Task, reader: Reader) -> Ask:
         "classify": "an encoder with a classification head (head=classification, fine-tuned for this task)",
         "extract": "an encoder with a head for answers (head=qa, fine-tuned for this task)",
     }
-    raise CannotAsk(
-        f"{task.name} cannot be asked of this model: it needs {' or '.join(needs[ask] for ask in task.asks)}"
-    )
+    needed = " or ".join(needs[ask] for ask in task.asks)
+    if long_texts is not None and as_truncation(long_texts) is None:
+        parts = "bm25, word_overlap, " if "choose" in task.asks else ""
+        raise CannotAsk(
+            f"{task.name} cannot be asked with long_texts={long_texts}, by which a model "
+            f"{' or '.join(_DOES[ask] for ask in sorted(reader.asks))}: it needs {needed}, with "
+            f"{parts}keep_head, keep_tail, cut_middle or refuse"
+        )
+    raise CannotAsk(f"{task.name} cannot be asked of this model: it needs {needed}")
 
 
 def run_task(
@@ -67,7 +87,7 @@ def run_task(
 
     Raises CannotAsk, `asking.TooLong`, and ValueError for questions that cannot be had.
     """
-    ask = way_of_asking(task, model.reader)
+    ask = way_of_asking(task, model.reader, long_texts)
     questions = asked.questions
     if len({question.id for question in questions}) < len(questions):
         raise ValueError(f"{task.name}: two questions have the same id; ids tell answers apart")

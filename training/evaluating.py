@@ -29,7 +29,7 @@ from longspan.evaluation.evaluate import Evaluation, evaluate_documents
 from longspan.evaluation.harness import run_harness
 from longspan.evaluation.names import LongTexts
 from longspan.evaluation.perplexity import Precision
-from longspan.evaluation.processed import StrategyReader
+from longspan.evaluation.processed import strategy_reader
 from longspan.evaluation.reader import Reader
 from longspan.evaluation.readers import reader_of
 from longspan.evaluation.record import write_evaluation
@@ -144,7 +144,7 @@ def measure(
     model = asked_model(subject, batch=config.evaluation.batch, long_texts=config.long_texts)
     for task in (_limited(each, config.answer_tokens) for each in tasks):
         try:
-            way_of_asking(task, model.reader)
+            way_of_asking(task, model.reader, config.long_texts)
             asked = gather(task, _material(config, subject), shorten=config.lengths is None)
             with shown(task.name) as advance:
                 result, scores = run_task(
@@ -339,7 +339,7 @@ def asked_model(subject: Subject, *, batch: int, long_texts: LongTexts | None = 
         )
     else:
         try:
-            reader = StrategyReader(
+            reader = strategy_reader(
                 model, subject.tokenizer, long_texts, start=(start,), max_tokens=subject.context, batch=batch
             )
         except ValueError as error:

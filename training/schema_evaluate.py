@@ -61,8 +61,8 @@ class EvaluateConfig:
     )
     answer_tokens: Count | None = Field(
         default=None,
-        description="tokens that a written answer has at most, where its task allows more; the room is the text's then; "
-        "null: as many as each task allows",
+        description="tokens that a written answer has at most, where its task allows more: the rest is room for the "
+        "text; null: as many as each task allows",
     )
     data: EvaluationDataConfig = Field(default=EvaluationDataConfig(), description="see data.*")
     evaluation: ProtocolConfig = Field(default=ProtocolConfig(), description="see evaluation.*")
