@@ -12,7 +12,7 @@ from longspan.training.config_plain import plain
 from longspan.training.precision import STORED
 from longspan.training.schema import ImportConfig
 
-from .output import as_yaml, refuse_occupied
+from .output import as_yaml, progress_bars, refuse_occupied
 
 
 def run(config: ImportConfig) -> int:
@@ -22,7 +22,15 @@ def run(config: ImportConfig) -> int:
         return 0
     output = Path(config.output)
     refuse_occupied(output, overwrite=config.overwrite)
-    written = import_model(config.source, output, dtype=STORED[config.dtype], overwrite=config.overwrite)
+    with progress_bars() as bars:
+        task = bars.add_task("weights", total=None)
+        written = import_model(
+            config.source,
+            output,
+            dtype=STORED[config.dtype],
+            overwrite=config.overwrite,
+            progress=lambda done, total: bars.update(task, completed=done, total=total),
+        )
     print(f"{translation.model_type} imported to {written}/")
     _tell_tokenizer(config.source, written, translation)
     return 0

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from longspan.model import lazy
 from longspan.model.checkpoint_files import CONFIG, WEIGHTS, sha256_of
-from longspan.model.tensor_file import write_tensors
+from longspan.model.lazy import LazyTensor
 
 GENERATION = "generation_config.json"
 # What belongs to the tokenizer, or to nobody in particular, and travels with the weights unread.
@@ -100,30 +101,29 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return tuple(index.parent / name for name in names)
 
 
-def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
-    """The tensors of `weight_files` by name, on the CPU in the types they are stored in.
+def open_weights(files: Iterable[Path]) -> dict[str, LazyTensor]:
+    """The tensors of `weight_files` by name, in the types they are stored in. Those of safetensors are not read yet;
+    pickles are, whole.
 
     Raises ConversionError for a file that is damaged, that holds code, or that has a tensor another one has too.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     for file in files:
-        found = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+        found = _open_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
         if twice := [name for name in found if name in tensors]:
             raise ConversionError(f"{file} holds {first_ten(twice)}, which another file holds too")
         tensors |= found
     return tensors
 
 
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
+def _open_safetensors(file: Path) -> dict[str, LazyTensor]:
     try:
-        with safe_open(file, framework="pt") as opened:
-            # Copied out of the mapped file: tensors that alias it would change, or crash, with the file.
-            return {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  # not a dict
+        return lazy.stored_tensors(file)
     except SafetensorError as error:
         raise ConversionError(f"{file} is not a readable safetensors file: {error}") from error
 
 
-def _read_pickle(file: Path) -> dict[str, Tensor]:
+def _read_pickle(file: Path) -> dict[str, LazyTensor]:
     _check_archive(file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -137,7 +137,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         raise ConversionError(f"{file} is not a readable PyTorch file: {_sentence(str(error).splitlines())}") from error
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ConversionError(f"{file} is not a state dict: expected tensors by name and nothing else")
-    return {str(name): tensor.detach().contiguous() for name, tensor in state.items()}
+    return {str(name): LazyTensor.of(tensor.detach()) for name, tensor in state.items()}
 
 
 def _sentence(lines: list[str]) -> str:
@@ -175,9 +175,10 @@ def digests(files: Iterable[Path]) -> dict[str, str]:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_weights(directory: Path, tensors: Mapping[str, Tensor], *, shard_bytes: int = SHARD_BYTES) -> None:
-    """model.safetensors, or shards of at most `shard_bytes` (a larger tensor has one to itself) with an index."""
-    shards: list[dict[str, Tensor]] = [{}]
+def write_weights(directory: Path, tensors: Mapping[str, LazyTensor], *, shard_bytes: int = SHARD_BYTES) -> None:
+    """model.safetensors, or shards of at most `shard_bytes` (a larger tensor has one to itself) with an index. One
+    tensor is in memory at a time."""
+    shards: list[dict[str, LazyTensor]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
         if shards[-1] and filled + tensor.nbytes > shard_bytes:
@@ -186,12 +187,12 @@ def write_weights(directory: Path, tensors: Mapping[str, Tensor], *, shard_bytes
         shards[-1][name] = tensor
         filled += tensor.nbytes
     if len(shards) == 1:
-        write_tensors(shards[0], directory / WEIGHTS)
+        lazy.write_weights(directory / WEIGHTS, shards[0])
         return
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_tensors(shard, directory / file)
+        lazy.write_weights(directory / file, shard)
         places |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     write_json(directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})

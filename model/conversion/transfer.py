@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,15 @@ import torch
 from longspan.model.build import build_from
 from longspan.model.checkpoint import (
     CONFIG,
-    load_weights,
+    WEIGHTS,
     resolve_checkpoint,
-    save_model,
     verify,
     write_directory,
 )
 from longspan.model.checkpoint_files import LINEAGE, load_config
 from longspan.model.config import to_dict
+from longspan.model.lazy import stored_weights
+from longspan.model.lazy import write_weights as write_tensors
 
 from .hf import (
     DTYPE_NAMES,
@@ -30,9 +31,9 @@ from .hf import (
     ConversionError,
     carry,
     digests,
+    open_weights,
     read_config,
     read_json,
-    read_weights,
     weight_files,
     write_json,
     write_weights,
@@ -57,15 +58,21 @@ class Translation:
 
 
 def import_model(
-    source: Path | str, output: Path | str, *, dtype: torch.dtype | None = None, overwrite: bool = False
+    source: Path | str,
+    output: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Path:
     """Makes a checkpoint directory from a Hugging Face directory and returns it.
 
     dtype      what weights are stored as; None: as they are
     overwrite  replace what is in a non-empty `output`
+    progress   is told after each tensor how many bytes are written, and of how many
 
-    The tokenizer's files and generation_config.json are copied. lineage.json names the source, its model type and the
-    sha256 of its weights. No code of the directory is run.
+    Tensors of safetensors files pass one at a time. The tokenizer's files and generation_config.json are copied.
+    lineage.json names the source, its model type and the sha256 of its weights. No code of the directory is run.
     Raises ConversionError, a line for each problem; CheckpointError when `output` is not empty.
     """
     source = Path(source)
@@ -74,10 +81,9 @@ def import_model(
     if "auto_map" in raw:
         logger.warning("%s brings code of its own (auto_map); it is not run", source)
     files = weight_files(source)
-    found = read_weights(files)
+    found = open_weights(files)
     config = family.settle(config, found)
-    model = build_from(config, device="meta")
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in build_from(config, device="meta").state_dict().items()}
     weights = import_tensors(family, config, found, shapes)
     if dtype is not None:
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
@@ -90,13 +96,16 @@ def import_model(
         }
     }
 
-    def also(staging: Path) -> None:
+    def fill(staging: Path) -> None:
+        (staging / CONFIG).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        (staging / LINEAGE).write_text(json.dumps(lineage, indent=2, sort_keys=True) + "\n")
+        write_tensors(staging / WEIGHTS, weights, progress)
         carry(source, staging)
         if not (staging / GENERATION).is_file():
             tokens = {name: raw[name] for name in _TOKENS if raw.get(name) is not None}
             write_json(staging / GENERATION, tokens)
 
-    return save_model(model, output, lineage=lineage, state=weights, also=also, overwrite=overwrite)
+    return write_directory(Path(output), fill, overwrite=overwrite)
 
 
 def _read(source: Path) -> dict[str, Any]:
@@ -133,7 +142,7 @@ def export_model(
     eos_token_id  for generation_config.json where the checkpoint brings none
     repeat_kv     write shared key/value heads as often as they are read: for families that know none
 
-    config.json spells what transformers 4 and 5 and vLLM look for; lineage.json goes along.
+    config.json spells what transformers 4 and 5 and vLLM look for; lineage.json goes along. Tensors pass one at a time.
     Raises ConversionError for a model that no family can say, with the fields that are in the way; CheckpointError for
     a damaged checkpoint and for an `output` that is not empty.
     """
@@ -142,7 +151,7 @@ def export_model(
     config = repeated_config(stored_config) if repeat_kv else stored_config
     family, fields = config_to(config, model_type)
     verify(checkpoint)
-    weights = load_weights(checkpoint)
+    weights = stored_weights(checkpoint / WEIGHTS)
     if repeat_kv:
         weights = repeated_weights(stored_config, weights)
     if dtype is not None:

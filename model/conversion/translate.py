@@ -14,10 +14,13 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+from longspan.model.lazy import WEIGHT_TYPES, LazyTensor
 
 from .hf import ConversionError, first_ten
 
@@ -225,12 +228,13 @@ class Family(Generic[C]):
 
 
 def import_tensors(
-    family: Family[C], config: C, found: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
-) -> dict[str, Tensor]:
-    """Our tensors from theirs; `shapes` are those of the model that the config builds.
+    family: Family[C], config: C, found: Mapping[str, LazyTensor], shapes: Mapping[str, torch.Size]
+) -> dict[str, LazyTensor]:
+    """Our tensors from theirs, in the order of `shapes`, which are those of the model that the config builds. Nothing
+    is read yet but tied tensors that are there twice.
 
     Raises ConversionError naming missing and unexpected tensors (the first ten), shapes that contradict the config,
-    and second copies of tied tensors that differ.
+    numbers that are codes, and second copies of tied tensors that differ.
     """
     rules, copies = family.tensors(config), family.copies(config)
     known = {*(rule.theirs for rule in rules), *copies}
@@ -242,46 +246,72 @@ def import_tensors(
     problems = [
         f"{copy} differs from {original}, but {CONFIG} says that they are tied"
         for copy, original in copies.items()
-        if copy in found and original in found and not torch.equal(found[copy], found[original])
+        if copy in found and original in found and not torch.equal(found[copy].read(), found[original].read())
     ]
     absent = [rule for rule in rules if rule.theirs in family.zero and rule.theirs not in found]
-    found |= {rule.theirs: torch.zeros(shapes[rule.ours[0]]) for rule in absent}
+    found |= {rule.theirs: LazyTensor.of(torch.zeros(shapes[rule.ours[0]])) for rule in absent}
     # Tied tensors are stored once, under either name.
     found |= {original: found[copy] for copy, original in copies.items() if copy in found and original not in found}
     if missing := [rule.theirs for rule in rules if rule.theirs not in found]:
         problems.append(f"the weights lack {_count(missing)} that {CONFIG} asks for: {first_ten(missing)}")
     if extra := [name for name in found if name not in known and not _is_buffer(family, name)]:
         problems.append(f"the weights hold {_count(extra)} that {CONFIG} has no place for: {first_ten(extra)}")
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, LazyTensor] = {}
     misshapen: list[str] = []
+    codes: list[str] = []
     for rule in rules:
         if rule.theirs in found:
             tensor, sizes = found[rule.theirs], [shapes[name][0] for name in rule.ours]
             expected = [sum(sizes), *shapes[rule.ours[0]][1:]]
-            whole = tensor.T if rule.transposed and tensor.dim() == 2 else tensor
-            if list(whole.shape) == expected:
-                weights |= {name: part.contiguous() for name, part in zip(rule.ours, whole.split(sizes), strict=True)}
-            else:
-                wanted = expected[::-1] if rule.transposed else expected
+            wanted = expected[::-1] if rule.transposed else expected
+            if tensor.stored_as not in WEIGHT_TYPES:
+                codes.append(f"{rule.theirs} ({tensor.stored_as})")
+            if list(tensor.shape) != wanted:
                 misshapen.append(f"{rule.theirs} is {list(tensor.shape)}, not {wanted}")
+            weights |= _parts(rule, tensor, shapes)
     if misshapen:
         problems.append(f"{_count(misshapen)} contradict {CONFIG} in shape: {first_ten(misshapen)}")
+    if codes:
+        known_types = ", ".join(WEIGHT_TYPES)
+        problems.append(f"{_count(codes)} hold codes, not weights: {first_ten(codes)}; weights are {known_types}")
     if problems:
         raise ConversionError(problems)
-    return weights
+    return {name: weights[name] for name in shapes if name in weights}
 
 
-def export_tensors(family: Family[C], config: C, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their tensors from ours: `import_tensors` backwards."""
-    tensors: dict[str, Tensor] = {}
+def _parts(rule: Tensors, tensor: LazyTensor, shapes: Mapping[str, torch.Size]) -> dict[str, LazyTensor]:
+    """Ours of one of theirs; of several each is cut out of it anew."""
+    made: dict[str, LazyTensor] = {}
+    first = 0
+    for name in rule.ours:
+        size = shapes[name][0]
+        cut = partial(_cut, first=first, size=size, transposed=rule.transposed)
+        made[name] = tensor.then(cut, shape=tuple(shapes[name]))
+        first += size
+    return made
+
+
+def _cut(tensor: Tensor, *, first: int, size: int, transposed: bool) -> Tensor:
+    return (tensor.T if transposed else tensor).narrow(0, first, size)
+
+
+def export_tensors(family: Family[C], config: C, weights: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Their tensors from ours, not read yet: `import_tensors` backwards."""
+    tensors: dict[str, LazyTensor] = {}
     for rule in family.tensors(config):
-        parts = [weights[name] for name in rule.ours]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        tensors[rule.theirs] = (whole.T if rule.transposed else whole).contiguous()
+        parts = tuple(weights[name] for name in rule.ours)
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        shape = shape[::-1] if rule.transposed else shape
+        tensors[rule.theirs] = LazyTensor(shape, parts[0].dtype, partial(_joined, parts, rule.transposed))
     return tensors
 
 
-def _with_prefix(family: Family[C], found: Mapping[str, Tensor], known: set[str]) -> dict[str, Tensor]:
+def _joined(parts: tuple[LazyTensor, ...], transposed: bool) -> Tensor:
+    whole = parts[0].read() if len(parts) == 1 else torch.cat([part.read() for part in parts])
+    return whole.T if transposed else whole
+
+
+def _with_prefix(family: Family[C], found: Mapping[str, LazyTensor], known: set[str]) -> dict[str, LazyTensor]:
     """Names as the rules have them: files of a bare model lack the prefix."""
     if not family.prefix or any(name.startswith(family.prefix) for name in found):
         return dict(found)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from longspan.model.lazy import LazyTensor, Weights
+
 from .calibration import save_moments, second_moments
 from .copy_global import CopyGlobal
 from .errors import SurgeryError
 from .gqa import GroupedQuery
-from .lazy import LazyTensor, Weights
 from .plan import Conversion, Cost, Step, Surgery, convert_model, cost, operate, plan_conversion, plan_steps
 from .positions import ExtendPositions
 from .registry import SURGERIES, make_surgery

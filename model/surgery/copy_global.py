@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longspan.model.config import EncoderConfig, ModelConfig, Seq2SeqConfig
+from longspan.model.lazy import Weights, renamed_copies
 
 from .errors import SurgeryError
-from .lazy import Weights, renamed_copies
 from .plan import Report
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")

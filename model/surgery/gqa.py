@@ -17,13 +17,13 @@ from torch import Tensor
 
 from longspan.model.config import DecoderConfig, EncoderConfig, HeadGroup, ModelConfig, Seq2SeqConfig
 from longspan.model.initial import drawn
+from longspan.model.lazy import LazyTensor, Weights
 
 from .alignment import Freedom
 from .calibration import Moments, read_moments
 from .errors import SurgeryError
 from .grouping import Groups, contiguous_groups
 from .heads import Branch, Heads, Init, Lost, find_groups, reordered, shared
-from .lazy import LazyTensor, Weights
 from .plan import Report
 
 Grouping = Literal["contiguous", "similar"]

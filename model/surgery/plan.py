@@ -29,9 +29,9 @@ from longspan.model.checkpoint import (
 from longspan.model.checkpoint_files import load_config
 from longspan.model.config import EncoderConfig, ModelConfig, ModelConfigError, Seq2SeqConfig, to_dict
 from longspan.model.conversion.hf import carry, read_json
+from longspan.model.lazy import LazyTensor, Weights, stored_weights, write_weights
 
 from .errors import SurgeryError
-from .lazy import LazyTensor, Weights, stored_weights, write_weights
 from .tokenizer_files import tell_length
 
 Report = MutableMapping[str, object]

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from longspan.model.config import DecoderConfig, EncoderConfig, ModelConfig, RopeScaling, Seq2SeqConfig
 from longspan.model.config_rope import RopeKind
+from longspan.model.lazy import Weights
 
 from .errors import SurgeryError
-from .lazy import Weights
 from .plan import Report
 
 TableMode = Literal["copy", "interpolate", "random"]

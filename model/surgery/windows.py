@@ -15,10 +15,10 @@ import torch
 
 from longspan.kernels.attention.spec import AttentionSpec, Window
 from longspan.model.config import AttentionPlan, DecoderConfig, EncoderConfig, ModelConfig, Seq2SeqConfig
+from longspan.model.lazy import LazyTensor, Weights, renamed_copies
 
 from .copy_global import global_copies, global_layers
 from .errors import SurgeryError
-from .lazy import LazyTensor, Weights, renamed_copies
 from .plan import Report
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longspan.model.checkpoint import CheckpointError, load_model
+from longspan.model.build import build_from
+from longspan.model.checkpoint import CheckpointError, load_model, save_model
+from longspan.model.config import DecoderConfig
 from longspan.model.conversion import FAMILIES, ConversionError, export_model, import_model, plan_export, plan_import
 
 SUPPORTED = ", ".join(FAMILIES)
@@ -65,6 +70,7 @@ def source(tmp_path: Path) -> Path:
 
 
 Edit = Callable[[Path], None]
+CODED = "transformer.h.0.mlp.c_fc.weight"
 
 
 def config(**changes: object) -> Edit:
@@ -167,6 +173,10 @@ def test_it_is_sound_as_it_is(source: Path, tmp_path: Path) -> None:
             "lm_head.weight differs from transformer.wte.weight, but config.json says that they are tied",
         ),
         (
+            weights(lambda state: state.update({CODED: state[CODED].to(torch.int8)})),
+            f"1 tensor hold codes, not weights: {CODED} (I8); weights are F64, F32, F16, BF16",
+        ),
+        (
             config(tie_word_embeddings=False),
             "the weights lack 1 tensor that config.json asks for: lm_head.weight",
         ),
@@ -244,6 +254,36 @@ def test_shards_and_their_index(source: Path) -> None:
     index.write_text(json.dumps({"weight_map": places}))
     save_file({name: state[name] for name in names[4:]}, source / "b.safetensors")
     assert f"holds {names[4]}, which another file holds too" in refused(source)[0]
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from longspan.model.conversion import export_model, import_model
+def peak():  # (ru_maxrss would begin with the parent's)
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+def there_and_back(folder):
+    export_model(folder, folder / "hf", shard_bytes=20_000_000, repeat_kv=True)
+    import_model(folder / "hf", folder / "back")
+there_and_back(Path(sys.argv[1]) / "small")
+before = peak()
+there_and_back(Path(sys.argv[1]) / "large")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a process")
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """100 MB of weights in tensors of 4 MB pass through some megabytes, out and in."""
+    small = DecoderConfig(vocab_size=61, n_layers=1, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, max_positions=24)
+    large = replace(small, n_layers=8, d_model=512, d_ff=2048)
+    for name, shape in (("small", small), ("large", large)):
+        save_model(build_from(shape, seed=0), tmp_path / name)
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "large/hf").glob("*.safetensors"))) > 4
+    assert int(done.stdout) < 30, f"{done.stdout} MB"
 
 
 # -- pickles ----------------------------------------------------------------------------------------------------------

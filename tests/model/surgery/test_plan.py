@@ -22,6 +22,7 @@ from longspan.model.build import Model, build_from
 from longspan.model.checkpoint import CheckpointError, load_model, save_model, sha256_of, verify
 from longspan.model.config import DecoderConfig, EncoderConfig, ModelConfig, Seq2SeqConfig, StackConfig
 from longspan.model.config_surgery import OPTIONAL_KEYS, REQUIRED_KEYS
+from longspan.model.lazy import stored_weights, write_weights
 from longspan.model.surgery import (
     SURGERIES,
     CopyGlobal,
@@ -37,7 +38,6 @@ from longspan.model.surgery import (
     plan_conversion,
     plan_steps,
 )
-from longspan.model.surgery.lazy import stored_weights, write_weights
 from longspan.model.surgery.plan import Report
 
 Source = Callable[[ModelConfig], Model]

@@ -1,8 +1,8 @@
-"""Tensors that are not there yet: how a checkpoint of any size passes through a surgery, one tensor at a time.
+"""Tensors that are not there yet: how a checkpoint of any size passes through an import, a surgery or an export.
 
-A file of weights is opened as names, shapes and types; each `read` brings one tensor into memory. Surgeries wrap these
-readers, and the writer calls them one after the other, so that no more is ever held than one tensor of the result and
-what it is made from.
+A file of weights is opened as names, shapes and types; each `read` brings one tensor into memory. Conversions wrap
+these readers, and the writer calls them one after the other, so that no more is ever held than one tensor of the result
+and what it is made from.
 """
 
 from __future__ import annotations
@@ -18,15 +18,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from longspan.model.checkpoint import CheckpointError
+from .checkpoint_files import CheckpointError
 
-_STORED = {
+_TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
-_NAMES = {dtype: name for name, dtype in _STORED.items()}
+WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")  # what weights may be stored as: numbers that are themselves
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _ALIGNMENT = 8  # of the first tensor in the file, as the safetensors library has it
 
 
@@ -50,6 +59,15 @@ class LazyTensor:
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    @property
+    def stored_as(self) -> str:
+        """Its type as safetensors spells it."""
+        return _NAMES.get(self.dtype, str(self.dtype))
+
+    def to(self, dtype: torch.dtype) -> LazyTensor:
+        """The same numbers in another type."""
+        return replace(self, dtype=dtype, read=partial(_changed, self, partial(_converted, dtype=dtype)))
+
     def then(self, change: Callable[[Tensor], Tensor], *, shape: tuple[int, ...] | None = None) -> LazyTensor:
         """What `change` makes of it; of the same type, and of the same shape unless another is given."""
         return replace(self, shape=self.shape if shape is None else shape, read=partial(_changed, self, change))
@@ -59,28 +77,38 @@ def _changed(source: LazyTensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     return change(source.read())
 
 
+def _converted(tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype)
+
+
 Weights = Mapping[str, LazyTensor]
 
 
+def stored_tensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file by name, none of them read yet. Raises FileNotFoundError, and SafetensorError
+    for a file that is none or is cut short."""
+    with safe_open(path, framework="pt") as file:
+        found: dict[str, LazyTensor] = {}
+        for name in file.keys():  # noqa: SIM118  # not a dict
+            part = file.get_slice(name)
+            dtype = _TYPES.get(part.get_dtype()) or file.get_tensor(name).dtype
+            found[name] = LazyTensor(tuple(part.get_shape()), dtype, partial(_read, path, name))
+        return found
+
+
 def stored_weights(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file by name, none of them read yet. Raises CheckpointError for a file that is none,
-    and for a type of numbers that no surgery computes with."""
+    """`stored_tensors` of a checkpoint. Raises CheckpointError for a file that is missing or none, and for a type of
+    numbers that nothing here computes with."""
     try:
-        with safe_open(path, framework="pt") as file:
-            found: dict[str, LazyTensor] = {}
-            for name in file.keys():  # noqa: SIM118  # not a dict
-                part = file.get_slice(name)
-                dtype = _STORED.get(part.get_dtype())
-                if dtype is None:
-                    raise CheckpointError(
-                        f"{path}: {name} is stored as {part.get_dtype()}; known: {', '.join(_STORED)}"
-                    )
-                found[name] = LazyTensor(tuple(part.get_shape()), dtype, partial(_read, path, name))
-            return found
+        found = stored_tensors(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    for name, lazy in found.items():
+        if lazy.stored_as not in WEIGHT_TYPES:
+            raise CheckpointError(f"{path}: {name} is stored as {lazy.stored_as}; known: {', '.join(WEIGHT_TYPES)}")
+    return found
 
 
 def _read(path: Path, name: str) -> Tensor:
