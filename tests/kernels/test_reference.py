@@ -212,6 +212,19 @@ def test_dropout_statistics() -> None:
     assert abs((keep[:, :-1] * keep[:, 1:]).mean().item() - 0.49) < 0.005
 
 
+def test_dropout_without_a_seed_is_drawn_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting costs a CPU ten times as much as drawing, and of a seed that nobody gave there is nothing to replay."""
+    monkeypatch.setattr("longspan.kernels.attention.reference.philox_uniform", lambda *_: pytest.fail("counted"))
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(dropout_keep(None, 0.3, (4, 8, 64, 64), torch.device("cpu")))
+    assert draws[0].dtype == torch.bool
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert abs(draws[0].double().mean() - 0.7) < 5 * math.sqrt(0.3 * 0.7 / draws[0].numel())
+
+
 def test_dropout_is_replayed_by_its_seed_scaled_and_leaves_lse_alone() -> None:
     q, k, v = inputs()
     eye = torch.eye(S, dtype=torch.float64)[None, :, None].expand(B, S, G, S)  # v = identity: out is the weights
