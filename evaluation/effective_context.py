@@ -45,7 +45,7 @@ class ContextCurve:
     nll_dL       float64 [d, L], nats, summed over a document's targets
     count_d      int64 [d], targets of each document
     units        names of the documents, which are those with a block behind the longest window
-    left_out     how many were too short
+    left_out     how many were too short, or have a prompt
     tokens_sha256  of the documents that were read (`documents.tokens_digest`); `tokenizer_sha256` says whose tokens.
                  None: not stated
     """
@@ -125,8 +125,8 @@ class EffectiveContext:
             f"The longest of the windows {windows} that lowers the loss of the same tokens (at most {self.blocks} "
             f"blocks of {self.targets:,} in a document, each at the end of its window) below that of every shorter "
             f"window, with a 95 % paired bootstrap interval over {self.documents:,} documents above zero; "
-            f"{self.left_out:,} documents shorter than the longest window "
-            f"left out; {self.precision}."
+            f"{self.left_out:,} documents left out, no longer than the longest window or with a prompt; "
+            f"{self.precision}."
         )
 
 
@@ -192,6 +192,7 @@ def measure_context_curve(
     progress  called with (tokens read, tokens to read) before the first forward pass and after each
 
     A window holds no other token than the document's: one that reaches back to the beginning is not preceded by any.
+    Documents with prompts are left out: their first tokens are not to be scored.
     Raises ValueError for fewer than two lengths, blocks that don't fit into the shortest, and when every document is
     too short.
     """
@@ -206,12 +207,13 @@ def measure_context_curve(
     if blocks < 1:
         raise ValueError(f"blocks={blocks}: at least 1 block of targets in a document")
     check_request(model, documents, window=ordered[-1], stride=ordered[-1], batch=batch, bos=None)
-    long = [document for document in documents if len(document.tokens) > ordered[-1]]
+    whole = [document for document in documents if not document.prompt]
+    long = [document for document in whole if len(document.tokens) > ordered[-1]]
     if not long:
-        most = max(len(document.tokens) for document in documents)
+        most = max((len(document.tokens) for document in whole), default=0)
         raise ValueError(
-            f"lengths up to {ordered[-1]:,} tokens: no document is longer than that (the longest has {most:,} tokens); "
-            "lower the longest length, or give longer documents"
+            f"lengths up to {ordered[-1]:,} tokens: no document without a prompt is longer than that (the longest has "
+            f"{most:,} tokens); lower the longest length, or give longer documents"
         )
     ends_d = [_block_ends(len(document.tokens), ordered[-1], targets, blocks) for document in long]
     curve = ContextCurve(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -97,8 +97,11 @@ def load_subject(config: EvaluateConfig, checkpoint: str) -> Subject:
     device = choose_device(config.accelerator, key="accelerator")
     directory = resolve_checkpoint(checkpoint)
     trained = trained_with(directory)
+    precision = inference_precision(config.precision, device, trained_in=trained.precision)
     # Asked for fp32, weights that are stored narrower are widened; else they are computed with as they are.
     model = load_model(directory, device=device, dtype=torch.float32 if config.precision == "fp32" else None)
+    if precision == "bf16" and next(model.parameters()).dtype == torch.float16:
+        model = model.float()  # autocast rounds what it multiplies, and norms do not take fp16 weights beside bf16
     tokenizer = Tokenizer.load(directory)
     longest = model.config.encoder_half.max_positions if isinstance(model, Seq2Seq) else model.config.max_positions
     return Subject(
@@ -107,7 +110,7 @@ def load_subject(config: EvaluateConfig, checkpoint: str) -> Subject:
         tokenizer=tokenizer,
         context=config.evaluation.window or trained.context or longest,
         start=start_token(directory, tokenizer),
-        precision=inference_precision(config.precision, device, trained_in=trained.precision),
+        precision=precision,
         device=device,
     )
 
@@ -182,8 +185,9 @@ def _with_perplexity(
 ) -> CheckpointResults:
     found = read_perplexity(directory)
     if found is None:
-        with shown("perplexity") as advance:
-            evaluation = measure_perplexity(subject, config, advance)
+        others = shown("perplexity by protocol") if config.evaluation.protocols else nullcontext()
+        with shown("perplexity") as advance, others as of_others:
+            evaluation = measure_perplexity(subject, config, advance, of_others)
         title = f"Perplexity of {subject.checkpoint}"
         write_documents(directory, evaluation.documents)
         write_evaluation(
@@ -207,9 +211,13 @@ def _material(config: EvaluateConfig, subject: Subject) -> Material:
 
 
 def measure_perplexity(
-    subject: Subject, config: EvaluateConfig, progress: Callable[[int, int], None] | None = None
+    subject: Subject,
+    config: EvaluateConfig,
+    progress: Callable[[int, int], None] | None = None,
+    protocol_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Perplexity as `evaluation.*` asks for it, of `data.path` or of what the run held out."""
+    """Perplexity as `evaluation.*` asks for it, of `data.path` or of what the run held out. `protocol_progress` is of
+    the other protocols."""
     model = _decoder(subject, "perplexity")
     stored, train = documents_of(config.data, subject)
     return evaluate_documents(
@@ -225,6 +233,7 @@ def measure_perplexity(
         start=subject.start,
         receptive_field=model.config.receptive_field,
         progress=progress,
+        protocol_progress=protocol_progress,
     )
 
 
@@ -245,8 +254,7 @@ def measure_context(
     stored, _ = documents_of(config.data, subject)
     longest = max(config.lengths) if config.lengths is not None else subject.context
     documents = documents_from(stored, limit=config.data.limit, decode=subject.tokenizer.decode)
-    documents = [document for document in documents if not document.prompt]  # whose first tokens are not to be scored
-    if not any(len(document.tokens) > longest for document in documents):
+    if not any(len(document.tokens) > longest and not document.prompt for document in documents):
         raise CannotAsk(f"effective context by {longest:,} tokens: no document without a prompt is longer than that")
     return measure_context_curve(
         model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,6 +70,23 @@ def test_windows_by_hand() -> None:
     np.testing.assert_allclose(curve.nll_dL, [[2 + 1 / 3 + 1 / 4, 2 + 1 / 7 + 1 / 8]] * 2, rtol=1e-5)
     assert (curve.units, curve.left_out, curve.count_d.tolist()) == (("/0", "/2"), 1, [2, 2])
     assert sorted(model.read) == [4, 4, 8, 8]
+
+
+def test_documents_with_prompts_are_left_out_and_counted() -> None:
+    """What stands at their beginning is not to be scored, and a block may reach into it."""
+    documents = [replace(each, prompt=3 * (i % 2)) for i, each in enumerate(ones(*[20] * 24, 8))]
+    curve = measure(Forgetful(100), documents, [4, 8])
+    assert curve.units == tuple(f"/{i}" for i in range(0, 24, 2))
+    assert curve.left_out == 13
+    found = effective_context(curve)
+    assert (found.documents, found.left_out) == (12, 13)
+    assert "13 documents left out, no longer than the longest window or with a prompt" in found.words
+    with pytest.raises(
+        ValueError, match=r"no document without a prompt is longer than that \(the longest has 8 tokens"
+    ):
+        measure(Forgetful(100), [each for each in documents if each.prompt or len(each.tokens) == 8], [4, 8])
+    with pytest.raises(ValueError, match=r"the longest has 0 tokens"):
+        measure(Forgetful(100), [each for each in documents if each.prompt], [4, 8])
 
 
 def test_targets_are_the_same_tokens_at_every_length() -> None:
@@ -161,7 +179,7 @@ def test_words_and_lengths() -> None:
         "The longest of the windows 256, 512 that lowers the loss of the same tokens (at most 1 blocks of 128 in a "
         "document, each at the end of its window) below"
     )
-    assert "over 40 documents above zero; 3 documents shorter" in found.words
+    assert "over 40 documents above zero; 3 documents left out," in found.words
     assert doubling_lengths(1024) == (256, 512, 1024)
     assert doubling_lengths(3000, shortest=500) == (500, 1000, 2000, 3000)
     with pytest.raises(ValueError, match="nothing to compare"):
@@ -174,7 +192,7 @@ def test_words_and_lengths() -> None:
         ([8, 8], {}, "compares at least two lengths"),
         ([4, 8], {"targets": 3}, "targets=3 with a shortest window of 4"),
         ([4, 8], {"blocks": 0}, "blocks=0"),
-        ([4, 20], {}, "lengths up to 20 tokens: no document is longer than that (the longest has 20 tokens)"),
+        ([4, 20], {}, "lengths up to 20 tokens: no document without a prompt is longer than that (the longest has 20 "),
     ],
 )
 def test_requests_that_are_refused(lengths: list[int], more: dict, message: str) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 
 from longspan.data.tokenizer import END_OF_TEXT, MASK, Tokenizer, byte_level
+from longspan.evaluation.documents import TextDocuments
 from longspan.evaluation.names import LongTexts, ProtocolName, TaskName
 from longspan.evaluation.processed import BY_STRATEGY
 from longspan.evaluation.protocol_definitions import protocol_names
@@ -235,6 +237,26 @@ def test_the_harness_counts_in_the_precision_of_everything_else(checkpoint: Path
     assert theirs == pytest.approx(ours["bits_per_byte"], rel=2e-6)
     assert found["harness"]["harness"]["precision"] == found["perplexity"]["perplexity"]["protocol"]["precision"]
     assert found["harness"]["harness"]["precision"] == {"fp32": "fp32", "bf16": "bf16 autocast"}[precision]
+
+
+def test_effective_context_says_how_many_documents_it_leaves_out(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Prompted(TextDocuments):
+        def loss_mask(self, document: int) -> np.ndarray | None:  # pyright: ignore[reportIncompatibleMethodOverride]  # as of stores
+            return np.arange(len(self.ids[document])) >= 5 if document % 3 == 0 else None
+
+    sizes = [100] * 15 + [20]
+    stored = Prompted([np.arange(size) % 256 for size in sizes], sizes, [""] * len(sizes), [""] * len(sizes))
+    monkeypatch.setattr(evaluating, "documents_of", lambda *_: (stored, None))
+    asked = ["evaluate", f"checkpoint={checkpoint}", "tasks=[effective_context]", "lengths=[32,64]", "output=out"]
+    assert main(asked) == 0
+    (found,) = json.loads(Path("out/results.json").read_text())["checkpoints"]
+    by_loss = found["effective_context"]["by_loss"]
+    assert (by_loss["documents"], by_loss["left_out"]) == (10, 6)  # five with prompts; the short one has one, too
+    assert (
+        "6 documents left out, no longer than the longest window or with a prompt" in Path("out/results.md").read_text()
+    )
 
 
 def test_a_task_without_room_in_the_context_is_left_out_where_no_length_was_asked_for(
