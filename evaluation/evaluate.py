@@ -97,6 +97,7 @@ def evaluate_documents(
     start: int | None = None,
     receptive_field: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    protocol_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Score a sample of `stored` documents, each preceded by the token that begins one; prompts are read, not scored.
 
@@ -105,7 +106,7 @@ def evaluate_documents(
     limit            at most this many documents
     start            that token; None: the end-of-text token
     receptive_field  how far back a prediction can see (`DecoderConfig.receptive_field`); None: to the beginning
-    progress         called with (tokens scored, tokens in all)
+    progress         called with (tokens scored, tokens in all), and `protocol_progress` for the other protocols
     Raises ValueError for a request that cannot be met: no documents, a stride beyond the window, foreign tokens.
     """
     documents = documents_from(
@@ -161,7 +162,7 @@ def evaluate_documents(
             device=device,
             precision=precision,
             stride=stride,
-            progress=progress,
+            progress=protocol_progress,
         )
     return Evaluation(
         replace(scores, protocol=protocol).summary(), baseline, documents=scores.by_document(), protocols=tuple(others)

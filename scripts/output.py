@@ -57,14 +57,14 @@ class Progress:
     def part(self, label: str) -> Iterator[Callable[[int, int], None]]:
         """A function to call with (done, total), as often as one likes."""
         bar = self._bars.add_task(label, total=None)
-        begun, said = time.monotonic(), time.monotonic()
-        resumed: int | None = None
+        said = time.monotonic()
+        first: tuple[int, float] | None = None  # what was done when, at the first call: the time left goes by the rest
 
         def advance(done: int, total: int) -> None:
-            nonlocal said, resumed
-            resumed = done if resumed is None else resumed
+            nonlocal said, first
             self._bars.update(bar, completed=done, total=total)
             now = time.monotonic()
+            resumed, begun = first = (done, now) if first is None else first
             if self._bars.disable and (now - said > _SECONDS or done == total):
                 said = now
                 left = (total - done) * (now - begun) / (done - resumed) if done > resumed else None
