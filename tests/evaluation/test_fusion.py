@@ -16,6 +16,7 @@ from longspan.kernels.attention import AttentionContext, AttentionSpec, Window
 from longspan.model import zoo
 from longspan.model.conditional import condition
 from longspan.model.config import AttentionPlan, Seq2SeqConfig, StackConfig
+from longspan.model.config_rope import RopeScaling
 from longspan.model.cross_attention import Source
 from longspan.model.decoder import Decoder
 from longspan.model.generation import complete
@@ -156,6 +157,22 @@ class TestStrategies:
         answers = writer.write([text.prompt((span,)) for span in chunks.read])
         assert chunks.text == max(answers, key=lambda each: sum(each.logprobs) / len(each.logprobs)).text
         assert Truncated("keep_tail")(text, writer).read == (range(15, 25),)
+
+
+def test_prompts_whose_keys_are_rotated_by_length_are_written_on_as_alone():
+    scaling = RopeScaling(kind="dynamic", factor=2.0, original_positions=16)
+    model = zoo.build("llama-tiny", {"vocab_size": 257, "rope_scaling": scaling}, seed=0)
+    assert isinstance(model, Decoder)
+    with torch.no_grad():  # the usual small weights hardly look at positions
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    writer = ModelWriter(model=model, tokenizer=BYTES, sampling=GREEDY, max_prompt=64, batch=3)
+    prompts = parts_of(60, 24, 40)
+    for prompt, written in zip(prompts, writer.write(prompts), strict=True):
+        (alone,) = complete(model, [prompt], GREEDY, tokenizer=BYTES)
+        assert written.text == (alone.text or "").strip()
+        assert written.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
 
 
 def test_a_question_in_tokens():
