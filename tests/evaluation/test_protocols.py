@@ -25,6 +25,7 @@ from longspan.evaluation.perplexity import score
 from longspan.evaluation.protocol_definitions import PROTOCOLS, definition_of, protocol_names
 from longspan.evaluation.protocols import ProtocolResult, measure_protocols
 from longspan.model.config_rope import RopeScaling
+from longspan.model.decoder import Decoder
 from longspan.model.zoo import build
 
 BYTES = byte_level()
@@ -367,6 +368,7 @@ def test_where_padding_changes_the_rotation_of_keys_every_window_is_read_by_itse
     """Dynamic scaling past the original length: neither the rows beside a window nor a longer pass change its loss."""
     scaling = RopeScaling(kind="dynamic", factor=2.0, original_positions=16)
     model = build("llama-tiny", {"vocab_size": 257, "rope_scaling": scaling}, seed=0).eval()
+    assert isinstance(model, Decoder)
     with torch.no_grad():  # the usual small weights hardly look at positions
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -382,8 +384,8 @@ def test_where_padding_changes_the_rotation_of_keys_every_window_is_read_by_itse
     )
     assert one.nll == pytest.approx(four.nll, abs=1e-4)
     pairs = [(list(b"abcdefghijklmnopqrstuvwxyz"), list(b"xyz")), (list(b"abc"), list(b"de"))]
-    both = continuations(model, pairs, max_length=64, batch=2)  # pyright: ignore[reportArgumentType]: a decoder
+    both = continuations(model, pairs, max_length=64, batch=2)
     assert [nll for nll, _ in both] == pytest.approx(
-        [continuations(model, [pair], max_length=64, batch=1)[0][0] for pair in pairs],  # pyright: ignore[reportArgumentType]: a decoder
+        [continuations(model, [pair], max_length=64, batch=1)[0][0] for pair in pairs],
         abs=1e-4,
     )
