@@ -23,7 +23,7 @@ from longspan.model.generation import complete
 from longspan.model.sampling import Sampling
 
 from .harness import continuations, rolling, warn_cut
-from .perplexity import Precision, dtype_name
+from .perplexity import Precision, dtype_name, widen_for_autocast
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -83,12 +83,15 @@ class HarnessModel(TemplateLM):
             raise ValueError(f"the model longspan {what}; it takes {', '.join(_ARGUMENTS)}")
         checkpoint = resolve_checkpoint(str(given["checkpoint"]))
         device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+        precision: Precision = "bf16" if given.get("precision") == "bf16" else "fp32"
+        model = load_decoder(checkpoint, device=str(device))
+        widen_for_autocast(model, precision)
         return cls(
-            load_decoder(checkpoint, device=str(device)),
+            model,
             Tokenizer.load(checkpoint),
             max_length=_number(given, "max_length"),
             batch=_number(given, "batch_size") or 8,
-            precision="bf16" if given.get("precision") == "bf16" else "fp32",
+            precision=precision,
             starts=bool(given.get("starts", False)),
         )
 

@@ -284,6 +284,13 @@ def score_rows(
     return found
 
 
+def widen_for_autocast(model: nn.Module, precision: Precision) -> None:
+    """Makes fp16 weights fp32 where autocast rounds products to bf16: norms do not take fp16 weights beside bf16. The
+    numbers are those of the stored weights."""
+    if precision == "bf16" and next(model.parameters()).dtype == torch.float16:
+        model.float()
+
+
 def rotates_by_length(model: object) -> bool:
     """Whether a row's numbers depend on the length that it is padded to: dynamic RoPE scaling past its length."""
     if not isinstance(model, Decoder):

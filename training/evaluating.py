@@ -28,7 +28,7 @@ from longspan.evaluation.effective_context import (
 from longspan.evaluation.evaluate import Evaluation, evaluate_documents
 from longspan.evaluation.harness import run_harness
 from longspan.evaluation.names import LongTexts
-from longspan.evaluation.perplexity import Precision
+from longspan.evaluation.perplexity import Precision, widen_for_autocast
 from longspan.evaluation.processed import strategy_reader
 from longspan.evaluation.reader import Reader
 from longspan.evaluation.readers import reader_of
@@ -100,8 +100,7 @@ def load_subject(config: EvaluateConfig, checkpoint: str) -> Subject:
     precision = inference_precision(config.precision, device, trained_in=trained.precision)
     # Asked for fp32, weights that are stored narrower are widened; else they are computed with as they are.
     model = load_model(directory, device=device, dtype=torch.float32 if config.precision == "fp32" else None)
-    if precision == "bf16" and next(model.parameters()).dtype == torch.float16:
-        model = model.float()  # autocast rounds what it multiplies, and norms do not take fp16 weights beside bf16
+    widen_for_autocast(model, precision)
     tokenizer = Tokenizer.load(directory)
     longest = model.config.encoder_half.max_positions if isinstance(model, Seq2Seq) else model.config.max_positions
     return Subject(

@@ -41,6 +41,19 @@ def test_half_precision_under_autocast_is_its_own_weights_widened(tmp_path: Path
     assert losses["half"] == losses["full"]
 
 
+@pytest.mark.filterwarnings("ignore")  # of packages that the harness imports
+def test_the_harness_takes_half_precision_too(tmp_path: Path) -> None:
+    from longspan.evaluation.harness_model import HarnessModel
+
+    found = []
+    for name, dtype in (("half", torch.float16), ("full", torch.float32)):
+        saved(tmp_path / name, dtype)
+        asked = {"checkpoint": str(tmp_path / name), "precision": "bf16", "device": "cpu"}
+        model = HarnessModel.create_from_arg_obj(asked)
+        found.append(model._loglikelihood_tokens([(("", ""), [1, 2, 3], [4, 5])], disable_tqdm=True))
+    assert found[0] == found[1]
+
+
 def test_protocols_have_progress_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("text.txt").write_text("A text. " * 100)
     saved(tmp_path / "model", torch.float32)
