@@ -14,7 +14,7 @@ import torch
 
 from longspan.kernels.attention.triton import gate
 from longspan.kernels.attention.triton.gate import Row, Table, compare, over_budget, read_table, write_table
-from longspan.kernels.attention.triton.gate_figures import Figures, Spills, spills_of
+from longspan.kernels.attention.triton.gate_figures import Figures, Spills, spills_of, unasked_copies
 from longspan.kernels.attention.triton.gate_hopper import problems
 from longspan.kernels.attention.triton.gate_variants import CASES, SHIPPED, full_product
 
@@ -131,6 +131,7 @@ def test_a_table_that_was_written_reads_the_same(tmp_path: Path) -> None:
         ({"loop_loads": 8}, "loop_loads was 0, is 8"),
         ({"shared": 65_537}, "shared was 65,536, is 65,537"),
         ({"wgmma": 15}, "wgmma was 16, is 15"),
+        ({"unasked": 1}, "unasked was 0, is 1"),
     ],
 )
 def test_a_worse_figure_is_named_with_what_updates_the_table(changed: dict[str, int], line: str) -> None:
@@ -174,6 +175,7 @@ def test_other_compilers_are_held_to_the_budgets_alone(versions: tuple[str, str]
         (80, {"shared": 166_913, "wgmma": 1}, "shared is 166,913, at most 166,912 is allowed"),
         (90, {"spilled": 4}, "spilled is 4, at most 0 is allowed"),
         (90, {"wgmma": 0, "mma": 64}, "no wgmma instruction"),
+        (90, {"unasked": 8}, "unasked is 8, at most 0 is allowed"),
     ],
 )
 def test_budgets(arch: int, changed: dict[str, int], line: str) -> None:
@@ -185,6 +187,15 @@ def test_budgets(arch: int, changed: dict[str, int], line: str) -> None:
 
 def test_spills_of_the_full_product_are_reported_and_not_judged() -> None:
     assert over_budget(replace(ROW, figures=replace(FIGURES, spilled=999)), tensor_cores=None, spills=None) == []
+
+
+def test_copies_are_unasked_without_a_predicate_and_with_a_size_that_is_never_zero() -> None:
+    copy = 'tail call void asm sideeffect "{0}cp.async.cg.shared.global [ $0 + 0 ], [ $1 + 0 ], 0x10, $2;", "r,l,r{1}"'
+    where = "(ptr addrspace(3) getelementptr (i8, ptr addrspace(3) @smem, i32 4096), ptr addrspace(1) %7, {0}) #3"
+    unasked = copy.format("", "") + where.format("i32 16")
+    masked = copy.format("", "") + where.format("i32 %12")
+    predicated = copy.format("@$3 ", ",b") + where.format("i32 16, i1 %9")
+    assert unasked_copies("\n".join([masked, unasked, predicated, unasked])) == 2
 
 
 # -- machine code ------------------------------------------------------------------------------------------------------

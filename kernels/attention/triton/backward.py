@@ -489,13 +489,17 @@ def dkdv_kernel(
     lanes = tl.arange(0, M)
     q_offsets, do_offsets = lanes * (step * q_t), lanes * (step * do_t)
 
-    # One loop over heads and tiles together: a short window would drain the pipeline at every head.
+    # One loop over heads and tiles together: a short window would drain the pipeline at every head. Its prologue
+    # divides by the count before it is known that there is a first visit. From a division by what may be zero LLVM
+    # concludes that it never is, and copies a first tile without asking, from behind the end of q and dO where there is
+    # none. So the divisors are at least 1.
 
     if ROWS is not None:  # global queries see every key that causality and documents permit
         n_rows = tl.load(N_ROWS + b)
         n_steps = (n_rows + M - 1) // M
+        some_steps = tl.maximum(n_steps, 1)
         for visit in tl.range(0, R * n_steps):
-            h, it = g * R + visit // n_steps, visit % n_steps
+            h, it = g * R + visit // some_steps, visit % some_steps
             head, q_head, do_head, slope = _head(Q, D_OUT, SLOPES, b, h, q_b, q_h, do_b, do_h, T, H, ALIBI)
             at = it * M + lanes
             row_ok = at < n_rows
@@ -529,12 +533,13 @@ def dkdv_kernel(
     listed = first
     if LISTED:
         listed = tl.load(LISTS + 3)
+    some_partial = tl.maximum(n_partial, 1)
     for visit in tl.range(0, R * n_partial):
-        h, it = g * R + visit // n_partial, visit % n_partial
+        h, it = g * R + visit // some_partial, visit % some_partial
         head, q_head, do_head, slope = _head(Q, D_OUT, SLOPES, b, h, q_b, q_h, do_b, do_h, T, H, ALIBI)
         tile = tile_at(it, listed, first, first_full, end_full, LISTED)
         if LISTED:  # one ahead, so that the pipeline does not wait for it
-            listed = tl.load(LISTS + 3 + (visit + 1) % n_partial)
+            listed = tl.load(LISTS + 3 + (visit + 1) % some_partial)
         row_ok = tile * M + lanes < n_q
         rows = first_row + (tile * M + lanes) * step
         if EXPLICIT:
@@ -571,13 +576,14 @@ def dkdv_kernel(
 
     if LISTED:
         listed = tl.load(LISTS + 3 + n_partial)
+    some_full = tl.maximum(n_full, 1)
     for visit in tl.range(0, R * n_full):
-        h, it = g * R + visit // n_full, visit % n_full
+        h, it = g * R + visit // some_full, visit % some_full
         head, q_head, do_head, slope = _head(Q, D_OUT, SLOPES, b, h, q_b, q_h, do_b, do_h, T, H, ALIBI)
         tile = first_full + it
         if LISTED:
             tile = listed
-            listed = tl.load(LISTS + 3 + n_partial + (visit + 1) % n_full)
+            listed = tl.load(LISTS + 3 + n_partial + (visit + 1) % some_full)
         rows = first_row + (tile * M + lanes) * step
         q_pos = rows + (S - T)
         base = first_row + (tile * M).to(tl.int64) * step

@@ -86,7 +86,7 @@ def over_budget(row: Row, *, tensor_cores: str | None, spills: int | None) -> li
     """What no table can excuse, one line each. `tensor_cores`: the instructions that must be there, "wgmma" or "mma";
     `spills`: the bytes that may be spilled, None: any number."""
     figures, found = row.figures, []
-    limits = (("registers", REGISTERS), ("shared", SHARED[row.arch]), ("spilled", spills))
+    limits = (("registers", REGISTERS), ("shared", SHARED[row.arch]), ("spilled", spills), ("unasked", 0))
     for name, limit in limits:
         value = getattr(figures, name)
         if limit is not None and value > limit:

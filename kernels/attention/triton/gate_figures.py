@@ -23,6 +23,8 @@ class Figures:
     loop_loads    bytes of a thread reloaded from local memory inside loops
     shared        bytes of a program
     wgmma, mma    tensor-core instructions in the text of the program: of a warp group (sm_90), of a warp
+    unasked       asynchronous copies that no condition holds back: every one of a tile depends on whether there is a
+                  tile, so one without a condition reads memory that may not be ours
     """
 
     registers: int
@@ -32,6 +34,7 @@ class Figures:
     shared: int
     wgmma: int
     mma: int
+    unasked: int = 0
 
 
 def compile_for(request: Request, arch: int) -> tuple[Figures, str]:
@@ -61,8 +64,18 @@ def compile_for(request: Request, arch: int) -> tuple[Figures, str]:
         kernel.metadata.shared,
         wgmma=kernel.asm["ptx"].count("wgmma.mma_async"),
         mma=kernel.asm["ptx"].count("mma.sync."),
+        unasked=unasked_copies(kernel.asm["llir"]),
     )
     return figures, sass
+
+
+#   call void asm sideeffect "cp.async.cg.shared.global [ $0 + 0 ], [ $1 + 0 ], 0x10, $2;", "r,l,r"(…, …, i32 16)
+_UNASKED = re.compile(r'asm sideeffect "cp\.async\.c[^"]*", "r,l,r"\(.*, i32 (?:4|8|16)\)[^()]*$', re.MULTILINE)
+
+
+def unasked_copies(llir: str) -> int:
+    """Copies without a predicate whose size, which is 0 for a masked one, is a constant."""
+    return len(_UNASKED.findall(llir))
 
 
 @lru_cache(maxsize=1)
