@@ -15,6 +15,8 @@ same_document  whether two pieces of some four thousand bytes are from the same 
 These are to try a training with, and no benchmarks: they differ from one Python version to the next.
 
 listops     the value of a nested operation on digits: Long Range Arena's (`synthetic.listops`), the same everywhere
+
+main_points  the numbered sentences of a report of up to 1,000 words (`synthetic.main_points`), the same everywhere
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ from .example_records import Answer, ExampleRecord
 from .shards import split_hash
 from .sources import stdlib_files
 from .synthetic.listops import SIZES, listops_expression
+from .synthetic.main_points import SIZES as REPORTS
+from .synthetic.main_points import main_points
 from .synthetic.retrieval import Document, pair_records
 from .writer import Split
 
-BuiltInName = Literal["packages", "parameters", "outlines", "same_document", "listops"]
+BuiltInName = Literal["packages", "parameters", "outlines", "same_document", "listops", "main_points"]
 
 # In every distribution of Python 3.11 and later, with a dozen modules and thousands of lines each.
 PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml")
@@ -105,6 +109,13 @@ def list_operations(split: Split) -> Iterator[ExampleRecord]:
         yield ExampleRecord(place=f"listops {split} {index}", texts={"text": made.text}, label=str(made.value))
 
 
+def reports(split: Split) -> Iterator[ExampleRecord]:
+    """Reports and their summaries."""
+    for index in range(REPORTS[split]):
+        made = main_points(split, index)
+        yield ExampleRecord(place=f"report {split} {index}", texts={"source": made.source, "target": made.target})
+
+
 def _modules() -> Iterator[tuple[str, str]]:
     found = stdlib_files()
     for name in found.names:
@@ -131,6 +142,7 @@ BUILT_IN: Mapping[BuiltInName, BuiltIn] = MappingProxyType(
         "outlines": BuiltIn(name="outlines", version=1, make=outlines),
         "same_document": BuiltIn(name="same_document", version=1, make=partial(same_document, "train")),
         "listops": BuiltIn(name="listops", version=1, make=partial(list_operations, "train"), of_library=False),
+        "main_points": BuiltIn(name="main_points", version=1, make=partial(reports, "train"), of_library=False),
     }
 )
 
@@ -139,6 +151,9 @@ HELD_OUT: Mapping[BuiltInName, BuiltIn] = MappingProxyType(
         "same_document": BuiltIn(name="same_document validation", version=1, make=partial(same_document, "validation")),
         "listops": BuiltIn(
             name="listops validation", version=1, make=partial(list_operations, "validation"), of_library=False
+        ),
+        "main_points": BuiltIn(
+            name="main_points validation", version=1, make=partial(reports, "validation"), of_library=False
         ),
     }
 )

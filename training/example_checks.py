@@ -20,8 +20,9 @@ MADE: Mapping[str, str] = {
     "outlines": "seq2seq",
     "same_document": "classification",
     "listops": "classification",
+    "main_points": "seq2seq",
 }
-HELD_OUT = ("same_document", "listops")  # made with held-out examples of their own
+HELD_OUT = ("same_document", "listops", "main_points")  # made with held-out examples of their own
 HEADS: Mapping[str, str] = {"classification": "classification", "qa": "qa"}
 
 _COLUMNS_OF: Mapping[str, tuple[str, ...]] = {

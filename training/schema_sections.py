@@ -98,10 +98,10 @@ class ExamplesConfig:
     path: str | None = Field(
         default=None, description="a file, directory or glob of .jsonl(.gz) .parquet .arrow, or hub:<name>"
     )
-    made: Literal["packages", "parameters", "outlines", "same_document", "listops"] | None = Field(
+    made: Literal["packages", "parameters", "outlines", "same_document", "listops", "main_points"] | None = Field(
         default=None,
-        description="instead of path: Long Range Arena's ListOps (classification), or, to try things out, examples "
-        "made of the running Python's own library: which package a piece of source is from (classification), what "
+        description="instead of path: Long Range Arena's ListOps (classification), made-up reports of up to 1,000 "
+        "words and their main points (main_points: seq2seq), or, to try things out, examples made of the running Python's own library: which package a piece of source is from (classification), what "
         "parameters a function has (qa), the names that a piece of source defines (seq2seq), whether two pieces are of "
         "one module (same_document: classification)",
     )
