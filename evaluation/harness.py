@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -80,16 +81,12 @@ def run_harness(
     The harness seeds the generators of random, numpy and torch. Raises ImportError where lm_eval is not installed,
     ValueError for tasks that it does not have (with the nearest names) and for data that cannot be had.
     """
-    if not tasks:
-        raise ValueError("no tasks for the harness: name some")
-    try:
-        import lm_eval
-        from lm_eval.evaluator import simple_evaluate
-    except ImportError as error:
-        raise ImportError(f"harness tasks need lm-evaluation-harness ({error}): pip install longspan[eval]") from error
+    manager = check_names(tasks, include_path)
+    import lm_eval
+    from lm_eval.evaluator import simple_evaluate
+
     from .harness_model import HarnessModel
 
-    manager = _manager(tasks, include_path)
     adapter = HarnessModel(model, tokenizer, max_length=max_length, batch=batch, precision=precision, starts=starts)
 
     def asked(name: str) -> dict[str, object]:
@@ -162,16 +159,30 @@ def _definitions_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
-    """Raises ValueError for a name that is known neither there nor to the harness."""
+def check_names(tasks: Sequence[str], include_path: Path | None = None) -> TaskManager:
+    """The harness's manager of tasks that has all of these. Raises ImportError where lm_eval is not installed, and
+    ValueError for none and for a name that is known neither below `include_path` nor to the harness."""
+    if not tasks:
+        raise ValueError("no tasks for the harness: name some")
+    try:
+        import lm_eval.tasks  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"harness tasks need lm-evaluation-harness ({error}): pip install longspan[eval]") from error
+    if include_path is None:
+        return _manager(tuple(tasks), None, None)
+    if not include_path.is_dir():
+        raise ValueError(f"include_path={include_path} is not a directory: it holds tasks as YAML files")
+    return _manager(tuple(tasks), include_path, _definitions_digest(include_path))
+
+
+@lru_cache(maxsize=1)  # reading the harness's own definitions takes it a while
+def _manager(tasks: tuple[str, ...], include_path: Path | None, definitions_sha256: str | None) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
-        if not include_path.is_dir():
-            raise ValueError(f"include_path={include_path} is not a directory: it holds tasks as YAML files")
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
         if all(manager.match_tasks([name]) for name in tasks):
-            return manager  # reading the harness's own definitions takes it a while
+            return manager
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     for name in tasks:
         if not manager.match_tasks([name]):

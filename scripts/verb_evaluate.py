@@ -14,6 +14,7 @@ from longspan.model.checkpoint import resolve_checkpoint
 from longspan.model.checkpoint_files import fingerprint
 from longspan.training.config_plain import plain
 from longspan.training.errors import RunFailed, UserError
+from longspan.training.evaluate_checks import check_evaluation
 from longspan.training.evaluating import load_subject, measure
 from longspan.training.run_directory import command, now, source_commit, versions
 from longspan.training.schema import EvaluateConfig
@@ -29,6 +30,7 @@ def run(config: EvaluateConfig) -> int:
         return 0
     tasks = chosen(config.tasks)
     check_files(tasks, None if config.files is None else Path(config.files), hub=config.hub)
+    read = check_evaluation(config, tasks)
     output = Path(config.output) if config.output is not None else _default_output(config)
     names = distinct_names(config.subjects)
     parts = directories(output, names)
@@ -44,7 +46,10 @@ def run(config: EvaluateConfig) -> int:
             for checkpoint, name, part in zip(config.subjects, names, parts, strict=True):
                 label = "" if len(names) == 1 else f"{name}: "
                 subject = load_subject(config, checkpoint)
-                measured.append(measure(subject, config, tasks, name=name, directory=part, shown=shown.labelled(label)))
+                found = measure(
+                    subject, config, tasks, read=read, name=name, directory=part, shown=shown.labelled(label)
+                )
+                measured.append(found)
             if not any(each.perplexity or each.effective or each.tasks or each.harness for each in measured):
                 raise UserError(next(why for each in measured for why in each.refused.values()))
     except Occupied as error:

@@ -4,7 +4,7 @@ everything measured that a configuration asks of it."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,6 @@ import torch
 
 from longspan.data.sources import from_path
 from longspan.data.store import Documents
-from longspan.data.synthetic import TooShortError, TooSmallError
 from longspan.data.tokenizer import Tokenizer
 from longspan.evaluation.asking import TooLong
 from longspan.evaluation.documents import StoredDocuments, documents_from, text_documents
@@ -38,7 +37,7 @@ from longspan.evaluation.suite import CONTEXT, HARNESS, CheckpointResults, read_
 from longspan.evaluation.suite_context import by_retrieval
 from longspan.evaluation.task_run import AskedModel, CannotAsk, as_truncation, run_task, way_of_asking
 from longspan.evaluation.tasks.registry import gather
-from longspan.evaluation.tasks.task import Material, Task
+from longspan.evaluation.tasks.task import Asked, Task
 from longspan.model.checkpoint import load_model, resolve_checkpoint
 from longspan.model.checkpoint_files import fingerprint
 from longspan.model.decoder import Decoder
@@ -46,6 +45,7 @@ from longspan.model.encoder import Encoder
 from longspan.model.seq2seq import Seq2Seq
 
 from .errors import UserError
+from .evaluate_checks import check_strategy, harness_refused, material_of
 from .held_out import start_token, trained_with, training_store
 from .precision import choose_device, inference_precision
 from .schema import EvaluateConfig, EvaluationDataConfig
@@ -115,10 +115,18 @@ def load_subject(config: EvaluateConfig, checkpoint: str) -> Subject:
 
 
 def measure(
-    subject: Subject, config: EvaluateConfig, tasks: Sequence[Task], *, name: str, directory: Path, shown: Shown
+    subject: Subject,
+    config: EvaluateConfig,
+    tasks: Sequence[Task],
+    *,
+    read: Mapping[str, Asked],
+    name: str,
+    directory: Path,
+    shown: Shown,
 ) -> CheckpointResults:
     """Everything that was asked for; what this model cannot be asked is refused, with the reason: the rest goes on.
 
+    read        task → its questions, of those that were read from files (`evaluate_checks.check_evaluation`)
     directory   what is there already of an unfinished evaluation is kept
     shown       shows how far each part is
     """
@@ -147,7 +155,7 @@ def measure(
     for task in (_limited(each, config.answer_tokens) for each in tasks):
         try:
             way_of_asking(task, model.reader, config.long_texts)
-            asked = gather(task, _material(config, subject), shorten=config.lengths is None)
+            asked = read[task.name] if task.name in read else _made(task, config, subject)
             with shown(task.name) as advance:
                 result, scores = run_task(
                     task,
@@ -159,11 +167,6 @@ def measure(
                 )
         except (CannotAsk, TooLong) as error:
             refused[task.name] = str(error)
-            continue
-        except (TooShortError, TooSmallError) as error:
-            if config.lengths is not None:
-                raise
-            refused[task.name] = f"by a context of {subject.context:,} tokens: {error}"
             continue
         measured = replace(
             measured,
@@ -197,16 +200,14 @@ def _with_perplexity(
     return replace(measured, perplexity=record, documents=documents)
 
 
-def _material(config: EvaluateConfig, subject: Subject) -> Material:
-    return Material(
-        lengths=config.lengths or fitting_lengths(subject.context),
-        depths=config.depths,
-        samples=config.samples,
-        seed=config.seed,
-        files=None if config.files is None else Path(config.files),
-        count=lambda text: len(subject.tokenizer.encode(text)),
-        hub=config.hub,
-    )
+def _made(task: Task, config: EvaluateConfig, subject: Subject) -> Asked:
+    """The questions of a task that makes them. Raises CannotAsk where they cannot be made."""
+    material = material_of(config, subject.tokenizer, config.lengths or fitting_lengths(subject.context))
+    try:
+        return gather(task, material, shorten=config.lengths is None)
+    except ValueError as error:  # lengths with too little room, or more than there is to fill them with
+        by = "" if config.lengths is not None else f"by a context of {subject.context:,} tokens: "
+        raise CannotAsk(f"{by}{error}") from error
 
 
 def measure_perplexity(
@@ -247,11 +248,14 @@ def measure_context(
     context is decided by.
 
     kept   file that a measurement which was stopped goes on from
-    Raises as perplexity does, and CannotAsk where no document is longer than the context.
+    Raises as perplexity does, and CannotAsk where no document is longer than the context, or positions end before it.
     """
     model = _decoder(subject, "effective context")
     stored, _ = documents_of(config.data, subject)
     longest = max(config.lengths) if config.lengths is not None else subject.context
+    known = model.config.max_positions
+    if model.config.positions == "learned" and longest > known:
+        raise CannotAsk(f"effective context by {longest:,} tokens: the model has learned {known:,} positions")
     documents = documents_from(stored, limit=config.data.limit, decode=subject.tokenizer.decode)
     if not any(len(document.tokens) > longest and not document.prompt for document in documents):
         raise CannotAsk(f"effective context by {longest:,} tokens: no document without a prompt is longer than that")
@@ -298,8 +302,7 @@ def measure_harness(
             progress=progress,
         )
     except (ImportError, ValueError) as error:
-        said = str(error).replace("include_path", "harness_files")  # as the command line calls it
-        raise UserError(f"harness={list(config.harness)}: {said}") from error
+        raise harness_refused(config, error) from error
 
 
 def _decoder(subject: Subject, what: str) -> Decoder:
@@ -338,19 +341,14 @@ def asked_model(subject: Subject, *, batch: int, long_texts: LongTexts | None = 
         subject.model.to(torch.bfloat16)
     model = subject.model
     reader: Reader
-    if long_texts is None or as_truncation(long_texts) is not None:
+    if long_texts is not None:
+        check_strategy(long_texts, model.config, subject.checkpoint)
+    if isinstance(model, Encoder) or long_texts is None or as_truncation(long_texts) is not None:
         reader = reader_of(model, subject.tokenizer, start=(start,), max_tokens=subject.context, batch=batch)
-    elif isinstance(model, Encoder):
-        raise UserError(
-            f"long_texts={long_texts}: is for models that write answers; {subject.checkpoint} is an encoder"
-        )
     else:
-        try:
-            reader = strategy_reader(
-                model, subject.tokenizer, long_texts, start=(start,), max_tokens=subject.context, batch=batch
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        reader = strategy_reader(
+            model, subject.tokenizer, long_texts, start=(start,), max_tokens=subject.context, batch=batch
+        )
     return AskedModel(
         reader=reader,
         tokenizer=subject.tokenizer,

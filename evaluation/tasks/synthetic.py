@@ -162,6 +162,7 @@ def _ruler_task(name: str) -> Task:
         max_new_tokens=synthetic.ROOM[name],
         samples=500,
         made_to_length=True,
+        bounded=of_file,
         files=f"{QA_FILES[name][0]}.json: {QA_FILES[name][1]}" if of_file else None,
     )
 
@@ -183,7 +184,7 @@ def _hidden_task(name: str, summary: str, make: Hidden, tokens: int, score: Call
     )
 
 
-def _mechanism_task(name: str, summary: str, make: Hidden) -> Task:
+def _mechanism_task(name: str, summary: str, make: Hidden, *, bounded: bool = False) -> Task:
     return Task(
         name=name,
         version=1,
@@ -195,6 +196,7 @@ def _mechanism_task(name: str, summary: str, make: Hidden) -> Task:
         max_new_tokens=512,
         samples=100,
         made_to_length=True,
+        bounded=bounded,
     )
 
 
@@ -234,7 +236,10 @@ SYNTHETIC_TASKS: tuple[Task, ...] = (
     _mechanism_task("copying", "random letters, to be written again", synthetic.copying),
     _mechanism_task("induction", "the letter that followed a mark (Olsson et al. 2022)", synthetic.induction),
     _mechanism_task(
-        "associative_recall", "values of keys among many pairs (Arora et al. 2023)", synthetic.associative_recall
+        "associative_recall",
+        "values of keys among many pairs (Arora et al. 2023)",
+        synthetic.associative_recall,
+        bounded=True,
     ),
     _mechanism_task("selective_copying", "letters among blanks, in order (Gu & Dao 2023)", synthetic.selective_copying),
 )

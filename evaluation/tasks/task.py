@@ -100,6 +100,7 @@ class Task:
     unanswerable    whether there may be no answer, which an encoder then may find
     made_to_length  whether `lengths` is what its questions are made to
     has_depths      whether they are also made at each depth
+    bounded         whether a length can be more than there is to fill it with
     files           what must lie in the directory of local files, in words; None: it needs none
     """
 
@@ -118,4 +119,5 @@ class Task:
     unanswerable: bool = False
     made_to_length: bool = False
     has_depths: bool = False
+    bounded: bool = False
     files: str | None = None
