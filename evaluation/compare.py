@@ -86,7 +86,9 @@ class Comparison:
     """The first checkpoint's number minus the second's, on the same documents.
 
     interval          95 % paired bootstrap over documents; None with fewer than ten
-    p_value           two-sided, sign-flip permutation over documents
+    p_value           two-sided, of a permutation test over documents
+    test              which one: signs of the documents' differences are flipped, or, of a number made of several means,
+                      the two checkpoints are exchanged on documents
     adjusted_p_value  for the number of comparisons made together (Holm); None: this one was made alone
     differing         fields of the protocols that differ, where the comparison was forced
     """
@@ -100,6 +102,7 @@ class Comparison:
     interval: tuple[float, float] | None
     p_value: float
     documents: int
+    test: Literal["sign-flip", "exchange"]
     method: str
     adjusted_p_value: float | None = None
     differing: tuple[str, ...] = ()
@@ -192,7 +195,8 @@ def compare(
         interval = _figure_interval(first_d, second_d, weight_d, first.figure, resamples, seed)
         p_value = _exchange(first_d, second_d, weight_d, first.figure, resamples, seed)
     n = len(weight_d)
-    test, all_patterns = ("sign-flip", "all sign patterns") if first.figure is None else ("exchange", "all exchanges")
+    test = "sign-flip" if first.figure is None else "exchange"
+    all_patterns = "all sign patterns" if first.figure is None else "all exchanges"
     patterns = all_patterns if n <= int(np.log2(resamples)) else f"{resamples:,} random patterns"
     return Comparison(
         first=first.name,
@@ -204,6 +208,7 @@ def compare(
         interval=interval,
         p_value=p_value,
         documents=n,
+        test=test,
         method=f"paired over {n:,} documents: 95 % percentile bootstrap ({resamples:,} resamples); "
         f"two-sided {test} test over {patterns}",
         differing=differing,

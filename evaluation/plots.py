@@ -132,20 +132,45 @@ def utilisation(metrics: Mapping[str, Series]) -> Figure | None:
     return _single(Series(mfu.step, 100 * mfu.value), ORANGE, "MFU (% of peak)", from_zero=True)
 
 
-def loss_by_position(buckets: Sequence[PositionBucket], *, width: float = NARROW) -> Figure | None:
-    """Mean loss over log-spaced positions in the document, with two standard errors over documents each way."""
+def loss_limits(curves: Sequence[Sequence[PositionBucket]]) -> tuple[float, float] | None:
+    """From the least to the greatest of several curves by position, their errors included, with some room; None where
+    there is nothing."""
+    values = np.concatenate([np.empty(0), *(each for buckets in curves for each in _with_errors(buckets))])
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    low, high = float(values.min()), float(values.max())
+    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - room, high + room
+
+
+def _with_errors(buckets: Sequence[PositionBucket]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The losses, and two standard errors below and above; NaN where there is no error."""
+    loss = np.array([b.loss for b in buckets])
+    error = np.array([np.nan if b.standard_error is None else 2 * b.standard_error for b in buckets])
+    return loss, loss - error, loss + error
+
+
+def loss_by_position(
+    buckets: Sequence[PositionBucket], *, width: float = NARROW, limits: tuple[float, float] | None = None
+) -> Figure | None:
+    """Mean loss over log-spaced positions in the document, with two standard errors over documents each way.
+
+    limits  of the loss, for figures that are looked at beside each other; None: its own
+    """
     if not buckets:
         return None
     centre = np.array([np.sqrt((b.start + 1) * b.end) for b in buckets])  # counted from 1: the axis is logarithmic
-    loss = np.array([b.loss for b in buckets])
-    error = np.array([np.nan if b.standard_error is None else 2 * b.standard_error for b in buckets])
+    loss, low, high = _with_errors(buckets)
     with _axes(width, 3.5) as (figure, axes):
-        axes.fill_between(centre, loss - error, loss + error, color=BLUE, alpha=0.16, linewidth=0)
+        axes.fill_between(centre, low, high, color=BLUE, alpha=0.16, linewidth=0)
         axes.plot(centre, loss, color=BLUE, linewidth=1.8, marker="o", markersize=4.5, markeredgecolor="white")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: short(x))
         axes.set_xlabel("position in the document (tokens, first = 1, log scale)")
         axes.set_ylabel("loss (nats per token)")
+        if limits is not None:
+            axes.set_ylim(*limits)
     return figure
 
 

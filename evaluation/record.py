@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,8 +165,9 @@ def _optional(value: float | None) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Text from a user, safe inside a Markdown table."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    """Text from a user, safe inside a Markdown table. A < that begins no tag stays: `< 0.001` is read in a terminal."""
+    escaped = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", escaped)
 
 
 def finite(value: object) -> object:

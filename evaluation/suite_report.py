@@ -15,11 +15,13 @@ from .files import write_atomically
 from .page import Html, details, document, element, facts, figure, gap, joined, section, table, text
 from .record import finite, markdown_cell
 from .result import PositionBucket
+from .run_files import mapping
 from .suite import RESULTS, CheckpointResults
 from .suite_context import context_record, retrieval_record
 from .suite_tables import (
     Table,
     comparison_table,
+    comparison_words,
     effective_table,
     harness_table,
     length_table,
@@ -96,7 +98,9 @@ def markdown(results: Results) -> str:
         lines += ["## Not measured", "", *(f"* {name}, {task}: {why}" for name, task, why in refused), ""]
     if results.not_compared:
         lines += ["## Not compared", "", *(f"* {why}" for why in results.not_compared), ""]
-    lines += ["## Protocols", "", *(f"* {words}" for words in protocol_words(results)), ""]
+    protocols = protocol_words(results)
+    if protocols:
+        lines += ["## Protocols", "", *(f"* {words}" for words in protocols), ""]
     return "\n".join(lines)
 
 
@@ -111,7 +115,24 @@ def protocol_words(results: Results) -> list[str]:
             found[f"effective context: {each.effective.words}"] = None
         for result in each.tasks.values():
             found[result.protocol.words] = None
+        if each.harness:
+            found[_harness_words(each.harness)] = None
     return list(found)
+
+
+def _harness_words(found: Mapping[str, object]) -> str:
+    """How the harness asked; what is not stated (by other versions of this file) is left out."""
+    asked = mapping(found, "harness")
+    limit, shots, context = asked.get("limit"), asked.get("num_fewshot"), asked.get("max_length")
+    said = [
+        f"lm-evaluation-harness {asked.get('lm_eval', '')}".rstrip(),
+        "all documents of each task" if limit is None else f"at most {limit:,} documents of each task",
+        "examples as each task has them" if shots is None else f"{shots} examples in each prompt",
+        *([f"{context:,} tokens at most"] if isinstance(context, int) else []),
+        *([f"{asked['precision']}"] if "precision" in asked else []),
+        *([f"seed {asked['seed']}"] if "seed" in asked else []),
+    ]
+    return f"{said[0]}: {', '.join(said[1:])}"
 
 
 def _sections(results: Results) -> list[tuple[str, Table, str]]:
@@ -137,8 +158,7 @@ def _sections(results: Results) -> list[tuple[str, Table, str]]:
         (
             "Comparison",
             comparison_table(results.comparisons),
-            "First less second over the same documents; interval: paired bootstrap; p: sign flips of documents, "
-            "two-sided.",
+            comparison_words(results.comparisons),
         ),
     ]
     return [each for each in sections if each[1][1]]
@@ -209,13 +229,17 @@ def _headline(results: Results) -> str:
 
 
 def _curves(results: Results) -> list[Html]:
-    found = []
+    """Loss by position of each checkpoint, all on one scale."""
+    curves: list[tuple[str, list[PositionBucket]]] = []
     for each in results.measured:
         record = each.perplexity.get("perplexity") if each.perplexity is not None else None
         if isinstance(record, Mapping):
-            buckets = [PositionBucket(**bucket) for bucket in record["by_position"]]
-            found.append(_figure(lambda width, of=buckets: plots.loss_by_position(of, width=width), each.name))
-    return found
+            curves.append((each.name, [PositionBucket(**bucket) for bucket in record["by_position"]]))
+    limits = plots.loss_limits([buckets for _, buckets in curves])
+    return [
+        _figure(lambda width, of=buckets: plots.loss_by_position(of, width=width, limits=limits), name)
+        for name, buckets in curves
+    ]
 
 
 def _maps(results: Results) -> list[Html]:
@@ -241,9 +265,8 @@ def _figure(draw: Callable[[float], plots.Figure | None], caption: str) -> Html:
 
 
 def _how(results: Results) -> list[Html]:
-    content = [
-        element("div", element("ul", *(element("li", words) for words in protocol_words(results))), css="card"),
-    ]
+    protocols = [element("li", words) for words in protocol_words(results)]
+    content = [element("div", element("ul", *protocols), css="card")] if protocols else []
     for each in results.measured:
         content.append(details(f"Checkpoint {each.name}", facts(each.facts)))
         for name, result in each.tasks.items():

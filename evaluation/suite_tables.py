@@ -12,6 +12,8 @@ Table = tuple[Sequence[str], list[list[str]]]
 """Head and rows."""
 
 _NO_SHARES = ("nll", "perplexity")  # metrics that are shown as they are
+_NEVER = "none of the lengths"  # reaches the threshold, whichever questions are drawn
+_NO_METRICS = ("sample_len", "sample_len,none")  # what the harness has beside its metrics: how many documents it asked
 
 
 def task_names(measured: Sequence[CheckpointResults]) -> list[str]:
@@ -104,19 +106,27 @@ def effective_table(measured: Sequence[CheckpointResults]) -> Table:
                 ]
             )
         for name, found in each.retrieves.items():
-            cells = _length_cells(found.length, found.interval, none=f"below {found.by_length[0][0]:,}")
+            cells = _length_cells(found.length, found.interval, none=f"below {found.by_length[0][0]:,}", never=_NEVER)
             rows.append([each.name, f"{name} ≥ {100 * found.threshold:g} %", *cells])
     return ["checkpoint", "by", "effective context (tokens)", "95 % interval"], rows
 
 
-def _length_cells(length: int | None, interval: tuple[int | None, int | None] | None, *, none: str) -> list[str]:
-    """`none`: what stands where there is no length."""
+def _length_cells(
+    length: int | None, interval: tuple[int | None, int | None] | None, *, none: str, never: str = ""
+) -> list[str]:
+    """none   what stands where there is no length
+    never  what stands for an interval that has none from end to end
+    """
     shown = [none if each is None else f"{each:,}" for each in (length, *(interval or ()))]
-    return [shown[0], f"{shown[1]} – {shown[2]}" if interval is not None else "–"]
+    if interval is None:
+        return [shown[0], "–"]
+    if interval == (None, None):
+        return [shown[0], never]
+    return [shown[0], f"{shown[1]} – {shown[2]}"]
 
 
 def harness_table(measured: Sequence[CheckpointResults]) -> Table:
-    """Every number of lm-evaluation-harness but its standard errors, as it counts."""
+    """Every metric of lm-evaluation-harness, as it counts; without standard errors."""
     rows = []
     for each in measured:
         found = each.harness.get("results")
@@ -124,9 +134,20 @@ def harness_table(measured: Sequence[CheckpointResults]) -> Table:
             rows += [
                 [each.name, task, name.removesuffix(",none"), _number(value)]
                 for name, value in metrics.items()
-                if isinstance(value, int | float) and "stderr" not in name
+                if isinstance(value, int | float) and "stderr" not in name and name not in _NO_METRICS
             ]
     return ["checkpoint", "task", "metric", "value"], rows
+
+
+def comparison_words(comparisons: Sequence[Comparison]) -> str:
+    """What the numbers of the table are."""
+    exchanged = [each.measure for each in comparisons if each.test == "exchange"]
+    flips = "signs of the documents' differences flipped"
+    if exchanged:
+        names = ", ".join(dict.fromkeys(name.replace(", ", " ") for name in exchanged))
+        exchange = f"the two checkpoints exchanged on documents ({names}: made of several means)"
+        flips = exchange if len(exchanged) == len(comparisons) else f"{flips}, or {exchange}"
+    return f"First less second over the same documents; interval: paired bootstrap; p, two-sided: {flips}."
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:

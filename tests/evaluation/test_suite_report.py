@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longspan.evaluation.compare import Comparison, compare, measured_loss, measured_scores
+from longspan.evaluation import plots
+from longspan.evaluation.compare import Comparison, compare, measured_figure, measured_loss, measured_scores
+from longspan.evaluation.effective_context import retrieval_context
 from longspan.evaluation.result import DocumentScore
 from longspan.evaluation.suite import CheckpointResults
 from longspan.evaluation.suite_report import Results, html, markdown, write_results
@@ -63,7 +65,13 @@ QMSUM = result("qmsum", "generate", {"rouge1": [0.5, 0.25], "rouge2": [0.125, 0.
 HARNESS = {
     "harness": {"lm_eval": "0"},
     "results": {
-        "arc_easy": {"alias": "arc_easy", "acc,none": 0.3125, "acc_stderr,none": 0.01, "acc_norm,none": 0.5},
+        "arc_easy": {
+            "alias": "arc_easy",
+            "sample_len": 32,
+            "acc,none": 0.3125,
+            "acc_stderr,none": 0.01,
+            "acc_norm,none": 0.5,
+        },
         "wiki": {"word_perplexity,none": 1234.5, "word_perplexity_stderr,none": "N/A"},
     },
 }
@@ -147,6 +155,90 @@ def test_what_the_harness_says_is_shown_as_it_counts() -> None:
     start = cells.index("one")
     assert cells[start : start + 16] == [cell for row in expected for cell in row]
     assert "lm-evaluation-harness" not in markdown(results(CheckpointResults(name="three", facts={})))
+
+
+def test_the_harness_has_a_protocol_too() -> None:
+    """An evaluation by nothing else says how it was measured; one of nothing has no empty section."""
+    asked = {"lm_eval": "0.4.9", "limit": 1000, "num_fewshot": None, "seed": 3, "max_length": 2048, "precision": "fp32"}
+    one = CheckpointResults(name="one", facts={}, harness={**HARNESS, "harness": asked})
+    words = (
+        "lm-evaluation-harness 0.4.9: at most 1,000 documents of each task, examples as each task has them, 2,048 "
+        "tokens at most, fp32, seed 3"
+    )
+    assert markdown(results(one)).endswith(f"## Protocols\n\n* {words}\n")
+    assert words in html(results(one))
+    nothing = results(CheckpointResults(name="one", facts={}, refused={"passkey": "no"}))
+    assert "Protocols" not in markdown(nothing)
+    assert "<ul></ul>" not in html(nothing)
+
+
+def test_the_test_behind_a_p_value_is_said() -> None:
+    documents = [str(i) for i in range(12)]
+    flipped = compare(*(measured_scores(name, "lambada, accuracy", {}, documents, [0.5] * 12) for name in "ab"))
+    means = [{"x": i / 12, "y": 0.5} for i in range(12)]
+    of_two = [
+        measured_figure(name, "qmsum, geometric_mean", {}, documents, means, lambda mean: mean["x"] * mean["y"])
+        for name in "ab"
+    ]
+    exchanged = compare(*of_two)
+    flips = "p, two-sided: signs of the documents' differences flipped"
+    exchange = "the two checkpoints exchanged on documents (qmsum geometric_mean: made of several means)."
+    one = CheckpointResults(name="a", facts={})
+    assert f"{flips}.\n" in markdown(results(one, comparisons=(flipped,)))
+    assert f"p, two-sided: {exchange}\n" in markdown(results(one, comparisons=(exchanged,)))
+    assert f"{flips}, or {exchange}\n" in markdown(results(one, comparisons=(flipped, exchanged, flipped)))
+
+
+def test_a_small_p_value_is_read_as_it_is() -> None:
+    documents = [str(i) for i in range(40)]
+    found = compare(
+        measured_scores("a", "lambada, accuracy", {}, documents, [1.0] * 40),
+        measured_scores("b <i>", "lambada, accuracy", {}, documents, [0.0] * 40),
+    )
+    page = markdown(results(CheckpointResults(name="a", facts={}), comparisons=(found,)))
+    assert "| +100.0 … +100.0 | < 0.001 | – | 40 |" in page
+    assert "a less b &lt;i>" in page  # what could be a tag is none
+
+
+def test_an_interval_that_has_no_length_says_so() -> None:
+    def found(*shares: float) -> list[str]:
+        lengths = [length for length in (512, 1024) for _ in range(20)]
+        scores = [float(i < 20 * share) for share in shares for i in range(20)]
+        of = retrieval_context(lengths, scores)
+        one = CheckpointResults(name="one", facts={}, retrieves={"passkey": of})
+        ((*_, length, interval),) = rows_of(markdown(results(one)), "Effective context")
+        return [length, interval]
+
+    assert found(0.0, 0.0) == ["below 512", "none of the lengths"]
+    assert found(1.0, 0.0) == ["512", "512 – 512"]
+    assert found(0.85, 0.0) == ["512", "below 512 – 512"]
+
+
+def test_curves_by_position_beside_each_other_have_one_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one(name: str, loss: float, error: float | None) -> CheckpointResults:
+        ends = [(0, 1, loss + 2), (1, 2, loss)]
+        buckets = [
+            {"start": start, "end": end, "loss": each, "standard_error": error, "tokens": 4, "documents": 2}
+            for start, end, each in ends
+        ]
+        perplexity = {"by_position": buckets, "perplexity": 1.0, "protocol": {"words": ""}}
+        numbers = dict.fromkeys(("loss", "bits_per_byte", "bits_per_character"), 1.0) | {"tokens": 4}
+        return CheckpointResults(name=name, facts={}, perplexity={"perplexity": {**perplexity, **numbers}})
+
+    drawn, draw = [], plots.loss_by_position
+
+    def watched(*arguments: object, **named: object) -> object:
+        figure = draw(*arguments, **named)  # pyright: ignore[reportArgumentType]: passed through
+        assert figure is not None
+        drawn.append(figure.axes[0].get_ylim())
+        return figure
+
+    monkeypatch.setattr(plots, "loss_by_position", watched)
+    html(results(one("a", 2.0, None), one("b", 5.0, 0.5)))
+    assert len(drawn) == 4  # wide and narrow
+    ((low, high),) = set(drawn)
+    assert low == pytest.approx(2.0 - 0.3)  # from 2 to 7 + 2 · 0.5, and a twentieth of that
+    assert high == pytest.approx(8.0 + 0.3)
 
 
 def test_a_task_that_one_checkpoint_was_not_asked_has_a_gap() -> None:
