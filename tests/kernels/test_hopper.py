@@ -25,7 +25,7 @@ from longspan.kernels.attention import (
 from longspan.kernels.attention.backend import Feature
 from longspan.kernels.attention.hopper import backend as hopper
 from longspan.kernels.attention.hopper.order import schedule, visits
-from longspan.kernels.attention.hopper.tiles import HEAD_DIMS, ROWS, choose, heads_at_a_time, padded
+from longspan.kernels.attention.hopper.tiles import BACKWARD_L2_BYTES, HEAD_DIMS, ROWS, choose, heads_at_a_time, padded
 from longspan.kernels.attention.plan import make_plan
 from longspan.kernels.attention.registry import get
 
@@ -219,6 +219,8 @@ def test_heads_at_a_time_share_the_cache() -> None:
     assert heads_at_a_time(64, 1, 16_384, 256) == 4
     assert heads_at_a_time(64, 8, 16_384, 256) == 32
     assert heads_at_a_time(8, 4, 2**20, 256) == 4
+    assert heads_at_a_time(16, 1, 16_384, 256, BACKWARD_L2_BYTES) == 1
+    assert heads_at_a_time(64, 4, 4096, 256, BACKWARD_L2_BYTES) == 16
 
 
 # -- tiles -------------------------------------------------------------------------------------------------------------

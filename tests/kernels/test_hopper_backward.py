@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,10 +241,11 @@ def test_the_interpreter_notices(monkeypatch: pytest.MonkeyPatch, was: str, beco
         several()
 
 
+@pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize("curved", [True, False])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_tiles_fit_a_processor(head_dim: int, curved: bool) -> None:
-    tiles = choose_backward(head_dim, curved=curved)
+def test_tiles_fit_a_processor(head_dim: int, curved: bool, documents: bool) -> None:
+    tiles = choose_backward(head_dim, curved=curved, documents=documents)
     threads = 3 * 128
     assert tiles.compiled_registers * threads <= 65_536
     assert 2 * 128 * tiles.registers + 128 * 24 <= 65_536
@@ -249,3 +253,34 @@ def test_tiles_fit_a_processor(head_dim: int, curved: bool) -> None:
     for columns, stages in ((tiles.queries, tiles.query_stages), (tiles.keys, tiles.key_stages)):
         row = 2 * head_dim
         assert 2 * row * (tiles.rows + stages * columns) + 8 * stages * columns + 1024 <= 232_448
+
+
+def test_gradients_are_bf16s_alone_until_others_have_run_on_a_gpu() -> None:
+    assert hopper.takes_gluon_backward(torch.bfloat16)
+    assert not hopper.takes_gluon_backward(torch.float16)
+
+
+@pytest.mark.parametrize(("dtype", "called"), [(torch.bfloat16, "hopper"), (torch.float16, "triton")])
+def test_gradients_come_from_the_kernels_that_the_dtype_has(dtype: torch.dtype, called: str) -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    from longspan.kernels.attention.hopper import operator
+    from longspan.kernels.attention.triton import launch as portable
+
+    q, k, v = (torch.zeros(1, 8, 2, 64, dtype=dtype) for _ in range(3))
+    saved = (torch.zeros_like(q), torch.zeros(1, 2, 8), q, k, v, *(None,) * 6)
+    ctx = SimpleNamespace(saved_tensors=saved, spec=portable.spec_text(CAUSAL))
+    calls = []
+
+    def kernels(name: str, length: int) -> Callable[..., tuple[Tensor, ...]]:
+        def backward(*arguments: object) -> tuple[Tensor, ...]:
+            calls.append((name, len(arguments) == length))
+            return (*(torch.zeros_like(x) for x in (q, k, v)), torch.zeros(0), torch.zeros(0))
+
+        return backward
+
+    lengths = [len(signature(f).parameters) for f in (operator.backward, portable.backward)]
+    found = operator._gradients(
+        kernels("hopper", lengths[0]), kernels("triton", lengths[1]), ctx, torch.zeros_like(q), torch.zeros(1, 2, 8)
+    )
+    assert calls == [(called, True)]
+    assert len(found) == len(signature(operator.forward).parameters)

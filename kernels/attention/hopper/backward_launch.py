@@ -17,7 +17,7 @@ from ..triton.launch import parse_spec
 from .backend import spans_of_tiles
 from .backward import dkdv_kernel, dq_kernel, stats_kernel
 from .launch import FURTHEST, descriptor, loadable, per_batch
-from .tiles import ROWS, BackwardTiles, choose_backward, heads_at_a_time, padded
+from .tiles import BACKWARD_L2_BYTES, ROWS, BackwardTiles, choose_backward, heads_at_a_time, padded
 
 STATS_ROWS = 32  # of a program
 
@@ -46,7 +46,8 @@ def backward(
     d_sinks = q.new_zeros(0 if sinks is None else H, dtype=torch.float32)
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), d_slopes, d_sinks
-    tiles = choose_backward(max(D, E), curved=parsed.alibi or parsed.softcap is not None)
+    curved = parsed.alibi or parsed.softcap is not None
+    tiles = choose_backward(max(D, E), curved=curved, documents=parsed.documents)
     q, k, v, d_out = (loadable(x) for x in (q, k, v, d_out))
     q_spans, k_spans = (None if x is None else per_batch(spans_of_tiles(x, tiles.rows), B) for x in (q_span, k_span))
     stats = statistics(out, d_out, lse, d_lse.contiguous(), tiles.rows)
@@ -115,7 +116,7 @@ def statistics(out: Tensor, d_out: Tensor, lse: Tensor, d_lse: Tensor, multiple:
 def run_dkdv(task: Task, dk: Tensor, dv: Tensor) -> None:
     tiles, (B, T, H, D), (S, G), E = task.tiles, task.q.shape, task.k.shape[1:3], task.v.shape[3]
     n_tiles = -(-S // tiles.rows)
-    group = heads_at_a_time(B * G, 1, T * (H // G), D + E)
+    group = heads_at_a_time(B * G, 1, T * (H // G), D + E, BACKWARD_L2_BYTES)
     dkdv_kernel[(n_tiles * B * G,)](
         descriptor(task.q, tiles.queries), descriptor(task.k, ROWS), descriptor(task.v, ROWS),
         descriptor(task.d_out, tiles.queries), _numbers(task.stats, tiles.queries), descriptor(dk, ROWS),
@@ -129,7 +130,7 @@ def run_dq(task: Task, dq: Tensor) -> Tensor:
     """Returns each row's share of the slope's gradient [B, H, T]; empty without ALiBi."""
     tiles, (B, T, H, D), (S, G), E = task.tiles, task.q.shape, task.k.shape[1:3], task.v.shape[3]
     n_tiles = -(-T // tiles.rows)
-    group = heads_at_a_time(B * H, H // G, S, D + E)
+    group = heads_at_a_time(B * H, H // G, S, D + E, BACKWARD_L2_BYTES)
     row_slopes = dq.new_empty((B, H, T) if task.spec.alibi else 0, dtype=torch.float32)
     dq_kernel[(n_tiles * B * H,)](
         descriptor(task.q, ROWS), descriptor(task.k, tiles.keys), descriptor(task.v, tiles.keys),

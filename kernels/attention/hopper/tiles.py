@@ -75,24 +75,41 @@ class BackwardTiles:
     compiled_registers = 168  # of a thread when the program starts: as in `Tiles`
 
 
-def choose_backward(head_dim: int, *, curved: bool = False) -> BackwardTiles:
+def choose_backward(head_dim: int, *, curved: bool = False, documents: bool = False) -> BackwardTiles:
     """Tiles of the backward pass for a head dim (the larger of q's and v's). `curved`: softcap or ALiBi keep more of a
-    score in registers than its weight."""
-    return (_CURVED if curved else _BACKWARD)[padded(head_dim)]
+    score in registers than its weight; `documents`: a mask that compares ids."""
+    table = _CURVED if curved else _DOCUMENTS if documents else _BACKWARD
+    return table[padded(head_dim)]
 
 
-# As large as registers allow: dk and dv of 64 keys take 128 of a thread's 240 at d128, scores and their gradients one
-# for each query of a tile. Not yet measured.
-_BACKWARD = {64: BackwardTiles(64, 4, 128, 3), 128: BackwardTiles(64, 3, 128, 2)}
+# One H100 (docs/results.md), ms for dk and dv, then for dq: 16,384 tokens causal, full, and causal in groups of four;
+# 4,096 tokens causal. Differences of up to 3 % are noise. Windows were not timed.
+_BACKWARD = {
+    # 128 × 2: 3.67, 7.40, 3.85, 1.20; 128 × 3: 3.84, 7.48, 4.01, 1.22; 64 × 4: 4.56, 8.60, 4.67, 1.44;
+    # 64 × 6: 4.19, 8.46, 4.14, 1.45
+    # 128 × 3: 2.84, 5.46, 2.97, 0.94; 128 × 4: 2.87, 5.55, 2.87, 0.91; 64 × 4: 3.17, 6.26, 3.31, 0.98
+    64: BackwardTiles(128, 2, 128, 3),
+    # 64 × 2: 3.42, 7.05, 3.55, 1.22; 64 × 3: 3.69, 7.24, 3.41, 1.21; 64 × 4: 3.58, 7.00, 3.55, 1.21;
+    # 32 × 4: 4.04, 8.26, 4.32, 1.24
+    # 128 × 2: 2.36, 4.47, 2.35, 0.84; 64 × 3: 2.48, 4.71, 2.51, 0.86; 64 × 4: 2.51, 4.87, 2.52, 0.85
+    128: BackwardTiles(64, 2, 128, 2),
+}
+# With documents, dq at d128 reloads 36 bytes of a thread in every round of 128 keys and none in those of 64. Not timed.
+_DOCUMENTS = {64: _BACKWARD[64], 128: BackwardTiles(64, 2, 64, 3)}
+# Small enough to spill nothing. Not timed.
 _CURVED = {64: BackwardTiles(64, 4, 64, 4), 128: BackwardTiles(32, 4, 64, 3)}
 
 L2_BYTES = 32 * 2**20  # of the 50 MiB of an H100: the queries and the output pass through it too
+# Of the backward pass. At 16,384 tokens causal in d128, 16 heads: 469 TFLOP/s with one head at a time, 454 with four,
+# 423 to 434 with all; in groups of four, 471 with one key/value head's queries at a time in dq, 458 to 466 with all.
+BACKWARD_L2_BYTES = 8 * 2**20
 
 
-def heads_at_a_time(n_heads: int, repeats: int, n_keys: int, width: int) -> int:
-    """How many query heads a persistent grid works on before it goes on: those whose keys and values fit in L2.
+def heads_at_a_time(n_heads: int, repeats: int, n_keys: int, width: int, l2_bytes: int = L2_BYTES) -> int:
+    """How many query heads a grid works on before it goes on: those whose keys and values
+    (in dk and dv: queries and the output's gradients) fit in `l2_bytes`.
 
     `repeats` query heads share their keys and values; `width` is the head dim of k plus that of v, in 16-bit elements.
     """
-    kv_heads = max(1, L2_BYTES // max(1, 2 * n_keys * width))
+    kv_heads = max(1, l2_bytes // max(1, 2 * n_keys * width))
     return min(n_heads, kv_heads * repeats)
