@@ -16,7 +16,7 @@ from longspan.kernels.attention.triton import gate
 from longspan.kernels.attention.triton.gate import Row, Table, compare, over_budget, read_table, write_table
 from longspan.kernels.attention.triton.gate_figures import Figures, Spills, spills_of, unasked_copies
 from longspan.kernels.attention.triton.gate_hopper import problems
-from longspan.kernels.attention.triton.gate_variants import CASES, SHIPPED, full_product
+from longspan.kernels.attention.triton.gate_variants import CASES, HOPPER, SHIPPED, Request, full_product, requests
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = Figures(registers=128, spilled=0, loop_stores=0, loop_loads=0, shared=65_536, wgmma=16, mma=0)
@@ -68,7 +68,7 @@ def variants() -> list[str]:
 
 
 def test_the_list_is_short_and_its_names_differ() -> None:
-    assert len(set(variants())) == len(variants()) <= 72
+    assert len(set(variants())) == len(variants()) <= 96
     products = [case.name for case in full_product()]
     assert len(set(products)) == len(products)
 
@@ -286,6 +286,36 @@ def test_exponentials_that_run_beside_a_product_are_what_the_gate_wants() -> Non
     assert problems(code(*loop, SUMS, ONE_LEFT, ALL)) == []  # and an item's end, which has none
     late = [LOAD, *[SCORES] * 8, *[SUMS] * 8, ONE_LEFT, ALL, *EXPONENTIALS]
     assert [line.split(":")[0] for line in problems(code(*late))] == ["exponentials beside products"]
+
+
+def test_every_consumer_of_the_backward_pass_has_exponentials_beside_a_product_of_its_own() -> None:
+    both = [LOAD, *[SCORES] * 16, ONE_LEFT, *EXPONENTIALS[:32], ALL, *[SUMS] * 8, ONE_LEFT, *EXPONENTIALS[:32], ALL]
+    assert problems(code(*both), 64, forward=False) == []
+    (problem,) = problems(code(*both, ONE_LEFT, ALL), 64, forward=False)
+    assert problem == "exponentials beside products: [32, 32, 0], at least 16 beside every one is expected"
+    assert "at least 64 beside" in problems(code(*both), 256, forward=False)[0]  # a wider tile has more
+
+
+def test_hopper_kernels_are_named_by_tiles_of_queries_and_keys() -> None:
+    signature = {"desc_q": "tensordesc", "M": "constexpr", "N": "constexpr", "C": "constexpr", "STAGES": "constexpr"}
+
+    def request(names: dict[str, str], **constants: int) -> Request:
+        return Request(None, names, {(list(names).index(name),): n for name, n in constants.items()}, {}, 4, 3)
+
+    assert request(signature, C=3, N=128, STAGES=2).tile == "192x128 w4 s2"  # forward: consumers of 64 queries
+    assert request(signature, M=64, STAGES=4).tile == "64x128 w4 s4"  # dk and dv own 128 keys
+    assert request(signature, N=32, STAGES=4).tile == "128x32 w4 s4"  # dq owns 128 queries
+    assert request({"OUT": "*bf16"}).tile == "w4 s3"
+
+
+@needs_triton
+def test_a_call_of_the_hopper_backend_compiles_its_whole_training_step() -> None:
+    case = next(case for case in HOPPER if case.name == "hopper d128 documents")
+    found = requests(case, 90)
+    assert set(found) == {"forward", "stats", "dkdv", "dq"}
+    assert [gate.tensor_cores(case, kernel, 90) for kernel in ("dkdv", "dq", "stats")] == ["wgmma", "wgmma", None]
+    assert found["dq"].tile == "128x64 w4 s3"
+    assert found["dkdv"].maxnreg == 168
 
 
 def test_registers_that_wgmma_reads_are_left_alone_until_it_is_done() -> None:

@@ -1,4 +1,4 @@
-"""What the compile gate looks for in the machine code of the Hopper kernel, beside registers, spills and memory."""
+"""What the compile gate looks for in the machine code of the Hopper kernels, beside registers, spills and memory."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9]+)((
 _REGISTER = re.compile(r"^(?:U?P\w+, )?R(\d+)")
 _FROM_REGISTERS = re.compile(r"^R\d+, R(\d+), gdesc")
 _READERS = ("ST", "RED", "ATOM", "BRA", "BAR", "SYNCS", "CALL", "UT")  # their first register is not written
-_LEAST_EXPONENTIALS = 32  # of a thread, beside a product: half of a tile of 128 keys
 
 
-def problems(sass: str) -> list[str]:
+def problems(sass: str, columns: int = 128, *, forward: bool = True) -> list[str]:
     """One line each: no copies by TMA, an operand overwritten while wgmma reads it, products that ptxas serialised,
-    exponentials that wait for the product that they should run beside."""
+    exponentials that wait for the product that they should run beside. `columns`: of a tile that passes a consumer."""
     code = _INSTRUCTION.findall(sass)
     found = []
     if not any(name == "UTMALDG" for name, _, _ in code):
@@ -26,12 +25,14 @@ def problems(sass: str) -> list[str]:
     waits = sum(_is_wait(name, modifiers) for name, modifiers, _ in code)
     if waits * 4 > products:
         found.append(f"{waits} waits for {products} wgmma: ptxas has serialised them")
+    # 128 threads share 64 × `columns` scores of a consumer's round: half of their exponentials are enough.
+    least = columns // 4
     beside = _beside_a_product(code)
-    # Each consumer leaves a product running twice: in its loop, and while it writes an item's rows.
-    if not beside or sum(n >= _LEAST_EXPONENTIALS for n in beside) * 2 < len(beside):
-        found.append(
-            f"exponentials beside products: {beside}, at least {_LEAST_EXPONENTIALS} beside every second is expected"
-        )
+    # Each consumer leaves a product running in its loop and, in the forward pass, while it writes an item's rows.
+    expected = -(-len(beside) // 2) if forward else len(beside)
+    if not beside or sum(n >= least for n in beside) < expected:
+        which = "every second" if forward else "every one"
+        found.append(f"exponentials beside products: {beside}, at least {least} beside {which} is expected")
     return found
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..context import AttentionContext
+from ..hopper.tiles import BackwardTiles
 from ..plan import Plan, make_plan
 from ..spec import AttentionSpec, BlockLayout, Window
 from . import gate_decode
@@ -27,7 +28,7 @@ B, T, H = 2, 4096, 16
 ARCHS = (80, 90)  # compute capabilities without the dot
 WALKS = ("forward", "dq", "dkdv")  # the kernels of ordinary rows
 DENSE = ("global_rows", "global_rows_dq", "always_keys_dkdv")  # tiles of global rows and always-visible keys
-JOINS = ("merge_rows", "sum_rows", "join_splits")  # one row at a time, no products
+JOINS = ("merge_rows", "sum_rows", "join_splits", "stats")  # rows by themselves, no products
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ class Case:
     n_globals  global tokens, the first of the sequence, where the spec has them
     ragged     explicit positions and lengths, as left and right padding give
     quick      compiled by the tests that run by default
-    hopper     by the `hopper` backend, which has a forward kernel, and on sm_90 only
+    hopper     by the `hopper` backend, on sm_90 only
     """
 
     name: str
@@ -120,20 +121,19 @@ EXTREMES = (
     Case(name="d64 listed", spec=_LISTED, head_dim=64, kernels=("forward",)),
     Case(name="d128 everything", spec=_EVERYTHING, head_dim=128, kernels=("dkdv",), ragged=True),
 )
-_FORWARD = ("forward",)
+_WITH_STATS = ("forward", "stats", "dq", "dkdv")
 HOPPER = (
-    Case(name="hopper d64 causal", spec=_CAUSAL, head_dim=64, kernels=_FORWARD, hopper=True, quick=True),
-    Case(name="hopper d128 causal", spec=_CAUSAL, head_dim=128, kernels=_FORWARD, hopper=True, quick=True),
-    Case(name="hopper d64 full", spec=_FULL, head_dim=64, kernels=_FORWARD, hopper=True),
-    Case(name="hopper d128 full", spec=_FULL, head_dim=128, kernels=_FORWARD, hopper=True),
-    Case(name="hopper d128 fp16", spec=_CAUSAL, head_dim=128, kernels=_FORWARD, dtype=torch.float16, hopper=True),
-    Case(name="hopper d64 two-sided window", spec=_TWO_SIDED, head_dim=64, kernels=_FORWARD, hopper=True),
-    Case(
-        name="hopper d128 causal window 4:1", spec=_CAUSAL_WINDOW, head_dim=128, kernels=_FORWARD, group=4, hopper=True
-    ),
-    Case(name="hopper d64 documents", spec=_DOCUMENTS, head_dim=64, kernels=_FORWARD, hopper=True),
-    Case(name="hopper d128 documents", spec=_DOCUMENTS, head_dim=128, kernels=_FORWARD, group=4, hopper=True),
-    Case(name="hopper d128 softcap alibi sink", spec=_BIASED, head_dim=128, kernels=_FORWARD, hopper=True),
+    Case(name="hopper d64 causal", spec=_CAUSAL, head_dim=64, kernels=_WITH_STATS, hopper=True, quick=True),
+    Case(name="hopper d128 causal", spec=_CAUSAL, head_dim=128, kernels=_WITH_STATS, hopper=True, quick=True),
+    Case(name="hopper d64 full", spec=_FULL, head_dim=64, hopper=True),
+    Case(name="hopper d128 full", spec=_FULL, head_dim=128, hopper=True),
+    Case(name="hopper d128 fp16", spec=_CAUSAL, head_dim=128, kernels=("forward",), dtype=torch.float16, hopper=True),
+    Case(name="hopper d64 two-sided window", spec=_TWO_SIDED, head_dim=64, hopper=True),
+    Case(name="hopper d128 causal window 4:1", spec=_CAUSAL_WINDOW, head_dim=128, group=4, hopper=True),
+    Case(name="hopper d64 documents", spec=_DOCUMENTS, head_dim=64, hopper=True),
+    Case(name="hopper d128 documents", spec=_DOCUMENTS, head_dim=128, group=4, hopper=True),
+    Case(name="hopper d64 softcap alibi sink", spec=_BIASED, head_dim=64, kernels=("dq", "dkdv"), hopper=True),
+    Case(name="hopper d128 softcap alibi sink", spec=_BIASED, head_dim=128, hopper=True),
 )
 CASES: tuple[Case | DecodeCase, ...] = SHIPPED + DECODING + EXTREMES + HOPPER
 
@@ -172,7 +172,6 @@ def full_product() -> tuple[Case, ...]:
             spec=specs[name],
             head_dim=head_dim,
             dtype=dtypes[dtype],
-            kernels=_FORWARD,
             hopper=True,
         )
         for head_dim, dtype, name in product((64, 128), ("bf16", "fp16"), served)
@@ -195,15 +194,26 @@ class Request:
         return self.constants.get((list(self.signature).index(name),)) if name in self.signature else None
 
     @property
-    def queries(self) -> object:
-        """Of a tile; the Hopper kernel counts consumers of 64."""
-        consumers = self.constant("C")
-        return 64 * consumers if isinstance(consumers, int) else self.constant("M")
+    def queries(self) -> int | None:
+        """Of a tile; None where there are none."""
+        return self._size("M")
+
+    @property
+    def keys(self) -> int | None:
+        return self._size("N")
 
     @property
     def tile(self) -> str:
-        size = "" if self.queries is None else f"{self.queries}x{self.constant('N')} "
+        size = "" if self.queries is None else f"{self.queries}x{self.keys} "
         return f"{size}w{self.warps} s{self.constant('STAGES') or self.stages}"
+
+    def _size(self, name: str) -> int | None:
+        """Programs of Hopper kernels own queries or keys in consumers of 64; their constants tell of the other side."""
+        found = self.constant(name)
+        if found is None and "desc_q" in self.signature:
+            consumers = self.constant("C")
+            found = 64 * consumers if isinstance(consumers, int) else BackwardTiles.rows
+        return found if isinstance(found, int) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,15 +294,26 @@ def _training_step(case: Case) -> None:
         launch.spec_text(spec),
     )
     if case.hopper:
-        from ..hopper import launch as hopper
-        from ..hopper.backend import spans_of_tiles, tiles_of
-
-        spans = None if plan.q_span is None else spans_of_tiles(plan.q_span, tiles_of(spec, D).rows)
-        documents = (plan.q_doc, plan.k_doc, plan.q_span, plan.k_span, spans)
-        hopper.forward(q, k, v, *rest[:2], *(None if x is None else x.to("meta") for x in documents), rest[-1])
+        _hopper_step(case, plan, q, k, v, *rest[:2])
         return
     out, lse = launch.forward(q, k, v, *rest)
     launch.backward(torch.empty_like(out), torch.empty_like(lse), out, lse, q, k, v, *rest)
+
+
+def _hopper_step(case: Case, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *per_head: Tensor | None) -> None:
+    """With the backward pass in fp16, too, which is not taken yet."""
+    from ..hopper import backward_launch, launch
+    from ..hopper.backend import spans_of_tiles, tiles_of
+    from .launch import spec_text
+
+    tiles = None if plan.q_span is None else spans_of_tiles(plan.q_span, tiles_of(case.spec, case.head_dim).rows)
+    spans = (plan.q_doc, plan.k_doc, plan.q_span, plan.k_span, tiles)
+    *documents, tile_span = (None if x is None else x.to("meta") for x in spans)
+    spec = spec_text(case.spec)
+    out, lse = launch.forward(q, k, v, *per_head, *documents, tile_span, spec)
+    backward_launch.backward(
+        torch.empty_like(out), torch.empty_like(lse), out, lse, q, k, v, *per_head, *documents, spec
+    )
 
 
 def _plan(case: Case) -> Plan:
