@@ -44,7 +44,7 @@ SPECS = {
     ),
 }
 # (B, T, S, H, G, D, E): less than a tile, tiles exactly, odd lengths, one query, rows that see nothing, padded head
-# dims, groups, more items than processors.
+# dims, groups, more items than processors, values that are wider than keys.
 SHAPES = (
     (1, 64, 64, 1, 1, 128, 128),
     (2, 256, 256, 4, 2, 128, 128),
@@ -55,6 +55,7 @@ SHAPES = (
     (1, 500, 500, 8, 2, 96, 96),
     (2, 333, 333, 4, 2, 128, 64),
     (3, 640, 640, 40, 8, 64, 64),
+    (1, 400, 401, 2, 1, 64, 128),
 )
 
 
@@ -125,7 +126,72 @@ def test_windows_end_on_either_side_of_every_boundary_of_tiles(edge: int) -> Non
         torch.testing.assert_close(got.lse.double(), true.lse, atol=2e-3, rtol=0)  # pyright: ignore[reportOptionalMemberAccess]: asked for
 
 
-@pytest.mark.parametrize(("name", "D"), [("causal", 128), ("two-sided window", 64)])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("name", SPECS)
+def test_gradients_through_the_lse_and_of_slopes_and_sinks(name: str, D: int) -> None:
+    spec = SPECS[name]
+    tensors, context, params = make(spec, (2, 300, 333, 4, 2, D, D), torch.bfloat16)
+    drawn = ((params.alibi_slopes, spec.alibi), (params.sink_logits, spec.learned_sink))
+    extra = [x.requires_grad_() for x, used in drawn if used and x is not None]
+    found = []
+    for dtype, backend in ((torch.bfloat16, "hopper"), (torch.float64, "reference")):
+        leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        result = attend(*leaves, spec=spec, context=context, params=params, backend=backend, return_lse=True)
+        assert result.lse is not None
+        generator = torch.Generator(CUDA).manual_seed(1)
+        d_out, d_lse = (torch.randn(x.shape, device=CUDA, generator=generator) for x in (result.out, result.lse))
+        found.append(
+            torch.autograd.grad(
+                (result.out, result.lse),
+                [*leaves, *extra],
+                (d_out.bfloat16().to(dtype), d_lse.to(result.lse.dtype) * torch.isfinite(result.lse)),
+            )
+        )
+    for ours, true in zip(*found, strict=True):
+        assert torch.isfinite(ours).all()
+        error = (ours.double() - true.double()).norm() / true.double().norm()
+        most = 5e-2 if ours.dim() == 1 else 2.5e-2  # a head's sums cancel
+        assert error < most, (name, D, tuple(ours.shape), float(error))
+
+
+@pytest.mark.parametrize(("dtype", "calls"), [(torch.bfloat16, 1), (torch.float16, 0)], ids=["bf16", "fp16"])
+def test_the_backward_pass_is_ours_in_bf16(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, calls: int) -> None:
+    from longspan.kernels.attention.hopper import operator
+
+    ours, seen = operator.backward, []
+
+    def counted(*arguments: object) -> tuple[Tensor, ...]:
+        seen.append(len(arguments))
+        return ours(*arguments)  # pyright: ignore[reportArgumentType]: passed on as they came
+
+    monkeypatch.setattr(operator, "backward", counted)
+    spec = AttentionSpec(causal=True)
+    tensors, _, _ = make(spec, (1, 200, 200, 2, 1, 64, 64), dtype)
+    out = attend(*(x.requires_grad_() for x in tensors), spec=spec, backend="hopper").out
+    torch.autograd.grad(out, tensors, torch.randn_like(out))
+    assert len(seen) == calls
+
+
+@pytest.mark.parametrize(("G", "D"), [(16, 128), (4, 128), (16, 64)])
+def test_over_long_texts_gradients_agree_with_tritons(G: int, D: int) -> None:
+    """Many tiles a program, and several groups of heads, where a mask in fp64 would not fit."""
+    spec = AttentionSpec(causal=True)
+    tensors, _, _ = make(spec, (2, 8192, 8192, 16, G, D, D), torch.bfloat16)
+    grad_out = torch.randn(2, 8192, 16, D, device=CUDA, dtype=torch.bfloat16)
+    found = []
+    for backend in ("hopper", "triton"):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out = attend(*leaves, spec=spec, backend=backend).out
+        found.append(torch.autograd.grad(out, leaves, grad_out))
+    for ours, theirs in zip(*found, strict=True):
+        error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+        assert error < 2e-2, float(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "D"),
+    [("causal", 64), ("causal", 128), ("two-sided window", 64), ("documents", 128), ("all at once", 128)],
+)
 def test_200_runs_agree_in_every_bit(name: str, D: int) -> None:
     spec, shape = SPECS[name], (2, 1000, 1000, 16, 4, D, D)
     tensors, context, params = make(spec, shape, torch.bfloat16)
@@ -164,11 +230,15 @@ def test_what_lies_around_the_tensors_does_not_reach_the_result() -> None:
 def test_rows_that_see_nothing_give_zeros() -> None:
     spec = AttentionSpec(causal=True)
     tensors, _, _ = make(spec, (1, 400, 50, 2, 2, 128, 128), torch.bfloat16)
-    result = attend(*tensors, spec=spec, backend="hopper", return_lse=True)
+    leaves = [x.requires_grad_() for x in tensors]
+    result = attend(*leaves, spec=spec, backend="hopper", return_lse=True)
     assert result.lse is not None
     assert not result.out[:, :350].any()
     assert (result.lse[:, :, :350] == -torch.inf).all()
     assert torch.isfinite(result.lse[:, :, 350:]).all()
+    d_q, d_k, d_v = torch.autograd.grad(result.out, leaves, torch.ones_like(result.out))
+    assert not d_q[:, :350].any()
+    assert all(torch.isfinite(x).all() for x in (d_q, d_k, d_v))
 
 
 def test_heads_first_and_packed_layouts_are_read_in_place_or_copied() -> None:
@@ -202,6 +272,23 @@ def test_compiled_and_recorded_it_computes_the_same() -> None:
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_compiled_gradients_are_the_eager_ones(dtype: torch.dtype) -> None:
+    spec = AttentionSpec(causal=True)
+    tensors, _, _ = make(spec, (2, 300, 300, 4, 2, 128, 128), dtype)
+    grad_out = torch.randn(2, 300, 4, 128, device=CUDA, dtype=dtype)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, spec=spec, backend="hopper").out
+
+    found = []
+    for function in (call, torch.compile(call, fullgraph=True)):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        found.append(torch.autograd.grad(function(*leaves), leaves, grad_out))
+    for eager, compiled in zip(*found, strict=True):
+        assert torch.equal(eager, compiled)
 
 
 def test_conformance() -> None:
