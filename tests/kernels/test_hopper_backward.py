@@ -190,6 +190,18 @@ def test_the_kernels_text_computes_gradients(monkeypatch: pytest.MonkeyPatch, na
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("D", HEAD_DIMS)
+@pytest.mark.parametrize(
+    "spec",
+    [CAUSAL, AttentionSpec(causal=True, documents=True), AttentionSpec(causal=True, alibi=True, softcap=3.0)],
+    ids=["causal", "documents", "curved"],
+)
+def test_the_tiles_that_ship_compute_gradients(monkeypatch: pytest.MonkeyPatch, spec: AttentionSpec, D: int) -> None:
+    tiles, shape = choose_backward(D, curved=spec.alibi, documents=spec.documents), (1, 500, 500, 2, 1, D, D)
+    run(monkeypatch, spec, shape, queries=tiles.queries, stages=tiles.query_stages, kernels=("dkdv",))
+    run(monkeypatch, spec, shape, keys=tiles.keys, stages=tiles.key_stages, kernels=("dq",))
+
+
 @pytest.mark.parametrize(
     ("was", "becomes"),
     [
