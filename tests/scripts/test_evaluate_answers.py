@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from longspan.data.tokenizer import byte_level
+from longspan.model import prompts
 from longspan.model.checkpoint import save_model
 from longspan.model.zoo import build
 from longspan.scripts.cli import main
@@ -73,3 +74,16 @@ def test_a_task_that_writes_less_stays_as_it_is(checkpoint: Path) -> None:
 def test_no_answer_at_all_is_refused(checkpoint: Path, refused: Refused) -> None:
     (line,) = refused("evaluate", f"checkpoint={checkpoint}", "tasks=[passkey]", "answer_tokens=0")
     assert line.startswith("answer_tokens=0")
+
+
+def test_a_text_that_was_cut_to_leave_room_grows_beyond_nothing(
+    checkpoint: Path, meetings: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The warning about positions is true where a window is asked for that has more of them than the model."""
+    asked = ["evaluate", f"checkpoint={checkpoint}", "tasks=[qmsum]", f"files={meetings}", "answer_tokens=32"]
+    for more, warned in (([], False), (["evaluation.window=1024"], True)):
+        prompts._warn_beyond.cache_clear()
+        assert main([*asked, *more, "long_texts=cut_middle", f"output=out-{warned}"]) == 0
+        (record,) = json.loads(Path(f"out-{warned}/results.json").read_text())["checkpoints"]
+        assert record["tasks"]["qmsum"]["truncated"] == int(not warned)  # the wider window holds it whole
+        assert any("beyond the 576 positions" in line for line in caplog.messages) is warned
