@@ -4,25 +4,26 @@
         [tokens=65536] [seed=0] [runs=DIR] [any key of `longspan train`]
 
 Each context is a run of `longspan train experiment=context_lengths` with `tokens` tokens a step, on the same mixture:
-`share` of it are made documents that ask for the facts in them (`longspan.data.synthetic.recall_text`; about 256 to
-2,048 tokens each), the rest is the text of `data.path`. A run that is finished already in `runs` is not trained again.
+`share` of it are made documents that ask for the facts in them (`longspan.data.synthetic.recall_text`; 700 to 11,000
+characters each), the rest is the text of `data.path`. A run that is finished already in `runs` is not trained again.
 Measured afterwards by `longspan evaluate checkpoints=[…]`, whose questions are drawn from other seeds.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from longspan.data.synthetic import recall_text
+from longspan.evaluation.files import write_atomically
 
 from .arguments import split_arguments
+from .runs import train_once
 
 OWN = ("contexts", "documents", "share", "tokens", "seed", "runs", "data.path")
-WORDS = (60, 120, 240, 480, 960)  # of the text around the facts; all in all some three times as many tokens
+WORDS = (60, 120, 240, 480, 960)  # of the text around the facts
 WORDS_OF_A_FACT = 30
 FIRST_SEED = 1_000_000  # far from the seeds that evaluations draw from
 
@@ -38,7 +39,7 @@ def made_documents(number: int, seed: int) -> list[str]:
 
 def write_documents(path: Path, documents: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": each}) + "\n" for each in documents), encoding="utf-8")
+    write_atomically(path, "".join(json.dumps({"text": each}) + "\n" for each in documents).encode())
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -46,30 +47,24 @@ def main(arguments: Sequence[str]) -> int:
     if "data.path" not in own:
         print("missing: data.path=NOVELS, the text that is most of the mixture", file=sys.stderr)
         return 2
-    runs = Path(own.get("runs", "runs/context_lengths"))
     seed, share, tokens = int(own.get("seed", "0")), float(own.get("share", "0.2")), int(own.get("tokens", "65536"))
-    made = runs / "documents.jsonl"
+    number = int(own.get("documents", "20000"))
+    runs = Path(own.get("runs", "runs/context_lengths"))
+    made = runs / f"documents-{number}-{seed}.jsonl"
     if not made.is_file():
-        write_documents(made, made_documents(int(own.get("documents", "20000")), seed))
+        write_documents(made, made_documents(number, seed))
     sources = [
         {"kind": "files", "path": own["data.path"], "name": "text", "weight": round(1 - share, 6)},
         {"kind": "files", "path": str(made), "name": "made", "weight": share},
     ]
     given = ", ".join("{" + ", ".join(f"{key}: {value}" for key, value in source.items()) + "}" for source in sources)
     for context in map(int, own.get("contexts", "512,2048").split(",")):
-        run = runs / f"context-{context}"
-        if (run / "summary.json").is_file():
-            continue
-        command = [
-            sys.executable, "-m", "longspan.scripts.cli", "train", "experiment=context_lengths", f"seed={seed}",
-            f"data.sources=[{given}]", f"data.context={context}", f"model.max_positions={context}", f"output={run}",
-            f"trainer.global_batch={tokens // context}", f"trainer.micro_batch={tokens // context}", "resume=auto",
-            *keys,
+        sequences = tokens // context
+        settings = [
+            f"seed={seed}", f"data.sources=[{given}]", f"data.context={context}", f"model.max_positions={context}",
+            f"trainer.global_batch={sequences}", f"trainer.micro_batch={sequences}", *keys,
         ]  # fmt: skip
-        done = subprocess.run(command, check=False)  # noqa: S603  our own command line
-        if done.returncode:
-            print(f"data.context={context}: the run ended with exit code {done.returncode}", file=sys.stderr)
-            return 1
+        train_once(runs / f"context-{context}-{share:g}-{seed}", "context_lengths", settings)
     return 0
 
 

@@ -20,8 +20,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def describe() -> dict[str, str]:
-    """GPU, driver, versions and commit. `LONGSPAN_COMMIT` names the commit where the tree is not a checkout."""
-    facts = {"commit": os.environ.get("LONGSPAN_COMMIT") or _output("git", "rev-parse", "--short", "HEAD") or "unknown"}
+    """GPU, driver, versions and commit (`-dirty`: tracked files differ from it). `LONGSPAN_COMMIT` names the commit
+    where the tree is not a checkout."""
+    facts = {"commit": os.environ.get("LONGSPAN_COMMIT") or _checked_out()}
     facts["python"] = platform.python_version()
     facts["torch"] = torch.__version__
     try:
@@ -50,6 +51,14 @@ def facts_of_run() -> dict[str, str]:
         "transformers": installed("transformers"),
         "flash_attn_4": installed("flash-attn-4"),
     }
+
+
+def _checked_out() -> str:
+    """The commit, `-dirty` where tracked files differ from it."""
+    commit = _output("git", "rev-parse", "--short", "HEAD")
+    if not commit:
+        return "unknown"
+    return f"{commit}-dirty" if _output("git", "status", "--porcelain", "--untracked-files=no") else commit
 
 
 def installed(package: str) -> str:

@@ -11,7 +11,6 @@ under every scaling, and each model through a causal window of its training leng
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,19 +25,9 @@ from longspan.training.held_out import training_store
 from .arguments import split_arguments
 from .environment import append, output_directory
 from .extension import applicable, measure, row
+from .runs import told, train_once
 
 OWN = ("positions", "seeds", "lengths", "texts", "scored", "runs", "output")
-
-
-def train(positions: str, seed: int, directory: Path, keys: Sequence[str]) -> None:
-    """Run it, or what is left of it. Raises RuntimeError when it fails (its last words are on the terminal)."""
-    if (directory / "summary.json").is_file():
-        return
-    command = [sys.executable, "-m", "longspan.scripts.cli", "train", "experiment=extrapolation"]
-    keys = [f"model.positions={positions}", f"seed={seed}", f"output={directory}", "resume=auto", *keys]
-    done = subprocess.run([*command, *keys], check=False)  # noqa: S603  our own command line
-    if done.returncode:
-        raise RuntimeError(f"model.positions={positions} seed={seed}: the run ended with exit code {done.returncode}")
 
 
 def held_out(checkpoint: Path, *, length: int, count: int) -> Tensor:
@@ -63,13 +52,11 @@ def main(arguments: Sequence[str]) -> int:
     runs = Path(own.get("runs", "runs/extrapolation"))
     output = output_directory(own.get("output"), smoke=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    command = "python -m longspan.benchmarks.extrapolation " + " ".join(
-        each for each in arguments if not each.startswith(("runs=", "output=", "data."))
-    )
+    command = told("extrapolation", arguments)
     for seed in own.get("seeds", "0,1").split(","):
         for positions in own.get("positions", "sinusoidal,rope,alibi,none").split(","):
             run = runs / f"{positions}-{seed}"
-            train(positions, int(seed), run, keys)
+            train_once(run, "extrapolation", [f"model.positions={positions}", f"seed={seed}", *keys])
             checkpoint = resolve_checkpoint(run)
             model = load_decoder(checkpoint, device=device, dtype=torch.float32)
             trained = model.config.max_positions
@@ -77,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
             tokens_BT = held_out(checkpoint, length=max(lengths) + 1, count=count)
             for reading in measure(model, tokens_BT, lengths=lengths, methods=methods, window=trained, scored=scored):
                 label = f"{positions} seed {seed}"
-                one = row(reading, command=command.strip(), checkpoint=label, trained=trained, window=trained)
+                one = row(reading, command=command, checkpoint=label, trained=trained, window=trained)
                 append("extrapolation.csv", [one], output)
                 print(f"{label:18s} {reading.method:8s} {reading.length:6,d}: loss {reading.loss:.3f}", flush=True)
     return 0

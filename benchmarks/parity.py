@@ -35,6 +35,7 @@ from longspan.model.seq2seq import Seq2Seq
 
 from .arguments import read_arguments
 from .environment import append, facts_of_run, output_directory
+from .runs import told
 
 PAD = 1
 DECODER = {
@@ -87,6 +88,16 @@ FAMILIES = {
             "max_decoder_position_embeddings": 512,
         },
     ),
+}
+
+
+# What reads a directory of one's own; a head that it brings is not compared where there is none here.
+AUTO = {
+    "bert": "AutoModel",
+    "roberta": "AutoModel",
+    "longformer": "AutoModel",
+    "bart": "AutoModelForSeq2SeqLM",
+    "led": "AutoModelForSeq2SeqLM",
 }
 
 
@@ -165,7 +176,7 @@ def compare(directory: Path, auto: str, tokens: int, work: Path) -> Found:
     model = load_model(imported)
     paired, encoder = isinstance(model, Seq2Seq), isinstance(model, Encoder)
     vocabulary = model.config.vocab_size
-    global_tokens = any(spec in directory_type(directory) for spec in ("longformer", "led"))
+    global_tokens = directory_type(directory) in ("longformer", "led")
     batch = Batch.drawn(vocabulary, tokens, ragged=paired or encoder, global_tokens=global_tokens)
     target_BT = torch.randint(3, vocabulary, (3, 20), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -192,14 +203,12 @@ def main(arguments: Sequence[str]) -> int:
     logging.disable_progress_bar()
     tokens = int(given.get("tokens", "200"))
     output = output_directory(given.get("output"), smoke=False)
-    command = " ".join(["python -m longspan.benchmarks.parity", *(each for each in arguments if "output=" not in each)])
+    command = told("parity", arguments)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         if "checkpoint" in given:
             source = Path(given["checkpoint"])
-            kind = directory_type(source)
-            auto = "AutoModel" if kind in ("bert", "roberta", "longformer") else "AutoModelForCausalLM"
-            cases = {source.name: (source, auto)}
+            cases = {source.name: (source, AUTO.get(directory_type(source), "AutoModelForCausalLM"))}
         else:
             wanted = [name for name in FAMILIES if name.split(",")[0] in given.get("families", name).split(",")]
             cases = {}

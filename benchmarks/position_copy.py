@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from longspan.training.objectives import MaskedTokenLoss
 
 from .arguments import split_arguments
 from .environment import append, facts_of_run, output_directory
+from .runs import told, train_once
 
 OWN = ("seeds", "steps", "length", "window", "lr", "batches", "runs", "output")
 ARMS = ("random", "interpolate", "copy")
@@ -68,13 +68,9 @@ def masked_loss(checkpoint: Path, *, context: int, batches: int, device: str) ->
     return total / count, count
 
 
-def train(directory: Path, keys: Sequence[str]) -> Path:
-    """The run, unless it is finished; its checkpoint. Raises RuntimeError when it fails."""
-    if not (directory / "summary.json").is_file():
-        command = [sys.executable, "-m", "longspan.scripts.cli", "train", "experiment=position_copy"]
-        done = subprocess.run([*command, *keys, f"output={directory}"], check=False)  # noqa: S603  our own command line
-        if done.returncode:
-            raise RuntimeError(f"{directory}: the run ended with exit code {done.returncode}")
+def trained(directory: Path, keys: Sequence[str]) -> Path:
+    """The checkpoint of a run that is trained unless it is finished."""
+    train_once(directory, "position_copy", keys)
     return resolve_checkpoint(directory)
 
 
@@ -95,15 +91,13 @@ def main(arguments: Sequence[str]) -> int:
     batches, steps = int(own.get("batches", "16")), [int(each) for each in own.get("steps", "0,100,300").split(",")]
     runs, output = Path(own.get("runs", "runs/position_copy")), output_directory(own.get("output"), smoke=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    command = "python -m longspan.benchmarks.position_copy " + " ".join(
-        each for each in arguments if not each.startswith(("runs=", "output=", "data."))
-    )
+    command = told("position_copy", arguments)
 
     def note(seed: int, arm: str, step: int, checkpoint: Path, context: int) -> None:
         loss, hidden = masked_loss(checkpoint, context=context, batches=batches, device=device)
         row = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "command": command.strip(),
+            "command": command,
             "seed": seed,
             "arm": arm,
             "steps": step,
@@ -119,20 +113,20 @@ def main(arguments: Sequence[str]) -> int:
 
     for seed in [int(each) for each in own.get("seeds", "0,1").split(",")]:
         home = runs / f"seed-{seed}"
-        parent = train(home / "parent", [f"seed={seed}", *keys, "resume=auto"])
-        trained = load_config(parent)
-        if not isinstance(trained, EncoderConfig):
-            raise ValueError(f"experiment=position_copy trained a {trained.architecture}; this compares encoders")
-        note(seed, "parent", 0, parent, trained.max_positions)
+        parent = trained(home / "parent", [f"seed={seed}", *keys])
+        config = load_config(parent)
+        if not isinstance(config, EncoderConfig):
+            raise ValueError(f"experiment=position_copy trained a {config.architecture}; this compares encoders")
+        note(seed, "parent", 0, parent, config.max_positions)
         for arm, converted in children(parent, home, length=length, window=window).items():
             for step in steps:
                 found = converted
                 if step:
                     rows = max(1, TOKENS // length)
-                    found = train(
+                    found = trained(
                         home / f"{arm}-{step}",
                         [
-                            *(f"seed={seed}", *keys, f"checkpoint={converted}", "overwrite=true"),
+                            *(f"seed={seed}", *keys, f"checkpoint={converted}"),
                             *(f"data.context={length}", f"trainer.steps={step}"),
                             *(f"trainer.global_batch={rows}", f"trainer.micro_batch={rows}"),
                             *(f"trainer.val_every={step}", f"trainer.save_every={step}"),  # its last is its best

@@ -31,6 +31,7 @@ from longspan.model.seq2seq import Seq2Seq
 
 from .arguments import read_arguments
 from .environment import append, facts_of_run, output_directory
+from .runs import told
 
 KEYS = ("checkpoint", "lengths", "samples", "batch", "output")
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -86,9 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     reports = [main_points("validation", index) for index in range(samples)]
     references = [report.target for report in reports]
     output = output_directory(given.get("output"), smoke=False)
-    command = "python -m longspan.benchmarks.summary_lengths " + " ".join(
-        each for each in arguments if not each.startswith(("checkpoint=", "output="))
-    )
+    command = told("summary_lengths", arguments)
     print(f"{'tokens read':>11}  " + "  ".join(f"{name:>20}" for name in ROUGE) + "  a perfect reader", flush=True)
     for length in [int(each) for each in given.get("lengths", "128,256,512,1024").split(",")]:
         texts = [report.source for report in reports]
@@ -96,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
         perfect = scores([points_of(first_words(tokenizer, text, length)) for text in texts], references)
         row: dict[str, object] = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "command": command.strip(),
+            "command": command,
             "checkpoint": fingerprint(checkpoint)[:12],
             "tokens_read": length,
             "samples": samples,

@@ -150,9 +150,9 @@ def _digest(samples: Sequence[Mapping[str, str]]) -> str:
 
 
 def _definitions_digest(folder: Path) -> str:
-    """SHA-256 of the files that define tasks, with their names."""
+    """SHA-256 of the files beside each other that define tasks: definitions, their functions, and data among them."""
     digest = hashlib.sha256()
-    for path in sorted(each for each in folder.rglob("*") if each.suffix in (".yaml", ".yml") and each.is_file()):
+    for path in sorted(each for each in folder.rglob("*") if each.is_file() and "__pycache__" not in each.parts):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode())
         digest.update(content)

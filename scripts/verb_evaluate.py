@@ -45,9 +45,14 @@ def run(config: EvaluateConfig) -> int:
                 print(f"longspan evaluate: going on with {output}/", file=sys.stderr)
             for checkpoint, name, part in zip(config.subjects, names, parts, strict=True):
                 label = "" if len(names) == 1 else f"{name}: "
-                subject = load_subject(config, checkpoint)
                 found = measure(
-                    subject, config, tasks, read=read, name=name, directory=part, shown=shown.labelled(label)
+                    load_subject(config, checkpoint),  # no name for it here: the next one takes its place in memory
+                    config,
+                    tasks,
+                    read=read,
+                    name=name,
+                    directory=part,
+                    shown=shown.labelled(label),
                 )
                 measured.append(found)
             if not any(each.perplexity or each.effective or each.tasks or each.harness for each in measured):

@@ -101,7 +101,8 @@ class ExamplesConfig:
     made: Literal["packages", "parameters", "outlines", "same_document", "listops", "main_points"] | None = Field(
         default=None,
         description="instead of path: Long Range Arena's ListOps (classification), made-up reports of up to 1,000 "
-        "words and their main points (main_points: seq2seq), or, to try things out, examples made of the running Python's own library: which package a piece of source is from (classification), what "
+        "words and their main points (main_points: seq2seq), or, to try things out, examples made of the running "
+        "Python's own library: which package a piece of source is from (classification), what "
         "parameters a function has (qa), the names that a piece of source defines (seq2seq), whether two pieces are of "
         "one module (same_document: classification)",
     )

@@ -146,11 +146,11 @@ def dropout_keep(seed: Tensor | None, p: float, shape_BHTS: tuple[int, int, int,
         offset = ((b * H + h) * T + i) * S + j        (i, j: indices into this call, not positions)
 
     so that a Triton kernel can replay it from the seed alone. `seed` None: nobody can replay it, so torch's generator
-    draws, at a tenth of the cost on a CPU.
+    draws, which is much cheaper on a CPU.
     """
     B, H, T, S = shape_BHTS
     if seed is None:
-        return torch.rand(shape_BHTS, device=device) >= p
+        return torch.rand(shape_BHTS, dtype=torch.float32, device=device) >= p
     offset = torch.arange(B * H * T * S, device=device).view(B, H, T, S)
     return philox_uniform(seed.to(device), offset) >= p
 

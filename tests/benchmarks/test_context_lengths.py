@@ -38,12 +38,16 @@ def test_each_context_is_a_run_on_the_same_mixture(tmp_path: Path, capsys: pytes
     ]  # fmt: skip
     assert main(typed) == 0
     for context in (32, 64):
-        config = json.loads((tmp_path / f"runs/context-{context}/config.yaml").read_text())
+        config = json.loads((tmp_path / f"runs/context-{context}-0.5-0/config.yaml").read_text())
         assert config["data"]["context"] == config["model"]["max_positions"] == context
         assert config["trainer"]["global_batch"] * context == 128
         assert [(each["name"], each["weight"]) for each in config["data"]["sources"]] == [("text", 0.5), ("made", 0.5)]
-    again = (tmp_path / "runs/context-32/summary.json").stat().st_mtime_ns
+    again = (tmp_path / "runs/context-32-0.5-0/summary.json").stat().st_mtime_ns
     assert main(typed) == 0
-    assert (tmp_path / "runs/context-32/summary.json").stat().st_mtime_ns == again  # not trained again
+    assert (tmp_path / "runs/context-32-0.5-0/summary.json").stat().st_mtime_ns == again  # not trained again
+    assert main([*typed, "contexts=32", "seed=1"]) == 0  # that is another run, on other documents
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        "context-32-0.5-0", "context-32-0.5-1", "context-64-0.5-0", "documents-10-0.jsonl", "documents-10-1.jsonl",
+    ]  # fmt: skip
     assert main(["contexts=32"]) == 2
     assert "data.path" in capsys.readouterr().err

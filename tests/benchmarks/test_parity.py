@@ -41,7 +41,10 @@ def test_a_model_that_sees_another_token_is_told_apart(tmp_path: Path, monkeypat
     assert float(rows(tmp_path)["bert"]["difference"]) > 0.1
 
 
-def test_a_directory_of_ones_own_is_compared(tmp_path: Path) -> None:
-    parity.random_model(parity.FAMILIES["llama"]).save_pretrained(tmp_path / "mine")  # type: ignore[operator]
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_a_directory_of_ones_own_is_compared_and_not_where_it_lies(family: str, tmp_path: Path) -> None:
+    parity.random_model(parity.FAMILIES[family]).save_pretrained(tmp_path / "mine")  # type: ignore[operator]
     assert parity.main([f"checkpoint={tmp_path / 'mine'}", "tokens=24", f"output={tmp_path}"]) == 0
-    assert 0 < float(rows(tmp_path)["mine"]["difference"]) < 1e-4
+    row = rows(tmp_path)["mine"]
+    assert float(row["difference"]) < 1e-4
+    assert row["command"] == "python -m longspan.benchmarks.parity tokens=24"

@@ -105,7 +105,9 @@ def test_says_what_was_asked_and_refuses_to_go_on_with_something_else(
     assert ours != fewer
     with pytest.raises(ValueError, match=r"holds results by another protocol \(limit=None, now 1\)"):
         run_harness(model, tokenizer, NAMES[:1], include_path=definitions, limit=1, kept=kept)
-    definition = definitions / "own_places.yaml"
-    definition.write_text(definition.read_text().replace("{{text}}", "Say: {{text}}"))
-    with pytest.raises(ValueError, match=r"another protocol \(definitions_sha256="):
-        run_harness(model, tokenizer, NAMES[:1], include_path=definitions, kept=kept)
+    for file, old, new in (("own_places.yaml", "{{text}}", "Say: {{text}}"), ("own_colours.jsonl", "green", "mauve")):
+        before = (definitions / file).read_text()
+        (definitions / file).write_text(before.replace(old, new))
+        with pytest.raises(ValueError, match=r"another protocol \(definitions_sha256="):
+            run_harness(model, tokenizer, NAMES[:1], include_path=definitions, kept=kept)
+        (definitions / file).write_text(before)

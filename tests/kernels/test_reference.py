@@ -225,6 +225,16 @@ def test_dropout_without_a_seed_is_drawn_by_torch(monkeypatch: pytest.MonkeyPatc
     assert abs(draws[0].double().mean() - 0.7) < 5 * math.sqrt(0.3 * 0.7 / draws[0].numel())
 
 
+def test_dropout_is_as_rare_as_it_says_whatever_the_default_type() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        keep = dropout_keep(None, 1e-3, (4, 8, 128, 128), torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(before)
+    assert abs(keep.double().mean() - 0.999) < 5 * math.sqrt(1e-3 / keep.numel())
+
+
 def test_dropout_is_replayed_by_its_seed_scaled_and_leaves_lse_alone() -> None:
     q, k, v = inputs()
     eye = torch.eye(S, dtype=torch.float64)[None, :, None].expand(B, S, G, S)  # v = identity: out is the weights

@@ -1,0 +1,30 @@
+"""Experiments that train before they measure: runs as their users start them, and the command that rows carry."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def train_once(directory: Path, experiment: str, keys: Sequence[str]) -> None:
+    """`longspan train experiment=…` in a process of its own, or what is left of it; a finished run stays as it is. One
+    that starts from weights (`checkpoint=` among the keys) begins again where it was not finished.
+
+    Raises RuntimeError when it fails (its last words are on the terminal).
+    """
+    if (directory / "summary.json").is_file():
+        return
+    command = [sys.executable, "-m", "longspan.scripts.cli", "train", f"experiment={experiment}", *keys]
+    again = "overwrite=true" if any(key.startswith("checkpoint=") for key in keys) else "resume=auto"
+    done = subprocess.run([*command, f"output={directory}", again], check=False)  # noqa: S603  our own command line
+    if done.returncode:
+        raise RuntimeError(f"{directory}: the run ended with exit code {done.returncode}")
+
+
+def told(module: str, arguments: Sequence[str], *, without: Sequence[str] = ()) -> str:
+    """The command line for a row: without where things lie on this machine."""
+    local = ("runs=", "output=", "checkpoint=", "data.", *(f"{name}=" for name in without))
+    kept = [each for each in arguments if not each.startswith(local)]
+    return " ".join([f"python -m longspan.benchmarks.{module}", *kept])
