@@ -27,7 +27,7 @@ from longspan.evaluation.evaluate import evaluate_documents
 from longspan.evaluation.result import ScoringProtocol
 from longspan.model.zoo import build
 
-TEXTS = ("Grün here das Gras.", "The sky is blue, the sky is blue.", "naïve")
+TEXTS = ("Grün, über naïve.", "The sky is blue, the sky is blue.", "naïve")
 
 
 def sha(text: str) -> str:
