@@ -208,8 +208,13 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         if "checkpoint" in given:
             source = Path(given["checkpoint"])
+            if not (source / "config.json").is_file():
+                raise SystemExit(f"checkpoint={source}: no directory of Hugging Face's (config.json and weights)")
             cases = {source.name: (source, AUTO.get(directory_type(source), "AutoModelForCausalLM"))}
         else:
+            kinds = {name.split(",")[0] for name in FAMILIES}
+            if unknown := set(given.get("families", "gpt2").split(",")) - kinds:
+                raise SystemExit(f"families={','.join(sorted(unknown))}: known are {', '.join(sorted(kinds))}")
             wanted = [name for name in FAMILIES if name.split(",")[0] in given.get("families", name).split(",")]
             cases = {}
             for name in wanted:

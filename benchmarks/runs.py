@@ -12,7 +12,7 @@ def train_once(directory: Path, experiment: str, keys: Sequence[str]) -> None:
     """`longspan train experiment=…` in a process of its own, or what is left of it; a finished run stays as it is. One
     that starts from weights (`checkpoint=` among the keys) begins again where it was not finished.
 
-    Raises RuntimeError when it fails (its last words are on the terminal).
+    Ends the program with one line when it fails (its own last words are on the terminal).
     """
     if (directory / "summary.json").is_file():
         return
@@ -20,7 +20,7 @@ def train_once(directory: Path, experiment: str, keys: Sequence[str]) -> None:
     again = "overwrite=true" if any(key.startswith("checkpoint=") for key in keys) else "resume=auto"
     done = subprocess.run([*command, f"output={directory}", again], check=False)  # noqa: S603  our own command line
     if done.returncode:
-        raise RuntimeError(f"{directory}: the run ended with exit code {done.returncode}")
+        raise SystemExit(f"{directory}: the run ended with exit code {done.returncode}")
 
 
 def told(module: str, arguments: Sequence[str], *, without: Sequence[str] = ()) -> str:

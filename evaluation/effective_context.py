@@ -27,7 +27,7 @@ import torch
 from .bootstrap import FEWEST_DOCUMENTS
 from .documents import EvalDocument, tokens_digest
 from .journal import keep, kept_records
-from .perplexity import LanguageModel, Precision, Row, check_request, score_rows
+from .perplexity import LanguageModel, Precision, Row, check_request, dtype_name, score_rows
 
 TARGETS = 128  # tokens of a block
 THRESHOLD = 0.85
@@ -224,7 +224,7 @@ def measure_context_curve(
         count_d=np.array([targets * len(ends) for ends in ends_d]),
         units=tuple(f"{document.source}/{document.id}" for document in long),
         left_out=len(documents) - len(long),
-        precision="bf16 autocast" if precision == "bf16" else str(model.head_weight.dtype).removeprefix("torch."),
+        precision="bf16 autocast" if precision == "bf16" else dtype_name(model.head_weight.dtype),
         tokens_sha256=tokens_digest(long),
         tokenizer_sha256=tokenizer_sha256,
     )

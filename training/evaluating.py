@@ -27,7 +27,7 @@ from longspan.evaluation.effective_context import (
 from longspan.evaluation.evaluate import Evaluation, evaluate_documents
 from longspan.evaluation.harness import run_harness
 from longspan.evaluation.names import LongTexts
-from longspan.evaluation.perplexity import Precision, widen_for_autocast
+from longspan.evaluation.perplexity import Precision, dtype_name, widen_for_autocast
 from longspan.evaluation.processed import strategy_reader
 from longspan.evaluation.reader import Reader
 from longspan.evaluation.readers import reader_of
@@ -352,9 +352,10 @@ def asked_model(subject: Subject, *, batch: int, long_texts: LongTexts | None = 
     return AskedModel(
         reader=reader,
         tokenizer=subject.tokenizer,
-        precision="bf16 weights" if subject.precision == "bf16" else _name(next(subject.model.parameters()).dtype),
+        precision=_weights(torch.bfloat16 if subject.precision == "bf16" else next(model.parameters()).dtype),
     )
 
 
-def _name(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16 weights", torch.float16: "fp16 weights"}.get(dtype, str(dtype))
+def _weights(dtype: torch.dtype) -> str:
+    """What tasks state of the arithmetic: weights of less than 32 bits are said to be that."""
+    return "fp32" if dtype == torch.float32 else f"{dtype_name(dtype)} weights"

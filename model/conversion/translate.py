@@ -14,7 +14,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -302,7 +302,8 @@ def export_tensors(family: Family[C], config: C, weights: Mapping[str, LazyTenso
         parts = tuple(weights[name] for name in rule.ours)
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
         shape = shape[::-1] if rule.transposed else shape
-        tensors[rule.theirs] = LazyTensor(shape, parts[0].dtype, partial(_joined, parts, rule.transposed))
+        joined = reduce(torch.promote_types, (part.dtype for part in parts))
+        tensors[rule.theirs] = LazyTensor(shape, joined, partial(_joined, parts, rule.transposed))
     return tensors
 
 

@@ -41,6 +41,19 @@ def test_a_model_that_sees_another_token_is_told_apart(tmp_path: Path, monkeypat
     assert float(rows(tmp_path)["bert"]["difference"]) > 0.1
 
 
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ("families=gpt3,bert", "families=gpt3: known are bart, bert,"),
+        ("checkpoint=none", "checkpoint=none: no directory"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(typed: str, line: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=line):
+        parity.main([typed, f"output={tmp_path}"])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("family", ["llama", "bart"])
 def test_a_directory_of_ones_own_is_compared_and_not_where_it_lies(family: str, tmp_path: Path) -> None:
     parity.random_model(parity.FAMILIES[family]).save_pretrained(tmp_path / "mine")  # type: ignore[operator]

@@ -133,7 +133,7 @@ def simulated(losses: list[float], *, noise: float, n: int = 40, seed: int = 0) 
         count_d=np.full(n, 128),
         units=tuple(map(str, range(n))),
         left_out=3,
-        precision="float32",
+        precision="fp32",
     )
 
 

@@ -176,3 +176,19 @@ def test_a_model_of_ours_opens_in_transformers(tmp_path: Path) -> None:
     from longspan.model.generation import generate
 
     assert torch.equal(generate(ours, TOKENS_BT[:1, :5], max_new_tokens=8, temperature=0), out)
+
+
+def test_parts_of_different_types_are_written_in_the_wider_one(tmp_path: Path) -> None:
+    """GPT-2 has q, k and v in one tensor."""
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
+    theirs.save_pretrained(tmp_path / "hf")
+    model = load_model(import_model(tmp_path / "hf", tmp_path / "ours"))
+    state = {name: x.bfloat16() if "q_proj" in name else x for name, x in model.state_dict().items()}
+    save_model(model, tmp_path / "mixed", state=state)
+    written = load_file(export_model(tmp_path / "mixed", tmp_path / "back") / "model.safetensors")
+    before = load_file(tmp_path / "hf/model.safetensors")
+    name = next(each for each in before if each.endswith("attn.c_attn.weight"))
+    assert written[name].dtype == torch.float32
+    expected = before[name].clone()
+    expected[:, :32] = expected[:, :32].bfloat16().float()
+    assert torch.equal(written[name], expected)
