@@ -313,7 +313,7 @@ def _u8(values: Sequence[int] | np.ndarray) -> bytes:
 
 def _key(settings: ExampleSettings, loaded: Tokenizer | None) -> str:
     asked = settings.tokenizer
-    tokenizer: dict[str, object] = asdict(asked) if asked.is_trained else {"kind": asked.kind, "mask": asked.mask}
+    tokenizer: dict[str, object] = asked.described() if asked.is_trained else {"kind": asked.kind, "mask": asked.mask}
     if loaded is not None:
         tokenizer = {"sha256": loaded.sha256, "eos": loaded.eos_id}
     given = (settings.source, settings.validation)

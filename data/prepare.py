@@ -18,7 +18,7 @@ from typing import IO, Literal
 from .shards import StoreError, split_hash
 from .sources import SourceSpec, fingerprint, read, size_hint
 from .store import SHARD_BYTES, TokenStore, build_store
-from .tokenizer import Tokenizer, byte_level, train_bpe, train_words
+from .tokenizer import Digits, Tokenizer, byte_level, train_bpe, train_words
 from .writer import VERSION
 
 Stage = Literal["waiting", "tokenizer", "tokens"]
@@ -32,6 +32,7 @@ class TokenizerSettings:
     vocab_size    bpe, words: tokens in all
     path          file: a tokenizer.json or a directory that holds one
     train_bytes   bpe, words: bytes of training documents to train on, shared among the sources by weight
+    digits        bpe: merged into numbers like letters into words, or each a token
     mask          bpe, bytes, words: with a mask token, for masked language modelling
     """
 
@@ -39,6 +40,7 @@ class TokenizerSettings:
     vocab_size: int = 8192
     path: str | None = None
     train_bytes: int = 20_000_000
+    digits: Digits = "merged"
     mask: bool = False
 
     def __post_init__(self) -> None:
@@ -52,9 +54,19 @@ class TokenizerSettings:
         """Whether it depends on texts."""
         return self.kind in ("bpe", "words")
 
+    def described(self) -> dict[str, object]:
+        """What decides what a trained one is: of later settings only those that are not the default, so that stores
+        made before keep their names."""
+        settings: dict[str, object] = asdict(self)
+        if self.digits == "merged":
+            del settings["digits"]
+        return settings
+
     def train(self, texts: Iterator[str]) -> Tokenizer:
         """The tokenizer of a kind that is trained."""
-        return (train_words if self.kind == "words" else train_bpe)(texts, self.vocab_size, self.mask)
+        if self.kind == "words":
+            return train_words(texts, self.vocab_size, self.mask)
+        return train_bpe(texts, self.vocab_size, self.mask, self.digits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +202,7 @@ def _training_texts(settings: PrepareSettings, progress: Progress | None) -> Ite
 
 
 def _key(settings: PrepareSettings, loaded: Tokenizer | None) -> str:
-    tokenizer: dict[str, object] = asdict(settings.tokenizer)
+    tokenizer: dict[str, object] = settings.tokenizer.described()
     del tokenizer["mask"]  # named where there is one, so that stores without it keep their names
     if not settings.tokenizer.is_trained:
         tokenizer = {"kind": settings.tokenizer.kind}

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -26,6 +26,8 @@ UNKNOWN = "<|unknown|>"  # stands for the words that a vocabulary of words lacks
 # What other people's tokenizers call the same thing, tried in this order when their configuration does not say.
 _END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]", "<|eos|>")
 _MASK_TOKENS = (MASK, "[MASK]", "<mask>")
+
+Digits = Literal["merged", "single"]
 
 _GROUP = 1 << 19  # characters encoded at once
 
@@ -185,14 +187,18 @@ class Tokenizer:
         return cls(definition, end_token)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, mask: bool = False) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, mask: bool = False, digits: Digits = "merged") -> Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909; bytes as in GPT-2) of at most `vocab_size` tokens,
-    the end token, the mask token if there is one and the 256 bytes included. The same texts give the same tokenizer."""
+    the end token, the mask token if there is one and the 256 bytes included. With `digits` single every digit is a
+    token (as in Llama: Touvron et al. 2023, arXiv 2302.13971, §2.1). The same texts give the same tokenizer."""
     special = [END_OF_TEXT, MASK] if mask else [END_OF_TEXT]
     if vocab_size < 256 + len(special):
         total = 256 + len(special)
         raise TokenizerError(f"vocab_size={vocab_size} is too small: 256 bytes and {', '.join(special)} make {total}")
     tokenizer = _byte_level(models.BPE(), use_regex=True)
+    if digits == "single":
+        each = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([each, tokenizer.pre_tokenizer])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,
@@ -269,6 +275,8 @@ def _before_text(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
 def _splits_words_like_gpt2(definition: dict[str, Any]) -> bool:
     """Then no token can span a letter or digit and the line break after it."""
     split = definition.get("pre_tokenizer") or {}
+    if split.get("type") == "Sequence" and [part["type"] for part in split["pretokenizers"]] == ["Digits", "ByteLevel"]:
+        split = split["pretokenizers"][1]
     return (
         definition.get("normalizer") is None
         and split.get("type") == "ByteLevel"

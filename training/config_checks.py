@@ -159,6 +159,12 @@ def check_data(data: DataConfig) -> Iterator[Problem]:
             ("data.tokenizer.path", tokenizer.path),
             f"is not read with data.tokenizer.kind={tokenizer.kind}; set data.tokenizer.kind=file",
         )
+    if tokenizer.kind != "bpe" and tokenizer.digits == "single":
+        yield _problem(
+            ("data.tokenizer.digits", tokenizer.digits),
+            f"is not read with data.tokenizer.kind={tokenizer.kind}; set data.tokenizer.kind=bpe",
+            "data.tokenizer.kind",
+        )
     if data.path is None:
         seen: set[str] = set()
         for i, source in enumerate(data.sources):

@@ -48,6 +48,7 @@ def prepare_settings(data: DataConfig, *, tokenizer: Path | None = None) -> Prep
         vocab_size=data.tokenizer.vocab_size,
         path=data.tokenizer.path,
         train_bytes=data.tokenizer.train_bytes,
+        digits=data.tokenizer.digits,
         mask=(data.masking is not None or data.denoising is not None) and data.tokenizer.kind != "file",
     )
     if tokenizer is not None:

@@ -24,7 +24,11 @@ def example_settings(data: DataConfig, *, tokenizer: Path | None = None) -> Exam
         raise ValueError("data.examples=null: there are no examples to read")
     asked = data.tokenizer
     chosen = TokenizerSettings(
-        kind=asked.kind, vocab_size=asked.vocab_size, path=asked.path, train_bytes=asked.train_bytes
+        kind=asked.kind,
+        vocab_size=asked.vocab_size,
+        path=asked.path,
+        train_bytes=asked.train_bytes,
+        digits=asked.digits,
     )
     if tokenizer is not None:
         chosen = TokenizerSettings(kind="file", path=str(tokenizer))

@@ -60,6 +60,10 @@ class TokenizerConfig:
     train_bytes: int = Field(
         default=20_000_000, ge=1, description="bpe, words: how much text to train on (evenly spaced documents)"
     )
+    digits: Literal["merged", "single"] = Field(
+        default="merged",
+        description="bpe: merged into numbers like letters into words, or a token for each (as Llama's)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -29,6 +29,7 @@ CORPUS = [
     f"def function_{number}(value):\n    return value + {number}  # naïve café 日本語 🙂\n\n\n" for number in range(80)
 ]
 BPE = train_bpe(CORPUS, 500)
+DIGITS = train_bpe(CORPUS, 500, digits="single")
 BYTES = byte_level()
 TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
 NASTY = f"\0\r\n\ufeff \u2028{END_OF_TEXT} \U0001f468\u200d\U0001f469 e\u0301  \n\n\n\tx"
@@ -43,6 +44,20 @@ def test_any_text_comes_back_exactly(tokenizer: Tokenizer, text: str):
     assert tokenizer.decode(ids) == text
     assert tokenizer.eos_id not in ids
     assert all(0 <= token < tokenizer.vocab_size for token in ids)
+
+
+def test_single_digits_are_never_merged(tmp_path: Path):
+    numbers = [f"The number is: {number}.\n" for number in range(1000, 1300)]
+    merged, single = (train_bpe(numbers, 400, digits=digits) for digits in ("merged", "single"))
+    text = "number is: 1234,  56\n7"
+    pieces = [single.decode([token]) for token in single.encode(text)]
+    assert "".join(pieces) == text
+    assert [piece for piece in pieces if any(character.isdigit() for character in piece)] == list("1234567")
+    assert "12" in "".join(merged.decode([token]) + "|" for token in merged.encode(text))
+    assert not any(sum(byte in b"0123456789" for byte in piece) > 1 for piece in single.pieces())
+    assert single.word_mark is None
+    single.save(tmp_path)
+    assert Tokenizer.load(tmp_path).encode(text) == single.encode(text)
 
 
 def test_bytes_are_their_own_ids():
@@ -92,7 +107,8 @@ def test_long_texts_are_cut_without_changing_their_tokens(text: str):
     text = "\n".join([text, "word", f" {text}é1\n\n  indented", "x\n"] * 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_GROUP", 7)
-        for tokenizer in (BPE, BYTES):
+        for tokenizer in (BPE, BYTES, DIGITS):
+            assert tokenizer._cuts_at_lines
             assert tokenizer.encode_batch([text, "", text]) == [tokenizer.encode(text), [], tokenizer.encode(text)]
         assert sum(len(group) for group in module._grouped([text], True)) > 2
 

@@ -253,6 +253,7 @@ def test_no_wording_of_the_library_underneath_reaches_a_user() -> None:
             "data.tokenizer.kind=file: needs data.tokenizer.path",
         ),
         (LLAMA, {}, {"data": {"tokenizer": {"path": "t"}}}, "data.tokenizer.path=t: is not read with data.tokenizer.kind=bpe"),
+        (LLAMA, {}, {"data": {"tokenizer": {"kind": "bytes", "digits": "single"}}}, "data.tokenizer.digits=single: is not read with data.tokenizer.kind=bytes"),
         (
             LLAMA,
             {"data": {"sources": [{"kind": "files", "path": "x"}]}},
