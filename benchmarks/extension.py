@@ -7,6 +7,10 @@ The last `scored` tokens of each text are predicted with more and more of the te
 length, so that a loss that grows is the fault of the length and not of the text. Methods change the configuration and
 no weight; one factor, the longest length over the trained one, serves all lengths.
 
+`window+sinks` counts positions from the beginning of the text: sinks drift away from the window, past what was trained.
+`streaming` counts them in the cache, as StreamingLLM does (Xiao et al. 2024, arXiv 2309.17453, §3.2): sinks stand right
+before the window, here of the first token of each piece of text that is read at a time.
+
 Legend: B texts, T tokens, N scored tokens.
 """
 
@@ -18,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,10 +32,11 @@ from longspan.data.sources import from_path, read
 from longspan.data.tokenizer import Tokenizer
 from longspan.kernels.attention.spec import AttentionSpec, Window
 from longspan.kernels.cross_entropy import token_nll
-from longspan.model.cache import create_cache
+from longspan.model.cache import ContiguousCache
 from longspan.model.checkpoint import load_decoder, resolve_checkpoint
 from longspan.model.config import AttentionPlan, DecoderConfig, RopeScaling
 from longspan.model.decoder import Decoder, from_config
+from longspan.model.positions import rotate
 
 from .arguments import read_arguments
 from .environment import append, facts_of_run, output_directory
@@ -67,6 +73,7 @@ METHODS: Mapping[str, Change] = {
     "yarn": _scaling("yarn"),
     "window": _windowed(0),
     "window+sinks": _windowed(SINKS),
+    "streaming": _windowed(SINKS),
 }
 
 
@@ -87,7 +94,8 @@ class Reading:
 
 
 def applicable(config: DecoderConfig) -> tuple[str, ...]:
-    """The methods that change this model: rotary scaling needs rotary positions that are not scaled yet."""
+    """The methods that change this model: rotary scaling and moving sinks need rotary positions that are not scaled
+    yet."""
     rotary = config.positions == "rope" and config.rope_scaling is None
     return tuple(name for name in METHODS if rotary or name in ("none", "window", "window+sinks"))
 
@@ -109,21 +117,35 @@ def texts_of(path: str, tokenizer: Tokenizer, *, length: int, count: int, start:
 
 
 @torch.no_grad()
-def losses(model: Decoder, tokens_BT: Tensor, *, length: int, scored: int) -> Tensor:
+def losses(model: Decoder, tokens_BT: Tensor, *, length: int, scored: int, streaming: int | None = None) -> Tensor:
     """nll of the last `scored` tokens of each text, fp32 [B, scored], with the `length` tokens up to the last but one
-    read before and among them."""
+    read before and among them.
+
+    streaming  the window in keys, if sinks move along before it
+    """
     device = model.head_weight.device
     found: list[Tensor] = []
     for tokens_T in tokens_BT.to(device):
         read_T, targets_N = tokens_T[-length - 1 : -1], tokens_T[-scored:]
-        cache = create_cache(model, 1, length)
+        cache = ContiguousCache(model.config, 1, length, device=device, rings=True)
         hidden_D: list[Tensor] = []
+        moved = 0
         for first in range(0, length, CHUNK):
+            if streaming is not None and first - streaming + 1 - SINKS > moved:
+                _move_sinks(model, cache, first - streaming + 1 - SINKS - moved)
+                moved = first - streaming + 1 - SINKS
             with _autocast(device):
                 hidden_D.append(model.hidden(read_T[None, first : first + CHUNK], cache=cache)[0, -scored:])
         with _autocast(device):
             found.append(token_nll(torch.cat(hidden_D)[-scored:], model.head_weight, targets_N).float().cpu())
     return torch.stack(found)
+
+
+def _move_sinks(model: Decoder, cache: ContiguousCache, by: int) -> None:
+    if model.rotary is None:
+        raise ValueError("only rotary positions can be changed in a cache")
+    rotation = model.rotary(torch.tensor([[by]], device=model.head_weight.device), by + 1)
+    cache.turn_first(SINKS, partial(rotate, rotation=rotation))
 
 
 def _autocast(device: torch.device) -> torch.autocast | nullcontext[None]:
@@ -144,7 +166,8 @@ def measure(
         other.load_state_dict(weights, assign=True)
         other.to(model.head_weight.device).eval()
         for length in lengths:
-            nll_BN = losses(other, tokens_BT, length=length, scored=scored)
+            streaming = window if method == "streaming" else None
+            nll_BN = losses(other, tokens_BT, length=length, scored=scored, streaming=streaming)
             mean_B = nll_BN.double().mean(dim=1)
             error = float(mean_B.std() / len(mean_B) ** 0.5) if len(mean_B) > 1 else math.nan
             yield Reading(method, length, float(mean_B.mean()), error, len(mean_B), scored)
@@ -157,7 +180,7 @@ def row(reading: Reading, *, command: str, checkpoint: str, trained: int, window
         "checkpoint": checkpoint,
         "trained_length": trained,
         "method": reading.method,
-        "window": window if reading.method.startswith("window") else "",
+        "window": window if reading.method.startswith(("window", "streaming")) else "",
         "length": reading.length,
         "texts": reading.texts,
         "scored_tokens": reading.scored,

@@ -9,7 +9,7 @@ Legend: B rows, T new tokens, L slots of a row, G key/value heads, K head dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -114,6 +114,21 @@ class ContiguousCache:
         self._starts = [min(start, length) for start in self._starts]
         self._lengths_B.clamp_(max=length)
         self._given = self._given if length else None
+
+    def turn_first(self, count: int, turn: Callable[[Tensor], Tensor]) -> None:
+        """Turns the keys [B, count, G, K] of each row's first tokens, in every layer. With rotary positions these then
+        stand elsewhere: sinks that stay before a window that has moved on (Xiao et al. 2024, arXiv 2309.17453, §3.2).
+
+        Raises ValueError for 8-bit storage, and where a ring holds other tokens in those slots.
+        """
+        for lane in self._lanes:
+            if lane.store.eight_bit:
+                raise ValueError("8-bit keys cannot be turned without rounding them again; use 16 or 32 bits")
+            if lane.kind.ring and count > lane.kind.sinks:
+                raise ValueError(f"the first {count} tokens: a ring keeps {lane.kind.sinks} of them for good")
+            for keys_BGSK in lane.store.keys:
+                first_BTGK = keys_BGSK[:, :, :count].transpose(1, 2)
+                first_BTGK.copy_(turn(first_BTGK))
 
     @contextmanager
     def fixed_step(self) -> Iterator[None]:

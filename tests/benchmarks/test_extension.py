@@ -87,6 +87,29 @@ def test_a_window_forgets_what_lies_behind_it(model: Decoder) -> None:
     assert loss(tokens_BT, "window+sinks") != loss(other_BT, "window+sinks")
 
 
+def test_streaming_counts_positions_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one layer, what a token reads is what stands in the cache: a model without windows, given the sinks and the
+    last of the text alone, predicts the same. In a model with sinks at their true positions it does not."""
+    monkeypatch.setattr(extension, "CHUNK", 1)
+    model = from_config(replace(CONFIG, n_layers=1), seed=0).eval()
+    tokens_BT, window = texts(2, 61), 8
+    held_BT = torch.cat([tokens_BT[:, : extension.SINKS], tokens_BT[:, -window - 1 : -1]], dim=1)
+    expected = float(torch.nn.functional.cross_entropy(model(held_BT)[:, -1], tokens_BT[:, -1]).detach())
+    found = {
+        method: next(measure(model, tokens_BT, lengths=[60], methods=[method], window=window, scored=1)).loss
+        for method in ("streaming", "window+sinks")
+    }
+    assert found["streaming"] == pytest.approx(expected, abs=1e-5)
+    assert found["window+sinks"] != pytest.approx(expected, abs=1e-3)
+    # Where everything lies within the window, nothing moves.
+    for length in (window, window + extension.SINKS):
+        short = [
+            next(measure(model, tokens_BT, lengths=[length], methods=[method], window=window, scored=2)).loss
+            for method in ("streaming", "window+sinks")
+        ]
+        assert short[0] == short[1]
+
+
 def test_only_plain_rotary_positions_are_scaled() -> None:
     assert applicable(CONFIG) == tuple(METHODS)
     for positions in ("alibi", "none", "sinusoidal"):

@@ -285,6 +285,30 @@ def test_a_ring_that_went_round_can_only_be_emptied() -> None:
         torch.testing.assert_close(model(TOKENS[:, :9], cache=cache), model(TOKENS[:, :9]), atol=1e-4, rtol=0)
 
 
+def test_only_keys_that_stay_where_they_are_can_be_turned() -> None:
+    def turn(k_BTGK: Tensor) -> Tensor:
+        return -k_BTGK
+
+    full, ring = (decoder(AttentionPlan(patterns={"one": spec}, layers=("one",))) for spec in (FULL, SINKS))
+    for model, count in ((full, 3), (ring, 2)):
+        cache = create_cache(model, 3, 20)
+        assert isinstance(cache, ContiguousCache)
+        with torch.no_grad():
+            model(TOKENS[:, :5], cache=cache)
+        (lane,) = cache._lanes
+        before = [keys_BGSK.clone() for keys_BGSK in lane.store.keys]
+        cache.turn_first(count, turn)
+        for old, new in zip(before, lane.store.keys, strict=True):
+            assert torch.equal(new[:, :, :count], -old[:, :, :count])
+            assert torch.equal(new[:, :, count:], old[:, :, count:])
+    with pytest.raises(ValueError, match="the first 3 tokens: a ring keeps 2 of them for good"):
+        cache.turn_first(3, turn)
+    narrow = create_cache(full, 3, 20, kind="contiguous", storage="int8")
+    assert isinstance(narrow, ContiguousCache)
+    with pytest.raises(ValueError, match="8-bit keys cannot be turned"):
+        narrow.turn_first(1, turn)
+
+
 # -- fixed shapes -----------------------------------------------------------------------------------------------------
 
 DOCUMENTS = torch.tensor([[7] * 12 + [3] * 28, [1] * 19 + [0] * 21, [2] * 40])
