@@ -186,8 +186,11 @@ def versions() -> dict[str, str]:
 
 
 def source_commit() -> str | None:
-    """The git commit of this source tree, with `+changes` where it is not clean; None for an installed package."""
+    """The git commit of this source tree, with `+changes` where it is not clean; None for an installed package.
+    `LONGSPAN_COMMIT` names it where the tree is not a checkout, as in `longspan bench`."""
     root = Path(__file__).resolve().parent.parent
+    if named := os.environ.get("LONGSPAN_COMMIT"):
+        return named
     if not (root / ".git").exists():
         return None
     try:

@@ -98,3 +98,8 @@ def test_a_directory_that_is_no_run_is_left_as_it_was(tmp_path: Path) -> None:
     with files.locked(foreign):
         assert (foreign / ".lock").exists()
     assert [entry.name for entry in foreign.iterdir()] == ["precious"]
+
+
+def test_a_tree_without_git_says_its_commit_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGSPAN_COMMIT", "abc123")
+    assert files.source_commit() == "abc123"
