@@ -1,12 +1,20 @@
 """One decoder, one budget of tokens, two context lengths: what the longer one is worth.
 
-    python -m longspan.benchmarks.context_lengths data.path=NOVELS [contexts=512,2048] [documents=20000] [share=0.2]
-        [tokens=65536] [seed=0] [runs=DIR] [any key of `longspan train`]
+    python -m longspan.benchmarks.context_lengths data.path=NOVELS [contexts=512,2048] [share=0.5] [words=0,8,30,120]
+        [again=4] [documents=20000] [tokens=32768] [seed=0] [runs=DIR] [any key of `longspan train`]
 
-Each context is a run of `longspan train experiment=context_lengths` with `tokens` tokens a step, on the same mixture:
-`share` of it are made documents that ask for the facts in them (`longspan.data.synthetic.recall_text`; 700 to 11,000
-characters each), the rest is the text of `data.path`. A run that is finished already in `runs` is not trained again.
-Measured afterwards by `longspan evaluate checkpoints=[…]`, whose questions are drawn from other seeds.
+Each context is a run of `longspan train experiment=context_lengths` on the same mixture: the text of `data.path`, and
+`documents` made ones of 1 to 16 facts that come back in them (`longspan.data.synthetic.recall_text`), without which so
+small a decoder learns to retrieve nothing. A run that is finished already in `runs` is not trained again.
+
+share      of the tokens that are of made documents
+words      of text around a fact, as many in one document as in another of each kind; 0: facts alone, which are learned
+           from first
+again      how often a fact comes back in its document, said once more or asked for
+tokens     in a step
+
+`data.tokenizer.digits=merged` is a tokenizer like any other; the experiment has single ones. Measured afterwards by
+`longspan evaluate checkpoints=[…]`, whose questions are drawn from other seeds.
 """
 
 from __future__ import annotations
@@ -22,19 +30,18 @@ from longspan.evaluation.files import write_atomically
 from .arguments import split_arguments
 from .runs import train_once
 
-OWN = ("contexts", "documents", "share", "tokens", "seed", "runs", "data.path")
-WORDS = (60, 120, 240, 480, 960)  # of the text around the facts
-WORDS_OF_A_FACT = 30
+OWN = ("contexts", "documents", "share", "words", "again", "tokens", "seed", "runs", "data.path")
+FACTS = (1, 2, 4, 8, 16)
 FIRST_SEED = 1_000_000  # far from the seeds that evaluations draw from
 
 
-def made_documents(number: int, seed: int) -> list[str]:
-    """Of each size alike, with a fact to every thirty words."""
-    sizes = [WORDS[index % len(WORDS)] for index in range(number)]
-    return [
-        recall_text(words, words // WORDS_OF_A_FACT, seed=FIRST_SEED + seed, index=index)
-        for index, words in enumerate(sizes)
-    ]
+def made_documents(number: int, words: Sequence[int], again: int, seed: int) -> list[str]:
+    """Of each number of facts and of words around a fact alike."""
+    documents = []
+    for index in range(number):
+        facts, around = FACTS[index % len(FACTS)], words[index // len(FACTS) % len(words)]
+        documents.append(recall_text(around * facts, facts, again=again, seed=FIRST_SEED + seed, index=index))
+    return documents
 
 
 def write_documents(path: Path, documents: Iterable[str]) -> None:
@@ -45,14 +52,16 @@ def write_documents(path: Path, documents: Iterable[str]) -> None:
 def main(arguments: Sequence[str]) -> int:
     own, keys = split_arguments(arguments, OWN)
     if "data.path" not in own:
-        print("missing: data.path=NOVELS, the text that is most of the mixture", file=sys.stderr)
+        print("missing: data.path=NOVELS, the text of the mixture", file=sys.stderr)
         return 2
-    seed, share, tokens = int(own.get("seed", "0")), float(own.get("share", "0.2")), int(own.get("tokens", "65536"))
-    number = int(own.get("documents", "20000"))
+    seed, share, tokens = int(own.get("seed", "0")), float(own.get("share", "0.5")), int(own.get("tokens", "32768"))
+    words = [int(each) for each in own.get("words", "0,8,30,120").split(",")]
+    again, number = int(own.get("again", "4")), int(own.get("documents", "20000"))
     runs = Path(own.get("runs", "runs/context_lengths"))
-    made = runs / f"documents-{number}-{seed}.jsonl"
+    recipe = f"{'_'.join(map(str, words))}-{again}-{number}-{seed}"
+    made = runs / f"documents-{recipe}.jsonl"
     if not made.is_file():
-        write_documents(made, made_documents(number, seed))
+        write_documents(made, made_documents(number, words, again, seed))
     sources = [
         {"kind": "files", "path": own["data.path"], "name": "text", "weight": round(1 - share, 6)},
         {"kind": "files", "path": str(made), "name": "made", "weight": share},
@@ -64,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
             f"seed={seed}", f"data.sources=[{given}]", f"data.context={context}", f"model.max_positions={context}",
             f"trainer.global_batch={sequences}", f"trainer.micro_batch={sequences}", *keys,
         ]  # fmt: skip
-        train_once(runs / f"context-{context}-{share:g}-{seed}", "context_lengths", settings)
+        train_once(runs / f"context-{context}-{share:g}-{recipe}", "context_lengths", settings)
     return 0
 
 

@@ -6,9 +6,10 @@ NumPy's PCG64, whose streams do not change with the version of Python; natural t
 """
 
 from .fill import Count, TooShortError, TooSmallError
-from .haystack import key_value, needle, passkey, recall_text
+from .haystack import key_value, needle, passkey
 from .listops import ListOpsSettings, listops, listops_expression
 from .mechanisms import associative_recall, copying, induction, selective_copying, words
+from .recall import recall_text
 from .retrieval import Document, pair_records, write_pairs
 from .ruler import MADE_TASKS, NEEDLES, ROOM, TASKS, ruler
 from .ruler_qa import ruler_qa

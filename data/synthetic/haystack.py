@@ -25,6 +25,7 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SAMPLES = 10
 PASSKEY_ROOM, NEEDLE_ROOM, KEY_VALUE_ROOM = 16, 32, 64
 
+ASKED_FOR_KEY = "What is the pass key? The pass key is"
 NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 
 
@@ -51,7 +52,7 @@ def passkey(
 
     def prompt_of(length: int, depth: float, rng: np.random.Generator) -> Prompt:
         key = str(rng.integers(1, 50_001))
-        said = f"The pass key is {key}. Remember it. {key} is the pass key."
+        said = pass_key(key)
 
         def make(n: int) -> Prompt:
             sentences = filler.first(n)
@@ -61,7 +62,7 @@ def passkey(
                 before="There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I "
                 "will quiz you about the important information there.\n",
                 context="\n".join(part for part in parts if part),
-                after="\nWhat is the pass key? The pass key is",
+                after=f"\n{ASKED_FOR_KEY}",
                 references=(key,),
             )
 
@@ -108,8 +109,8 @@ def needle(
             facts = [(depth, city, value), *zip(places, others, values, strict=True)]
             return Prompt(
                 before="",
-                context=" ".join(_hidden(words, [(where, _fact(name, answer)) for where, name, answer in facts])),
-                after=f"\n\n{_question_of(city)}",
+                context=" ".join(hidden(words, [(where, city_fact(name, answer)) for where, name, answer in facts])),
+                after=f"\n\n{city_question(city)}",
                 references=(value,),
             )
 
@@ -156,26 +157,6 @@ def key_value(
         return fill(make, filler.fitting, task="key_value", length=length, room=room, count=count, least=1)
 
     return _grid("key_value", prompt_of, lengths, depths, samples, seed)
-
-
-def recall_text(words: int, facts: int, *, seed: int, index: int) -> str:
-    """What a model can learn retrieval from: `words` words of natural text with `facts` facts of `needle` at random
-    places, then the questions of `needle` for all of them in another order, each with its answer. A document of
-    `needle` holds one answer in thousands of tokens; here every fact is one.
-
-    Raises ValueError for more facts than there are cities.
-    """
-    if not 1 <= facts <= len(CITIES):
-        raise ValueError(f"facts={facts}: from 1 to {len(CITIES)}, a city each")
-    rng = generator(seed, "recall", words, facts, index)
-    text = natural_text()
-    start = text.beginnings[int(rng.integers(len(text.beginnings)))]
-    cities = [CITIES[place] for place in rng.permutation(len(CITIES))[:facts]]
-    said = list(zip(rng.random(facts).tolist(), cities, distinct(number, facts, rng), strict=True))
-    around = [text.word(start + n) for n in range(words)]
-    hidden = _hidden(around, [(depth, _fact(city, value)) for depth, city, value in said])
-    asked = [f"{_question_of(said[place][1])} {said[place][2]}" for place in rng.permutation(facts)]
-    return "\n\n".join([" ".join(hidden), *asked]) + "\n"
 
 
 @cache
@@ -228,17 +209,21 @@ def _question(
     )
 
 
-def _fact(city: str, value: str) -> str:
+def pass_key(key: str) -> str:
+    return f"The pass key is {key}. Remember it. {key} is the pass key."
+
+
+def city_fact(city: str, value: str) -> str:
     return f"The special magic {city} number is: {value}."
 
 
-def _question_of(city: str) -> str:
+def city_question(city: str) -> str:
     """Up to where the answer begins."""
     return f"Question: What is the special magic {city} number?\nAnswer: The special magic {city} number is:"
 
 
-def _hidden(words: list[str], facts: list[tuple[float, str]]) -> list[str]:
-    """The words with each fact before the sentence at its depth, or at the end."""
+def hidden(words: list[str], facts: list[tuple[float, str]]) -> list[str]:
+    """The words with each fact, in the order of their depths, before the sentence at its depth, or at the end."""
     places = sorted(
         (cut_at_sentence(words, round(depth * len(words))), number) for number, (depth, _) in enumerate(facts)
     )

@@ -161,7 +161,7 @@ def _needles(task: str, request: _Request) -> Prompt:
     keys = distinct(draw_key, asked.keys, rng)
     values = distinct(draw_value, asked.keys * asked.values, rng)
     of_key = {key: values[k * asked.values : (k + 1) * asked.values] for k, key in enumerate(keys)}
-    said = [_said(asked.value, key, value) for key in keys for value in of_key[key]]
+    said = [ruler_fact(asked.value, key, value) for key in keys for value in of_key[key]]
     needles = [said[place] for place in rng.permutation(len(said))]
     queried = [keys[place] for place in rng.permutation(asked.keys)[: asked.queries]]
     single = asked.queries * asked.values == 1
@@ -171,10 +171,7 @@ def _needles(task: str, request: _Request) -> Prompt:
         f"memorize it. I will quiz you about the {kind} afterwards.\n"
     )
     query = ", ".join(queried[:-1]) + (", and " if len(queried) > 1 else "") + queried[-1]
-    after = (
-        f"\nWhat {'is' if single else 'are all'} the special magic {kind} for {query} mentioned in the provided text? "
-        f"The special magic {kind} for {query} mentioned in the provided text {verb}"
-    )
+    after = f"\n{ruler_question(kind, verb, query)}"
     context, filler = _haystack(asked, needles, draw_key, draw_value, request)
 
     def make(n: int) -> Prompt:
@@ -202,13 +199,19 @@ def _haystack(
     else:
 
         def another(_: int) -> str:
-            return _said(asked.value, draw_key(rng), draw_value(rng))
+            return ruler_fact(asked.value, draw_key(rng), draw_value(rng))
 
         lines = Units(another, unit_cost(request.count, "\n"))
     return (lambda n: _between_lines(list(lines.first(n)), needles, places)), lines
 
 
-def _said(kind: str, key: str, value: str) -> str:
+def ruler_question(kind: str, verb: str, query: str) -> str:
+    """Up to where the answer begins."""
+    these = f"the special magic {kind} for {query} mentioned in the provided text"
+    return f"What {verb}{'' if verb == 'is' else ' all'} {these}? T{these[1:]} {verb}"
+
+
+def ruler_fact(kind: str, key: str, value: str) -> str:
     return f"One of the special magic {kind} for {key} is: {value}."
 
 
