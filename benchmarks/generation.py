@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ REPETITIONS = 5  # at most: each takes theirs two whole texts
 OURS = "longspan"
 COMPILED = f"{OURS} compiled"
 DYNAMIC, STATIC = "transformers dynamic cache", "transformers static cache"  # the second compiles itself
+PEERS = {"transformers-dynamic": DYNAMIC, "transformers-static": STATIC}  # as `peers=` spells them
 _EVERYBODY = (DYNAMIC, COMPILED, STATIC)
 _CHUNK = 8192  # tokens of a prompt that are read at a time
 
@@ -230,8 +231,11 @@ def run(
     command: str,
     only: str | None = None,
     repetitions: int = REPETITIONS,
+    peers: Collection[str] = tuple(PEERS),
 ) -> bool:
-    """Measure, print, append to `generation.csv`. False when ours failed."""
+    """Measure, print, append to `generation.csv`. False when ours failed. `peers`: names of PEERS; others of a case
+    stay out of it."""
+    invited = {PEERS[name] for name in peers}
     facts = facts_of_run()
     copy = None if device.type == "cpu" else measure_machine(make_clock(device)).copy_tb_per_s
     if copy is None:
@@ -245,7 +249,8 @@ def run(
             built = None
             free(device)
             built = case.config, build(case.config, device)
-        entrants = _raced(case, built[1], device, repetitions)
+        rivals = tuple(name for name in case.rivals if name == COMPILED or name in invited)
+        entrants = _raced(replace(case, rivals=rivals), built[1], device, repetitions)
         sound = sound and all(each.status == "ok" for name, each in entrants.items() if name.startswith(OURS))
         rows = _rows(case, entrants, copy)
         for row in rows:
@@ -263,7 +268,7 @@ def _raced(case: ModelCase, model: Decoder, device: torch.device, repetitions: i
         COMPILED: lambda: ours(case, model, compiled=True),
         STATIC: lambda: hugging_face(case, device, static=True),
     }
-    chosen = {OURS, *case.rivals} if device.type != "cpu" else {OURS, DYNAMIC}
+    chosen = {OURS, *case.rivals} - ({COMPILED, STATIC} if device.type == "cpu" else set())
     makers = {name: make for name, make in every.items() if name in chosen}
     torch.compiler.reset()
     entrants = {name: _Entrant() for name in makers}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -47,7 +47,7 @@ def run(config: BenchConfig) -> int:
         Plan(
             suite=config.suite,
             cases=cases,
-            peers=PEERS if config.peers is None else config.peers,
+            peers=_peers(config, PEERS),
             backend=config.backend,
             device=device,
             repetitions=config.repetitions,
@@ -64,6 +64,16 @@ def run(config: BenchConfig) -> int:
         print(f"backend={config.backend} measured nothing here: the reasons stand above under 'Not measured'")
         return 1
     return 0
+
+
+def _peers(config: BenchConfig, known: Collection[str]) -> tuple[str, ...]:
+    """Raises UserError for one that this suite doesn't race."""
+    if config.peers is None:
+        return tuple(known)
+    unknown = [name for name in config.peers if name not in known]
+    if unknown:
+        raise UserError(f"peers={unknown[0]}: no peer of suite={config.suite}; its peers are {', '.join(known)}")
+    return config.peers
 
 
 class _Named(Protocol):
@@ -84,6 +94,11 @@ def _chosen(config: BenchConfig, shapes: str, every: Sequence[C]) -> tuple[C, ..
 
 def _decoding(config: BenchConfig, device: torch.device, shapes: str, cases: Sequence[_Named]) -> int:
     """The suites of decoding, which have contenders and rows of their own."""
+    if config.suite == "decode" and config.peers is not None:
+        raise UserError("peers: suite=decode measures all that are there; leave it out")
+    if config.time_limit is not None:
+        raise UserError(f"time_limit={config.time_limit:g}: suite={config.suite} has none; choose cases with only=")
+    peers = _peers(config, generation.PEERS)
     if config.dry_run:
         print(as_yaml(plain(config)), end="")
         print("\n".join(f"# {case.name}" for case in cases))
@@ -92,9 +107,15 @@ def _decoding(config: BenchConfig, device: torch.device, shapes: str, cases: Seq
     command = f"longspan bench suite={config.suite} shapes={shapes} repetitions={times}"
     if config.only is not None:
         command += f" only='{config.only}'"
+    if config.peers is not None:
+        command += f" peers=[{','.join(config.peers)}]"
     output = output_directory(config.output, smoke=device.type == "cpu")
-    suite_of = decode if config.suite == "decode" else generation
-    sound = suite_of.run(shapes, device, output, command=command, only=config.only, repetitions=times)
+    if config.suite == "decode":
+        sound = decode.run(shapes, device, output, command=command, only=config.only, repetitions=times)
+    else:
+        sound = generation.run(
+            shapes, device, output, command=command, only=config.only, repetitions=times, peers=peers
+        )
     print(f"rows appended to {output / config.suite}.csv")
     if not sound:
         print("something of ours was void or failed")

@@ -256,9 +256,25 @@ class BenchConfig:
     )
     backend: BackendName = Field(default="triton", description="ours: the attention backend that is measured")
     peers: (
-        tuple[Literal["sdpa-flash", "sdpa-cudnn", "flex", "longformer-hf", "flash-attn-4", "longspan-triton"], ...]
+        tuple[
+            Literal[
+                "sdpa-flash",
+                "sdpa-cudnn",
+                "flex",
+                "longformer-hf",
+                "flash-attn-4",
+                "longspan-triton",
+                "transformers-dynamic",
+                "transformers-static",
+            ],
+            ...,
+        ]
         | None
-    ) = Field(default=None, description="who is measured beside it; null: everybody; []: nobody")
+    ) = Field(
+        default=None,
+        description="who is measured beside it; null: everybody; []: nobody. suite=generation knows the last two, "
+        "suite=decode none (it measures all that are there), the other suites the rest",
+    )
     only: str | None = Field(default=None, description="measure only cases whose name contains this")
     device: Literal["auto", "cuda", "cpu"] = Field(default="auto", description="cpu: a smoke test, no speeds")
     repetitions: int = Field(default=100, ge=2, description="interleaved repetitions; the median counts")

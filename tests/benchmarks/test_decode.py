@@ -145,6 +145,14 @@ def test_ours_beyond_the_budget_is_void(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_an_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "suite=decode", "device=cpu", "only=b3"]) == 2
     assert "only=b3: in the name of no case of suite=decode" in capsys.readouterr().err
+    for typed, said in {
+        "suite=decode peers=[flex]": "peers: suite=decode measures all that are there; leave it out",
+        "suite=generation peers=[flex]": "peers=flex: no peer of suite=generation; its peers are transformers-dynamic",
+        "suite=attention peers=[transformers-static]": "peers=transformers-static: no peer of suite=attention",
+        "suite=generation time_limit=9": "time_limit=9: suite=generation has none",
+    }.items():
+        assert main(["bench", "device=cpu", *typed.split()]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_limit_counts_what_a_step_reads() -> None:
@@ -189,6 +197,12 @@ def test_repetitions_take_turns_and_a_failure_costs_its_own_row(monkeypatch: pyt
     assert found["longspan"].samples == [3.0, 6.0, 7.0]
     assert found["transformers dynamic cache"].status == "failed: RuntimeError: out of order"
     assert found["transformers dynamic cache"].samples == []
+
+
+def test_only_the_peers_that_are_asked_for_race(tmp_path: Path) -> None:
+    assert generation.run("tiny", CPU, tmp_path, command="test", repetitions=2, peers=())
+    rows = list(csv.DictReader((tmp_path / "generation.csv").read_text().splitlines()))
+    assert [row["contender"] for row in rows] == ["longspan"]
 
 
 @pytest.mark.parametrize("suite", ["decode", "generation"])

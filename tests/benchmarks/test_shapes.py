@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
+from longspan.benchmarks import generation
 from longspan.benchmarks.contenders import contenders, mask_mod
 from longspan.benchmarks.patterns import bigbird, butterfly, document_lengths, random_blocks
 from longspan.benchmarks.shapes import (
@@ -136,5 +137,5 @@ def test_the_schema_knows_suites_shapes_and_peers() -> None:
     assert choices["suite"] == (*SUITES, "decode", "generation")  # the last two have cases of their own
     assert choices["shapes"] == get_args(Shapes)
     words = next(key.allowed for key in keys(BenchConfig) if key.path == "peers")
-    assert all(name in words for name in PEERS)
+    assert all(name in words for name in (*PEERS, *generation.PEERS))
     assert tuple(contenders("sdpa"))[1:] == PEERS
