@@ -83,7 +83,6 @@ class Hopper:
         params: AttentionParams,
         return_lse: bool = False,
     ) -> AttentionOutput:
-        from ..triton.launch import cached_spec_text, spec_text
         from .operator import hopper_attention
 
         plan, tile_span = _NOTHING, None
@@ -101,7 +100,7 @@ class Hopper:
             plan.q_span,
             plan.k_span,
             tile_span,
-            spec_text(spec) if torch.compiler.is_compiling() else cached_spec_text(spec),
+            spec=spec,
         )
         return AttentionOutput(out_BTHE, lse_BHT if return_lse else None)
 

@@ -17,6 +17,7 @@ from ..triton.launch import parse_spec
 from .backend import spans_of_tiles
 from .backward import dkdv_kernel, dq_kernel, stats_kernel
 from .launch import FURTHEST, descriptor, loadable, per_batch
+from .plan import Launch, Plans, alike, first
 from .tiles import BACKWARD_L2_BYTES, ROWS, BackwardTiles, choose_backward, heads_at_a_time, padded
 
 STATS_ROWS = 32  # of a program
@@ -39,25 +40,35 @@ def backward(
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, slopes [H] and sinks [H] (fp32; empty where there are none)."""
-    parsed = parse_spec(spec)
     (B, T, H, D), (S, G), E = q.shape, k.shape[1:3], v.shape[3]
     dq, dk, dv = q.new_empty(B, T, H, D), k.new_empty(B, S, G, D), v.new_empty(B, S, G, E)
     d_slopes = q.new_zeros(0 if slopes is None else H, dtype=torch.float32)
     d_sinks = q.new_zeros(0 if sinks is None else H, dtype=torch.float32)
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), d_slopes, d_sinks
-    curved = parsed.alibi or parsed.softcap is not None
-    tiles = choose_backward(max(D, E), curved=curved, documents=parsed.documents)
-    q, k, v, d_out = (loadable(x) for x in (q, k, v, d_out))
-    q_spans, k_spans = (None if x is None else per_batch(spans_of_tiles(x, tiles.rows), B) for x in (q_span, k_span))
-    stats = statistics(out, d_out, lse, d_lse.contiguous(), tiles.rows)
-    task = Task(
-        parsed, tiles, q, k, v, d_out, stats, None if slopes is None else slopes.contiguous(),
-        per_batch(q_doc, B), per_batch(k_doc, B), q_spans, k_spans,
-    )  # fmt: skip
-    run_dkdv(task, dk, dv)
-    row_slopes = run_dq(task, dq)
-    if slopes is not None:
+    q, k, v, d_out = loadable(q), loadable(k), loadable(v), loadable(d_out)
+    out, d_lse = out if out.stride(3) == 1 else out.contiguous(), d_lse.contiguous()
+    rows = BackwardTiles.rows
+    q_spans, k_spans = (None if x is None else per_batch(spans_of_tiles(x, rows), B) for x in (q_span, k_span))
+    q_doc, k_doc, slopes = per_batch(q_doc, B), per_batch(k_doc, B), None if slopes is None else slopes.contiguous()
+    stats = q.new_empty(B, H, 2, -(-T // rows) * rows, dtype=torch.float32)
+    row_slopes = None if slopes is None else q.new_empty(B, H, T, dtype=torch.float32)
+
+    key = spec, alike(q, k, v, d_out, out, lse, d_lse, slopes, q_doc, k_doc, q_spans, k_spans)
+    plan = _plans.get(key)
+    if plan is not None:
+        plan.statistics(out, d_out, lse, d_lse, stats)
+        plan.dkdv(q, k, v, d_out, stats, dk, dv, k_spans, q_doc, k_doc, slopes)
+        plan.dq(q, k, v, d_out, dq, stats, row_slopes, q_spans, q_doc, k_doc, slopes)
+    else:
+        parsed = parse_spec(spec)
+        curved = parsed.alibi or parsed.softcap is not None
+        tiles = choose_backward(max(D, E), curved=curved, documents=parsed.documents)
+        task = Task(parsed, tiles, q, k, v, d_out, stats, slopes, q_doc, k_doc, q_spans, k_spans)
+        statistics, dkdv, dq_launch = task.statistics(out, lse, d_lse), task.dkdv(dk, dv), task.dq(dq, row_slopes)
+        if statistics is not None and dkdv is not None and dq_launch is not None:
+            _plans.put(key, _Plan(statistics, dkdv, dq_launch))
+    if row_slopes is not None:
         d_slopes = row_slopes.sum(dim=(0, 2))
     if sinks is not None:
         weight = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks.float()[:, None] - lse))
@@ -66,8 +77,19 @@ def backward(
 
 
 @dataclass(frozen=True, slots=True)
+class _Plan:
+    statistics: Launch
+    dkdv: Launch
+    dq: Launch
+
+
+_plans: Plans[_Plan] = Plans()
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
-    """What both kernels need: tensors that TMA can read, `stats` of `statistics`, the spans of tiles."""
+    """The first launches of the kernels, over tensors that TMA can read. `stats` [B, H, 2, T rounded up to tiles] fp32
+    is written by `statistics` (see `stats_kernel`) and read by the others; spans are those of tiles."""
 
     spec: AttentionSpec
     tiles: BackwardTiles
@@ -99,46 +121,39 @@ class Task:
     def options(self) -> dict[str, int]:
         return {"num_warps": 4, "maxnreg": self.tiles.compiled_registers}
 
+    def statistics(self, out: Tensor, lse: Tensor, d_lse: Tensor) -> Launch | None:
+        (B, T, H, E), rounded = out.shape, self.stats.shape[3]
+        given = (
+            out, self.d_out, lse, d_lse, self.stats, *out.stride()[:3], *self.d_out.stride()[:3], T, H, E, rounded,
+            padded(E),
+        )  # fmt: skip
+        return first(stats_kernel, B * H * (rounded // STATS_ROWS), given, {"num_warps": 4})
 
-def statistics(out: Tensor, d_out: Tensor, lse: Tensor, d_lse: Tensor, multiple: int) -> Tensor:
-    """[B, H, 2, T rounded up to a multiple] fp32: lse in units of log 2 and -delta of each row (see `stats_kernel`)."""
-    B, T, H, E = out.shape
-    if out.stride(3) != 1:
-        out = out.contiguous()
-    rounded = -(-T // multiple) * multiple
-    stats = out.new_empty(B, H, 2, rounded, dtype=torch.float32)
-    stats_kernel[(B * H * (rounded // STATS_ROWS),)](
-        out, d_out, lse, d_lse, stats, *out.stride()[:3], *d_out.stride()[:3], T, H, E, rounded, padded(E), num_warps=4
-    )
-    return stats
+    def dkdv(self, dk: Tensor, dv: Tensor) -> Launch | None:
+        tiles, (B, T, H, D), (S, G), E = self.tiles, self.q.shape, self.k.shape[1:3], self.v.shape[3]
+        n_tiles = -(-S // tiles.rows)
+        group = heads_at_a_time(B * G, 1, T * (H // G), D + E, BACKWARD_L2_BYTES)
+        given = (
+            descriptor(self.q, tiles.queries), descriptor(self.k, ROWS), descriptor(self.v, ROWS),
+            descriptor(self.d_out, tiles.queries), _numbers(self.stats, tiles.queries), descriptor(dk, ROWS),
+            descriptor(dv, ROWS), self.k_spans, self.q_doc, self.k_doc, self.slopes, T, S, H, G, H // G, *self.scalars,
+            n_tiles, B * G, group, self.stats.shape[3],
+            tiles.queries, padded(D), padded(E), tiles.query_stages, tiles.registers, *self.masks,
+        )  # fmt: skip
+        return first(dkdv_kernel, n_tiles * B * G, given, self.options)
 
-
-def run_dkdv(task: Task, dk: Tensor, dv: Tensor) -> None:
-    tiles, (B, T, H, D), (S, G), E = task.tiles, task.q.shape, task.k.shape[1:3], task.v.shape[3]
-    n_tiles = -(-S // tiles.rows)
-    group = heads_at_a_time(B * G, 1, T * (H // G), D + E, BACKWARD_L2_BYTES)
-    dkdv_kernel[(n_tiles * B * G,)](
-        descriptor(task.q, tiles.queries), descriptor(task.k, ROWS), descriptor(task.v, ROWS),
-        descriptor(task.d_out, tiles.queries), _numbers(task.stats, tiles.queries), descriptor(dk, ROWS),
-        descriptor(dv, ROWS), task.k_spans, task.q_doc, task.k_doc, task.slopes, T, S, H, G, H // G, *task.scalars,
-        n_tiles, B * G, group, task.stats.shape[3],
-        tiles.queries, padded(D), padded(E), tiles.query_stages, tiles.registers, *task.masks, **task.options,
-    )  # fmt: skip
-
-
-def run_dq(task: Task, dq: Tensor) -> Tensor:
-    """Returns each row's share of the slope's gradient [B, H, T]; empty without ALiBi."""
-    tiles, (B, T, H, D), (S, G), E = task.tiles, task.q.shape, task.k.shape[1:3], task.v.shape[3]
-    n_tiles = -(-T // tiles.rows)
-    group = heads_at_a_time(B * H, H // G, S, D + E, BACKWARD_L2_BYTES)
-    row_slopes = dq.new_empty((B, H, T) if task.spec.alibi else 0, dtype=torch.float32)
-    dq_kernel[(n_tiles * B * H,)](
-        descriptor(task.q, ROWS), descriptor(task.k, tiles.keys), descriptor(task.v, tiles.keys),
-        descriptor(task.d_out, ROWS), descriptor(dq, ROWS), task.stats, row_slopes, task.q_spans, task.q_doc,
-        task.k_doc, task.slopes, T, S, H, H // G, *task.scalars, n_tiles, B * H, group, task.stats.shape[3],
-        tiles.keys, padded(D), padded(E), tiles.key_stages, tiles.registers, *task.masks, **task.options,
-    )  # fmt: skip
-    return row_slopes
+    def dq(self, dq: Tensor, row_slopes: Tensor | None) -> Launch | None:
+        """With ALiBi also each row's share of the slope's gradient [B, H, T]."""
+        tiles, (B, T, H, D), (S, G), E = self.tiles, self.q.shape, self.k.shape[1:3], self.v.shape[3]
+        n_tiles = -(-T // tiles.rows)
+        group = heads_at_a_time(B * H, H // G, S, D + E, BACKWARD_L2_BYTES)
+        given = (
+            descriptor(self.q, ROWS), descriptor(self.k, tiles.keys), descriptor(self.v, tiles.keys),
+            descriptor(self.d_out, ROWS), descriptor(dq, ROWS), self.stats, row_slopes, self.q_spans, self.q_doc,
+            self.k_doc, self.slopes, T, S, H, H // G, *self.scalars, n_tiles, B * H, group, self.stats.shape[3],
+            tiles.keys, padded(D), padded(E), tiles.key_stages, tiles.registers, *self.masks,
+        )  # fmt: skip
+        return first(dq_kernel, n_tiles * B * H, given, self.options)
 
 
 def _numbers(x: Tensor, length: int) -> TensorDescriptor:

@@ -5,7 +5,6 @@ Legend: B batch, T queries, S keys, H query heads, G key/value heads, D head dim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,35 +12,30 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import driver
 
 from ..spec import AttentionSpec
 from ..triton.launch import parse_spec
 from .backend import tiles_of
 from .forward import forward_kernel
 from .order import schedule
+from .plan import Launch, Plans, alike, first
 from .tiles import ROWS, Tiles, heads_at_a_time, padded
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-_LAUNCHES_LIMIT = 4096
 FURTHEST = 2**30  # no sum of positions leaves 32 bits; a window as wide as that hides nothing
 
 
 @dataclass(frozen=True, slots=True)
-class _Launch:
-    """What calls with the same shapes, strides and spec have in common.
+class _Plan:
+    """launch  the kernel; order: who does what, which it reads from memory"""
 
-    run      launches the compiled kernel
-    order    who does what; rest: what the kernel takes after its pointers
-    layouts  (shape, strides) of q, k, v and the output
-    """
-
-    run: Callable[..., object]
+    launch: Launch
     order: Tensor
-    rest: tuple[object, ...]
-    layouts: tuple[tuple[tuple[int, ...], list[int]], ...]
 
 
-_launches: dict[tuple[object, ...], _Launch] = {}
+_plans: Plans[_Plan] = Plans()
+_recorded: dict[int, Tensor] = {}  # orders that a CUDA graph reads whenever it is replayed, by id
 
 
 def forward(
@@ -73,15 +67,11 @@ def forward(
     if tile_span is not None:
         q_doc, k_doc, tile_span = (per_batch(x, B) for x in (q_doc, k_doc, tile_span))
 
-    key = (
-        spec, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, q.device.index,
-        (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16,
-        *(None if x is None else (x.dtype, x.data_ptr() % 16) for x in (tile_span, q_doc, k_doc, slopes, sinks)),
-    )  # fmt: skip
-    known = _launches.get(key)
-    if known is not None:
-        views = [Rows(x, *layout) for x, layout in zip((q, k, v, out), known.layouts)]
-        known.run(*views, lse, known.order, tile_span, q_doc, k_doc, slopes, sinks, *known.rest)
+    key = spec, alike(q, k, v, tile_span, q_doc, k_doc, slopes, sinks)
+    plan = _plans.get(key)
+    if plan is not None:
+        stream = plan.launch(q, k, v, out, lse, plan.order, tile_span, q_doc, k_doc, slopes, sinks)
+        _keep(plan.order, stream)
         return out, lse
 
     read = [loadable(x) for x in (q, k, v)]
@@ -92,15 +82,21 @@ def forward(
     programs, order, rest, options = arguments(parsed, tiles, q, k, v)
     rows = (ROWS, tiles.columns, tiles.columns, ROWS)
     descriptors = [descriptor(x, n) for x, n in zip((q, k, v, out), rows)]
-    compiled = forward_kernel[(programs,)](
-        *descriptors, lse, order, tile_span, q_doc, k_doc, slopes, sinks, *rest, **options
-    )
-    if compiled is not None:  # None: somebody only wanted to see what would be compiled
-        if len(_launches) >= _LAUNCHES_LIMIT:
-            _launches.clear()
-        layouts = tuple((tuple(x.shape), strides_of(x)) for x in (q, k, v, out))
-        _launches[key] = _Launch(compiled[(programs, 1, 1)], order, rest, layouts)
+    given = (*descriptors, lse, order, tile_span, q_doc, k_doc, slopes, sinks, *rest)
+    launch = first(forward_kernel, programs, given, options)
+    if launch is not None:
+        _plans.put(key, _Plan(launch, order))
+        _keep(order, driver.active.get_current_stream(q.device.index))
     return out, lse
+
+
+def _keep(order: Tensor, stream: int) -> None:
+    """Plans are forgotten, and with them their orders, which lie in memory of the default stream (0): who else reads
+    them has to be known before."""
+    if stream and torch.cuda.is_current_stream_capturing():
+        _recorded[id(order)] = order
+    elif stream:
+        order.record_stream(torch.cuda.current_stream(order.device))
 
 
 def arguments(
@@ -130,7 +126,9 @@ def _order(
     spec: AttentionSpec, T: int, S: int, n_heads: int, group: int, programs: int, rows: int, columns: int,
     device: torch.device,
 ) -> Tensor:  # fmt: skip
-    return torch.from_numpy(schedule(spec, T, S, n_heads, group, programs, rows, columns)).to(device)
+    order = torch.from_numpy(schedule(spec, T, S, n_heads, group, programs, rows, columns))
+    with torch.cuda.stream(torch.cuda.default_stream(device) if device.type == "cuda" else None):
+        return order.to(device)
 
 
 @lru_cache(maxsize=64)
@@ -147,6 +145,8 @@ def per_batch(x: Tensor | None, B: int) -> Tensor | None:
 
 def loadable(x: Tensor) -> Tensor:
     """x as TMA can read it: rows of adjacent elements that begin at multiples of 16 bytes. Copies what is otherwise."""
+    if x.is_contiguous() and x.shape[3] % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
     aligned = all(stride > 0 and stride % 8 == 0 for size, stride in zip(x.shape[:3], x.stride()[:3]) if size > 1)
     if aligned and x.stride(3) == 1 and x.data_ptr() % 16 == 0:
         return x
@@ -157,20 +157,6 @@ def strides_of(x: Tensor) -> list[int]:
     """Of an axis with one element any stride will do, but TMA looks at it: let it be a row."""
     width = x.shape[3]
     return [stride if size > 1 else width for size, stride in zip(x.shape[:3], x.stride()[:3])] + [1]
-
-
-class Rows:
-    """What a compiled kernel's launcher reads of a descriptor. Its own class checks and copies, at several times the
-    cost."""
-
-    __slots__ = ("base", "shape", "strides")
-    padding = "zero"
-    round_f32_to_tf32 = False
-
-    def __init__(self, x: Tensor, shape: Sequence[int], strides: Sequence[int]) -> None:
-        self.base = x
-        self.shape = shape
-        self.strides = strides
 
 
 def descriptor(x: Tensor, rows: int) -> TensorDescriptor:

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..spec import AttentionSpec
 from ..triton import launch as portable
 from ..triton.operator import backward_op as portable_backward_op
 from .backend import takes_gluon_backward
@@ -56,13 +57,20 @@ def _gradients(ours, theirs, ctx, d_out, d_lse):
 _forward_op.register_autograd(partial(_gradients, _backward_op, portable_backward_op), setup_context=_save)
 
 
+def _on_its_device(run, x, inputs):
+    """Triton launches on the current device. Changing it costs as much as a launch, so only where it is another."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return run(*inputs)
+    with torch.cuda.device_of(x):
+        return run(*inputs)
+
+
 class _Eager(torch.autograd.Function):
     """The same without the dispatcher, which costs several times what the kernel's launch does."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device
-            output = forward(*inputs)
+        output = _on_its_device(forward, inputs[0], inputs)
         _save(ctx, inputs, output)
         return output
 
@@ -70,16 +78,28 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, *gradients):
         if torch.is_grad_enabled():  # create_graph=True: torch's own once_differentiable would let autograd.grad pass
             raise RuntimeError("hopper attention has no second derivative; backend='reference' has")
-        with torch.cuda.device_of(gradients[0]):
-            return _gradients(backward, portable.backward, ctx, *gradients)
+        return _on_its_device(_gradients, gradients[0], (backward, portable.backward, ctx, *gradients))
 
 
-def hopper_attention(q: Tensor, *rest: Tensor | str | None) -> tuple[Tensor, Tensor]:
+def hopper_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    *rest: Tensor | None,
+    spec: AttentionSpec,
+) -> tuple[Tensor, Tensor]:
     """`forward`, differentiable: as an operator while torch.compile traces, directly otherwise."""
-    inputs = (q, *rest)
     if torch.compiler.is_compiling():
-        return _forward_op(*inputs)
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return _forward_op(q, k, v, slopes, sinks, *rest, portable.spec_text(spec))
+    inputs = (q, k, v, slopes, sinks, *rest, portable.cached_spec_text(spec))
+    if torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (slopes is not None and slopes.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
+    ):
         return _Eager.apply(*inputs)
-    with torch.cuda.device_of(q):
-        return forward(*inputs)
+    return _on_its_device(forward, q, inputs)
