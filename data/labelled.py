@@ -19,14 +19,13 @@ from torch import Tensor
 
 from .batch import BatchT_co
 from .examples import ExampleStore
+from .lengths import padded_length, padded_lengths
 from .order import BucketedStream, hash_ints, permute
 from .shards import StoreError
 from .tokenizer import Frame
 from .writer import Split
 
 MOST_QUESTION = 3  # a question has at most one part in so many of the context
-
-_MULTIPLE = 16  # batches are padded to a multiple of this, so that their shapes are few
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,6 +89,11 @@ class Items(Protocol[BatchT_co]):
         """Tokens of each, int64."""
         ...
 
+    @property
+    def shapes(self) -> np.ndarray:
+        """Of each, an int64 that those have in common which alone would be padded alike; greater for longer ones."""
+        ...
+
     def batch(self, items: Sequence[int], indices: Sequence[int]) -> BatchT_co:
         """Those items as a batch; `indices` are their places in the stream."""
         ...
@@ -104,8 +108,8 @@ class ItemStream(Generic[BatchT_co]):
 
     def __init__(self, items: Items[BatchT_co], *, bucket: int, seed: int, shuffle: bool = True) -> None:
         self.items = items
-        padded = -(-items.lengths // _MULTIPLE)  # what is padded to one length is of one length: the more of chance
-        self._order = BucketedStream(padded, bucket=bucket, seed=seed if shuffle else None)
+        # What is padded to one length is of one length: the more of chance.
+        self._order = BucketedStream(items.shapes, bucket=bucket, seed=seed if shuffle else None)
 
     @property
     def n_sequences(self) -> int:
@@ -164,6 +168,7 @@ class TextItems:
         lengths = store.lengths(text)[self.records]
         self.n_cut = int((lengths > self._room).sum())
         self.lengths = np.minimum(lengths, self._room) + context - self._room
+        self.shapes = padded_lengths(self.lengths, context)
 
     def batch(self, items: Sequence[int], indices: Sequence[int]) -> LabelledBatch:
         records = [int(self.records[item]) for item in items]
@@ -207,6 +212,7 @@ class WindowItems:
         self._items, self._firsts, sizes = (np.array(column) for column in zip(*windows, strict=True))
         self._sizes = sizes
         self.lengths = sizes + special + questions[self._items]
+        self.shapes = padded_lengths(self.lengths, context)
         self.n_windows = dict(zip(self.records.tolist(), np.bincount(self._items).tolist(), strict=True))
         self.n_cut = int((store.lengths("question")[self.records] > self._most).sum())
 
@@ -299,8 +305,7 @@ def batch_of(
 ) -> LabelledBatch:
     """Rows side by side, padded on the right, to `limit` tokens at most. Without targets, as for a question that nobody
     has answered yet, they are [B, 0]."""
-    longest = max(len(row.tokens) for row in rows)
-    shape = (len(rows), max(longest, min(limit, -(-longest // _MULTIPLE) * _MULTIPLE)))
+    shape = (len(rows), padded_length(max(len(row.tokens) for row in rows), limit))
     tokens_BT = np.full(shape, pad, dtype=np.int64)
     types_BT = np.zeros(shape, dtype=np.int64)
     is_global_BT = np.zeros(shape, dtype=bool)

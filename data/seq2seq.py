@@ -14,10 +14,9 @@ from torch import Tensor
 
 from .batch import IGNORE
 from .examples import ExampleStore
+from .lengths import padded_length, padded_lengths
 from .tokenizer import Tokenizer
 from .writer import Split
-
-PAD_TO = 8  # lengths of batches are multiples of this: few different shapes, and rows that tensor cores like
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,6 +129,7 @@ class PairItems:
 
     n_cut    how many texts of each name are longer than the frame has room for
     lengths  tokens of each pair, special ones included
+    shapes   of each pair, a number that those have in common which alone would be padded alike
     """
 
     def __init__(self, store: ExampleStore, *, split: Split, frame: PairFrame) -> None:
@@ -137,9 +137,11 @@ class PairItems:
         self._rooms = {"source": frame.source_room, "target": frame.target_room}
         whole = {name: store.lengths(name)[self.records] for name in self._rooms}
         self.n_cut = {name: int((whole[name] > room).sum()) for name, room in self._rooms.items()}
-        around = frame.source_context + frame.target_context - sum(self._rooms.values())
-        kept = [np.minimum(whole[name], room) for name, room in self._rooms.items()]
-        self.lengths = kept[0] + kept[1] + around
+        mosts = {"source": frame.source_context, "target": frame.target_context}
+        framed = {name: np.minimum(whole[name], room) + mosts[name] - room for name, room in self._rooms.items()}
+        self.lengths = framed["source"] + framed["target"]
+        padded = {name: padded_lengths(framed[name], most) for name, most in mosts.items()}
+        self.shapes = padded["source"] * (frame.target_context + 1) + padded["target"]
 
     def pair(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of a source and its target, unframed."""
@@ -170,5 +172,4 @@ def pair_frame(
 
 
 def _padded(rows: Sequence[np.ndarray], most: int) -> int:
-    longest = max(len(row) for row in rows)
-    return max(longest, min(most, -(-longest // PAD_TO) * PAD_TO))
+    return padded_length(max(len(row) for row in rows), most)

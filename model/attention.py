@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,11 @@ class _Group:
     variants: dict[tuple[bool, bool, bool], AttentionSpec]
 
 
+@lru_cache(maxsize=1024)
 def effective(spec: AttentionSpec, *, documents: bool, global_tokens: bool, training: bool) -> AttentionSpec:
     """The spec of one call: without document ids every row is one document, without flags no token is global,
-    and dropout belongs to training."""
+    and dropout belongs to training. Equal calls give one object: torch.compile knows a mask's spec by its identity,
+    and would make layers that differ in that alone a graph each."""
     return replace(
         spec,
         documents=spec.documents and documents,

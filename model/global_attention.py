@@ -31,12 +31,15 @@ from .attention import BackendChoice, effective
 from .config import HeadGroup
 from .positions import FixedTable, rotate, slope_table
 
+_FEWEST = 16  # rows, where there are more than one: what a tensor core multiplies
+
 
 @dataclass(frozen=True, slots=True)
 class GlobalRows:
     """Where the global tokens of a batch are.
 
-    index_BN   their indices, in order; rows of the batch that have fewer than N are filled up with other tokens
+    index_BN   their indices, in order; rows of the batch that have fewer than N are filled up with other tokens. N is 1
+               or a power of two from 16 on (at most T), so that few numbers reach a compiler
     is_one_BN  which of them are global tokens
     context    of their attention: N queries over T keys
     """
@@ -74,6 +77,8 @@ def find_global_rows(context: AttentionContext, shape: tuple[int, int], *, dista
     most = int(n_global_B.max())
     if most == 0:
         return None
+    if most > 1:
+        most = min(n_tokens, max(_FEWEST, 1 << (most - 1).bit_length()))
     index_BN = torch.argsort(is_global_BT, dim=1, descending=True, stable=True)[:, :most]
     is_one_BN = torch.arange(most, device=index_BN.device)[None] < n_global_B[:, None]
 

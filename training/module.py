@@ -35,6 +35,9 @@ from .schema import OptimizerConfig
 # A run whose every step is skipped learns nothing and says nothing; this many in a row end it.
 MAX_SKIPS_IN_A_ROW = 50
 
+# Of a kind of block. 36 lengths are the most of 16,384 tokens, in steps and in validation.
+MAX_GRAPHS = 96
+
 
 class NonFinite(RunFailed):
     """A NaN or infinite loss or gradient."""
@@ -212,16 +215,26 @@ def blocks_of(model: Model) -> list[nn.Module]:
 
 
 def checkpoint_activations(model: Model) -> None:
-    """Each block keeps only its input and is run again in the backward pass (Chen et al. 2016, arXiv 1604.06174)."""
+    """Each block keeps only its input and is run again in the backward pass (Chen et al. 2016, arXiv 1604.06174).
+
+    After `compile_blocks`, if at all.
+    """
     for block in blocks_of(model):
         forward: Callable[..., Any] = block.forward
         block.forward = partial(checkpoint, forward, use_reentrant=False)
 
 
 def compile_blocks(model: Model) -> None:
-    """`nn.Module.compile` per block: short compilations shared by equal blocks, and clean names in the state dict."""
+    """Compiles each block's forward pass: short compilations that equal blocks share, clean names in the state dict.
+
+    Before `checkpoint_activations`, which runs what was compiled a second time: torch.compile traces nothing that a
+    checkpoint calls. Each shape of a batch has a graph of its own (lengths are part of what masks are found by), so
+    padded batches have few (`data.lengths`); torch's limit, 8 for a function, leaves what comes later uncompiled.
+    """
+    torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     for block in blocks_of(model):
-        block.compile()
+        forward: Callable[..., Any] = block.forward
+        block.forward = torch.compile(forward, dynamic=False)
 
 
 def _ranges(indices: Sequence[int]) -> str:

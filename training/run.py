@@ -315,11 +315,11 @@ def _model(config: RunConfig, origin: Origin, arithmetic: Arithmetic) -> tuple[M
         model.load_state_dict(weights)
     model.to(arithmetic.parameters).train()
     set_backends(model, config)
-    if config.trainer.activation_checkpointing:
-        checkpoint_activations(model)
     if config.trainer.compile:
         torch.compiler.reset()  # a process that trains many models would run into torch's limit of recompilations
         compile_blocks(model)
+    if config.trainer.activation_checkpointing:
+        checkpoint_activations(model)
     return model, change
 
 

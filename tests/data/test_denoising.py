@@ -18,7 +18,7 @@ from longspan.data.batch import IGNORE
 from longspan.data.denoising import DenoisedDataset, Denoiser, Denoising, SentenceTable
 from longspan.data.loader import PackedDataset
 from longspan.data.prepare import PrepareSettings, TokenizerSettings, prepare
-from longspan.data.seq2seq import PAD_TO, PairFrame, pair_frame
+from longspan.data.seq2seq import PairFrame, pair_frame
 from longspan.data.sources import SourceSpec
 from longspan.data.tokenizer import Tokenizer, byte_level, train_bpe
 
@@ -141,7 +141,7 @@ def test_a_batch_is_framed_shifted_and_padded() -> None:
     frame = PairFrame(before=(0,), after=(2,), begin=(0,), end=2, start=2, is_global=True, **WIDE)
     short, long = np.array([5, 6]), np.arange(10, 19)
     batch = frame.batch([(short, long), (long, short)], [7, 3])
-    assert batch.source_BS.shape == (2, 2 * PAD_TO)
+    assert batch.source_BS.shape == (2, 16)
     assert batch.source_BS[0].tolist() == [0, 5, 6, 2] + [2] * 12
     assert batch.source_lengths_B.tolist() == [4, 11]
     assert batch.decoder_input_BT[1, :4].tolist() == [2, 0, 5, 6]

@@ -186,7 +186,7 @@ def test_global_rows_cost_their_number_times_the_tokens(monkeypatch: pytest.Monk
     model, tokens = built(DILATED), drawn(3)
     with torch.no_grad():
         model(tokens, AttentionContext(is_global=flags((0, 9, 11), (2,), ())))
-        assert asked == [(3, 3, T)] * 2  # once a layer: heads that differ in their window alone are one call
+        assert asked == [(3, 16, T)] * 2  # once a layer (three as 16): heads that differ in window alone are one call
         model(tokens, AttentionContext(is_global=flags((), (), ())))
         model(tokens)
     assert len(asked) == 2
