@@ -1,10 +1,10 @@
 """One decoder, one budget of tokens, two context lengths: what the longer one is worth.
 
     python -m longspan.benchmarks.context_lengths data.path=NOVELS [contexts=512,2048] [share=0.5] [words=0,8,30,120]
-        [again=4] [documents=20000] [tokens=32768] [seed=0] [runs=DIR] [any key of `longspan train`]
+        [again=4] [documents=60000] [tokens=32768] [seed=0] [runs=DIR] [any key of `longspan train`]
 
 Each context is a run of `longspan train experiment=context_lengths` on the same mixture: the text of `data.path`, and
-`documents` made ones of 1 to 16 facts that come back in them (`longspan.data.synthetic.recall_text`), without which so
+`documents` made ones of 1 to 8 facts that come back in them (`longspan.data.synthetic.recall_text`), without which so
 small a decoder learns to retrieve nothing. A run that is finished already in `runs` is not trained again.
 
 share      of the tokens that are of made documents
@@ -31,12 +31,13 @@ from .arguments import split_arguments
 from .runs import train_once
 
 OWN = ("contexts", "documents", "share", "words", "again", "tokens", "seed", "runs", "data.path")
-FACTS = (1, 2, 4, 8, 16)
+# As many tokens of each number of facts: in long texts few questions are near their facts.
+FACTS = (1,) * 8 + (2,) * 4 + (4,) * 2 + (8,)
 FIRST_SEED = 1_000_000  # far from the seeds that evaluations draw from
 
 
 def made_documents(number: int, words: Sequence[int], again: int, seed: int) -> list[str]:
-    """Of each number of facts and of words around a fact alike."""
+    """Of each number of words around a fact alike, and of facts as `FACTS` has them."""
     documents = []
     for index in range(number):
         facts, around = FACTS[index % len(FACTS)], words[index // len(FACTS) % len(words)]
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     seed, share, tokens = int(own.get("seed", "0")), float(own.get("share", "0.5")), int(own.get("tokens", "32768"))
     words = [int(each) for each in own.get("words", "0,8,30,120").split(",")]
-    again, number = int(own.get("again", "4")), int(own.get("documents", "20000"))
+    again, number = int(own.get("again", "4")), int(own.get("documents", "60000"))
     runs = Path(own.get("runs", "runs/context_lengths"))
     recipe = f"{'_'.join(map(str, words))}-{again}-{number}-{seed}"
     made = runs / f"documents-{recipe}.jsonl"
