@@ -4,16 +4,15 @@
         [again=4] [documents=60000] [tokens=32768] [seed=0] [runs=DIR] [any key of `longspan train`]
 
 Each context is a run of `longspan train experiment=context_lengths` on the same mixture: the text of `data.path`, and
-`documents` made ones of 1 to 8 facts that come back in them (`longspan.data.synthetic.recall_text`), without which so
-small a decoder learns to retrieve nothing. A run that is finished already in `runs` is not trained again.
+`documents` made ones of 1 to 8 facts that come back in them (`longspan.data.synthetic.recall_text`). A run that is
+finished already in `runs` is not trained again.
 
 share      of the tokens that are of made documents
-words      of text around a fact, as many in one document as in another of each kind; 0: facts alone, which are learned
-           from first
+words      of text around a fact, each of these in as many documents; 0: facts alone
 again      how often a fact comes back in its document, said once more or asked for
 tokens     in a step
 
-`data.tokenizer.digits=merged` is a tokenizer like any other; the experiment has single ones. Measured afterwards by
+The experiment's tokenizer has a token for each digit; `data.tokenizer.digits=merged` merges them. Measured afterwards by
 `longspan evaluate checkpoints=[…]`, whose questions are drawn from other seeds.
 """
 
