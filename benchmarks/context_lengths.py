@@ -12,8 +12,8 @@ words      of text around a fact, each of these in as many documents; 0: facts a
 again      how often a fact comes back in its document, said once more or asked for
 tokens     in a step
 
-The experiment's tokenizer has a token for each digit; `data.tokenizer.digits=merged` merges them. Measured afterwards by
-`longspan evaluate checkpoints=[…]`, whose questions are drawn from other seeds.
+The experiment's tokenizer has a token for each digit; `data.tokenizer.digits=merged` merges them. Measured afterwards
+by `longspan evaluate checkpoints=[…]`, whose questions are drawn from other seeds.
 """
 
 from __future__ import annotations

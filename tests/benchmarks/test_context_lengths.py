@@ -18,8 +18,9 @@ def test_documents_have_each_number_of_facts_with_each_number_of_words_around_th
     assert made_documents(60, (0, 40), 2, seed=4) != documents
     values = [re.findall(r"\b\d{7}\b|(?<=The pass key is )\d+(?=\.)", each) for each in documents]
     assert [len(set(each)) for each in values] == [1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 4, 4, 8] * 4
-    for index, words in ((14, 0), (29, 320), (44, 0), (59, 320)):
-        assert documents[index] == recall_text(words, 8, again=2, seed=1_000_003, index=index)
+    for index, facts, words in ((13, 4, 0), (14, 8, 0), (28, 4, 160), (59, 8, 320)):
+        assert documents[index] == recall_text(words, facts, again=2, seed=1_000_003, index=index)
+
 
 
 def test_each_context_is_a_run_on_the_same_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
