@@ -22,7 +22,6 @@ def test_documents_have_each_number_of_facts_with_each_number_of_words_around_th
         assert documents[index] == recall_text(words, facts, again=2, seed=1_000_003, index=index)
 
 
-
 def test_each_context_is_a_run_on_the_same_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
