@@ -50,8 +50,13 @@ for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor", "rshif
 
 
 class Block(np.ndarray):
+    """In fp32, rounded to fp16 where a kernel converts to that."""
+
     def to(self, dtype: object) -> Block:
-        return self
+        if dtype != "fp16":
+            return self
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, as on a GPU
+            return block(self.astype(np.float16).astype(np.float32))
 
 
 def block(x: Any) -> Block:
@@ -97,9 +102,10 @@ class Shared:
 class Descriptor:
     """Of a tensor [B, T, H, D], read and written in blocks [1, rows, 1, width]."""
 
-    dtype, layout = "fp32", None
+    layout = None
 
     def __init__(self, data: np.ndarray, rows: int, width: int) -> None:
+        self.dtype = "fp16" if data.dtype == np.float16 else "fp32"
         self.data, self.block = data, (rows, width)
         self.block_type = types.SimpleNamespace(nbytes=rows * width * 2)
 

@@ -134,6 +134,26 @@ def _flat(x: object) -> Iterator[object]:
         yield x
 
 
+@pytest.mark.parametrize("metas", [METAS, []], ids=["descriptors", "addresses"])
+def test_launches_of_two_threads_do_not_mix(given: list[Any], metas: list[dict[str, object]]) -> None:
+    signature = SIGNATURE if metas else {"X": "*bf16", "S": "*fp32"} | dict(list(SIGNATURE.items())[2:])
+    calls = [tensors(), tensors()]
+    filled = [arguments(*x) if metas else [*x[:2], *arguments(*x)[2:]] for x in calls]
+    known = plan.Launch(compiled(signature, metas), 1, filled[0])
+    expected = []
+    for q, s, out, slopes in calls:
+        known(q, s, out, None, slopes)
+        expected.append(given[-1])
+    (q, s, out, slopes), other = calls
+
+    def meanwhile() -> int:
+        known(*other[:3], None, other[3])
+        return slopes.data_ptr()
+
+    known(q, s, out, None, SimpleNamespace(data_ptr=meanwhile))  # pyright: ignore[reportArgumentType]: all it needs
+    assert given[-2:] == expected[::-1]
+
+
 def test_launches_that_are_not_understood_are_refused(given: list[object]) -> None:
     with pytest.raises(ValueError, match="scratch memory"):
         plan.Launch(compiled(global_scratch_size=128), 1, arguments(*tensors()))

@@ -23,7 +23,7 @@ _EVERYWHERE = 2**31 - 1
 
 
 class Hopper:
-    """Fused forward and backward pass in Triton Gluon; gradients in fp16 by the kernels of `triton`.
+    """Fused forward and backward pass in Triton Gluon.
 
     Memory is O(T + S), weights of a tile that nobody sees are never computed, and results are bit-identical from run
     to run, gradients included.
@@ -49,7 +49,6 @@ class Hopper:
         dtypes={"cuda": (torch.bfloat16, torch.float16)},
         max_head_dim=LARGEST,
         head_dim_multiple=8,
-        notes={Feature.BACKWARD: "float16 by triton's kernels"},
     )
 
     def __init__(self) -> None:
@@ -110,12 +109,6 @@ _NOTHING = Plan()
 
 def tiles_of(spec: AttentionSpec, head_dim: int) -> Tiles:
     return choose(head_dim, edges=spec.documents or spec.window.left is not None)
-
-
-def takes_gluon_backward(dtype: torch.dtype) -> bool:
-    """Do the gradients come from this backend's kernels? If not, from `triton`'s; both are deterministic."""
-    # On an H100 they were held to fp64 in bf16 only (docs/log.md); in fp16 they have yet to run on a GPU.
-    return dtype == torch.bfloat16
 
 
 def _missing() -> str:

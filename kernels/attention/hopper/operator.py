@@ -1,5 +1,5 @@
-"""The launch as torch sees it: differentiable, and an operator, `longspan::hopper_attention`, that is opaque to
-torch.compile. Its backward is one, too, or (fp16) the `triton` backend's, given this forward pass's output and lse."""
+"""The launches as torch sees them: differentiable, and two operators, `longspan::hopper_attention` and its backward,
+which are opaque to torch.compile."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from ..spec import AttentionSpec
-from ..triton import launch as portable
-from ..triton.operator import backward_op as portable_backward_op
-from .backend import takes_gluon_backward
+from ..triton.launch import cached_spec_text, spec_text
 from .backward_launch import backward
 from .launch import forward
 
@@ -36,14 +34,9 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*output, *tensors)
 
 
-def _gradients(ours, theirs, ctx, d_out, d_lse):
+def _gradients(run, ctx, d_out, d_lse):
     out, lse, q, k, v, slopes, sinks, *documents = ctx.saved_tensors
-    given = (d_out, d_lse, out, lse, q, k, v, slopes, sinks)
-    if takes_gluon_backward(q.dtype):
-        found = ours(*given, *documents, ctx.spec)
-    else:
-        found = theirs(*given, None, None, None, *documents, None, None, None, None, None, None, 0, 0, ctx.spec)
-    dq, dk, dv, d_slopes, d_sinks = found
+    dq, dk, dv, d_slopes, d_sinks = run(d_out, d_lse, out, lse, q, k, v, slopes, sinks, *documents, ctx.spec)
     return (
         dq,
         dk,
@@ -54,7 +47,7 @@ def _gradients(ours, theirs, ctx, d_out, d_lse):
     )
 
 
-_forward_op.register_autograd(partial(_gradients, _backward_op, portable_backward_op), setup_context=_save)
+_forward_op.register_autograd(partial(_gradients, _backward_op), setup_context=_save)
 
 
 def _on_its_device(run, x, inputs):
@@ -78,7 +71,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, *gradients):
         if torch.is_grad_enabled():  # create_graph=True: torch's own once_differentiable would let autograd.grad pass
             raise RuntimeError("hopper attention has no second derivative; backend='reference' has")
-        return _on_its_device(_gradients, gradients[0], (backward, portable.backward, ctx, *gradients))
+        return _on_its_device(_gradients, gradients[0], (backward, ctx, *gradients))
 
 
 def hopper_attention(
@@ -92,8 +85,8 @@ def hopper_attention(
 ) -> tuple[Tensor, Tensor]:
     """`forward`, differentiable: as an operator while torch.compile traces, directly otherwise."""
     if torch.compiler.is_compiling():
-        return _forward_op(q, k, v, slopes, sinks, *rest, portable.spec_text(spec))
-    inputs = (q, k, v, slopes, sinks, *rest, portable.cached_spec_text(spec))
+        return _forward_op(q, k, v, slopes, sinks, *rest, spec_text(spec))
+    inputs = (q, k, v, slopes, sinks, *rest, cached_spec_text(spec))
     if torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad
