@@ -25,7 +25,15 @@ from longspan.kernels.attention import (
 from longspan.kernels.attention.backend import Feature
 from longspan.kernels.attention.hopper import backend as hopper
 from longspan.kernels.attention.hopper.order import schedule, visits
-from longspan.kernels.attention.hopper.tiles import BACKWARD_L2_BYTES, HEAD_DIMS, ROWS, choose, heads_at_a_time, padded
+from longspan.kernels.attention.hopper.tiles import (
+    BACKWARD_L2_BYTES,
+    HEAD_DIMS,
+    ROWS,
+    BackwardTiles,
+    choose,
+    heads_at_a_time,
+    padded,
+)
 from longspan.kernels.attention.plan import make_plan
 from longspan.kernels.attention.registry import get
 
@@ -252,6 +260,20 @@ def test_spans_of_tiles_bound_the_spans_of_their_rows() -> None:
     for i, part in enumerate(spans.split(64, dim=1)):
         expected = (part[..., 0].amin(1), part[..., 1].amax(1), part[..., 2].amin(1), part[..., 3].amax(1))
         assert torch.equal(tiles[:, i], torch.stack(expected, dim=-1))
+
+
+def test_spans_of_tiles_are_derived_once_for_a_context() -> None:
+    spec, ids = AttentionSpec(causal=True, documents=True), torch.arange(300)[None] // 70
+    context, cpu = AttentionContext(q_documents=ids, kv_documents=ids), torch.device("cpu")
+    plan = make_plan(context, spec, 300, 300, cpu)
+    assert plan.q_span is not None
+    assert plan.k_span is not None
+    found = hopper._documents(context, spec, 300, 300, cpu, 192)
+    of_rows = ((plan.q_span, 192), (plan.q_span, BackwardTiles.rows), (plan.k_span, BackwardTiles.rows))
+    expected = (plan.q_doc, plan.k_doc, *(hopper.spans_of_tiles(x, rows) for x, rows in of_rows))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True) if x is not None and y is not None)
+    assert hopper._documents(context, spec, 300, 300, cpu, 192) is found
+    assert hopper._documents(context, spec, 300, 300, cpu, BackwardTiles.rows)[2].shape[1] == 3
 
 
 # -- the backend -------------------------------------------------------------------------------------------------------

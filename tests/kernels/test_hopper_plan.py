@@ -16,7 +16,6 @@ pytest.importorskip("triton.experimental.gluon")
 
 from longspan.kernels.attention import AttentionSpec, Window
 from longspan.kernels.attention.hopper import backward_launch, launch, plan
-from longspan.kernels.attention.hopper.backend import spans_of_tiles
 from longspan.kernels.attention.triton.launch import spec_text
 
 CAUSAL = AttentionSpec(causal=True)
@@ -162,6 +161,9 @@ def test_launches_that_are_not_understood_are_refused(given: list[object]) -> No
 # -- which calls share a plan ------------------------------------------------------------------------------------------
 
 
+LAYOUT = ("shape", "dtype", "stride", "is_contiguous", "data_ptr")
+
+
 def _alike(x: Tensor, y: Tensor) -> bool:
     strides = [[s for n, s in zip(z.shape, z.stride()) if n > 1] for z in (x, y)]
     places = [z.data_ptr() % 16 for z in (x, y)]
@@ -182,6 +184,9 @@ def test_layouts_are_equal_where_all_that_matters_is() -> None:
             assert _alike(x, y), (x.shape, x.stride(), y.stride())
     assert plan.layout(drawn[0]) == plan.layout(torch.zeros(2, 3, 4, 8, dtype=torch.bfloat16))
     assert plan.layout(None) != plan.layout(drawn[0])
+    one, other = (SimpleNamespace(**{n: getattr(base, n) for n in LAYOUT}, get_device=lambda i=i: i) for i in (0, 1))
+    assert plan.alike(one) == plan.alike(one)  # pyright: ignore[reportArgumentType]: all that it reads
+    assert plan.alike(one) != plan.alike(other)  # pyright: ignore[reportArgumentType]
     assert plan.alike(drawn[0], None, drawn[1]) != plan.alike(drawn[0], drawn[1], None)
 
 
@@ -196,6 +201,7 @@ class Call:
     shifted: str = ""  # by eight bytes from a multiple of 16: of those of which no copy is made
     slopes: torch.dtype = torch.float32
     ids: torch.dtype = torch.int32
+    lse_used: bool = True
 
 
 DOCUMENTS, ALIBI, SINKS = (
@@ -219,6 +225,7 @@ CALLS = [
     ),
     Call(AttentionSpec(causal=False, window=Window(right=7))),
     Call(dtype=torch.float16),
+    Call(lse_used=False),
     *(Call(heads_first=name) for name in "qkv"),
     Call(DOCUMENTS),
     Call(DOCUMENTS, ids=torch.int64),
@@ -239,8 +246,8 @@ def place(x: Tensor, shifted: bool) -> Tensor:
     return room[8 // x.element_size() :].view(x.shape).copy_(x)
 
 
-def inputs(call: Call) -> tuple[tuple[Any, Any, Any, Any, Any], tuple[Any, Any, Any, Any], Tensor | None]:
-    """(q, k, v, slopes, sinks), (q_doc, k_doc, q_span, k_span), spans of tiles."""
+def inputs(call: Call) -> tuple[tuple[Any, Any, Any, Any, Any], tuple[Any, Any, Any, Any, Any]]:
+    """(q, k, v, slopes, sinks), (q_doc, k_doc, and the spans of tiles)."""
     B, T, S, H, G, D, E = call.sizes
     made = {}
     for name, size in (("q", (B, T, H, D)), ("k", (B, S, G, D)), ("v", (B, S, G, E))):
@@ -248,12 +255,11 @@ def inputs(call: Call) -> tuple[tuple[Any, Any, Any, Any, Any], tuple[Any, Any, 
         made[name] = x.transpose(1, 2).contiguous().transpose(1, 2) if name in call.heads_first else x
     slopes = place(torch.ones(H, dtype=call.slopes), "s" in call.shifted) if call.spec.alibi else None
     sinks = place(torch.ones(H, dtype=call.slopes), "i" in call.shifted) if call.spec.learned_sink else None
-    documents, tiles = (None, None, None, None), None
+    documents = (None, None, None, None, None)
     if call.spec.documents:
-        q_span, k_span = (torch.zeros(B, n, 4, dtype=torch.int32) for n in (T, S))
-        documents = torch.zeros(B, T, dtype=call.ids), torch.zeros(B, S, dtype=call.ids), q_span, k_span
-        tiles = spans_of_tiles(q_span, 128)
-    return (made["q"], made["k"], made["v"], slopes, sinks), documents, tiles
+        spans = [torch.zeros(B, -(-n // 128), 4, dtype=torch.int32) for n in (T, T, S)]
+        documents = torch.zeros(B, T, dtype=call.ids), torch.zeros(B, S, dtype=call.ids), spans[0], spans[1], spans[2]
+    return (made["q"], made["k"], made["v"], slopes, sinks), documents
 
 
 class Known:
@@ -287,13 +293,14 @@ def test_plans_serve_the_same_call_again_and_no_other(monkeypatch: pytest.Monkey
     new = 0
     for again in (False, True):
         for call in CALLS:
-            (q, k, v, slopes, sinks), documents, tiles = inputs(call)
+            (q, k, v, slopes, sinks), (q_doc, k_doc, spans, q_spans, k_spans) = inputs(call)
             text = spec_text(call.spec)
-            out, lse = launch.forward(q, k, v, slopes, sinks, *documents, tiles, text)
-            given = (torch.zeros_like(out), torch.zeros_like(lse), out, lse, q, k, v, slopes, sinks, *documents, text)
-            backward_launch.backward(*given)
-            # The backward kernels do not read sinks.
-            new += 0 if again else 1 if call in OTHER_SINKS else 4
+            out, lse = launch.forward(q, k, v, slopes, sinks, q_doc, k_doc, spans, q_spans, k_spans, text)
+            d_lse = torch.zeros_like(lse) if call.lse_used else None
+            saved = (out, lse, q, k, v, slopes, sinks, q_doc, k_doc, q_spans, k_spans)
+            backward_launch.backward(torch.zeros_like(out), d_lse, *saved, text)
+            # The forward pass does not read the lse's gradient, nor the backward pass sinks.
+            new += 0 if again else 3 if not call.lse_used else 1 if call in OTHER_SINKS else 4
             assert len(made) == new, call
     assert all(known.served >= 1 for known in made)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..backend import AttentionCall, AttentionOutput, AttentionParams, Capabilities, Feature, Reason, check
 from ..context import AttentionContext
 from ..flash import interpreted, oldest_capability
-from ..plan import Plan, make_plan
+from ..plan import make_plan
 from ..spec import AttentionSpec
-from .tiles import LARGEST, Tiles, choose
+from .tiles import LARGEST, BackwardTiles, Tiles, choose
 
 _CAPABILITY = (9, 0)
 _EVERYWHERE = 2**31 - 1
@@ -84,27 +84,23 @@ class Hopper:
     ) -> AttentionOutput:
         from .operator import hopper_attention
 
-        plan, tile_span = _NOTHING, None
+        documents = _NONE
         if spec.documents:
             rows = tiles_of(spec, max(q_BTHD.shape[3], v_BSGE.shape[3])).rows
-            plan, tile_span = _plan(context, spec, q_BTHD.shape[1], k_BSGD.shape[1], q_BTHD.device, rows)
+            documents = _documents(context, spec, q_BTHD.shape[1], k_BSGD.shape[1], q_BTHD.device, rows)
         out_BTHE, lse_BHT = hopper_attention(
             q_BTHD,
             k_BSGD,
             v_BSGE,
             params.alibi_slopes if spec.alibi else None,
             params.sink_logits if spec.learned_sink else None,
-            plan.q_doc,
-            plan.k_doc,
-            plan.q_span,
-            plan.k_span,
-            tile_span,
+            *documents,
             spec=spec,
         )
         return AttentionOutput(out_BTHE, lse_BHT if return_lse else None)
 
 
-_NOTHING = Plan()
+_NONE = (None, None, None, None, None)
 
 
 def tiles_of(spec: AttentionSpec, head_dim: int) -> Tiles:
@@ -120,15 +116,20 @@ def _missing() -> str:
     return ""
 
 
-def _plan(
+def _documents(
     context: AttentionContext, spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.device, rows: int
-) -> tuple[Plan, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
+    """Ids of queries and of keys, and the spans of tiles: of `rows` queries, and of the backward pass's queries and
+    keys."""
     key = ("hopper", spec, n_queries, n_keys, rows)
     if key not in context.derived:
         plan = make_plan(context, spec, n_queries, n_keys, device)
-        if plan.q_span is None:
+        if plan.q_span is None or plan.k_span is None:
             raise ValueError("hopper: a plan of documents has no spans")
-        context.derived[key] = plan, spans_of_tiles(plan.q_span, rows)
+        forward = spans_of_tiles(plan.q_span, rows)
+        tall = BackwardTiles.rows
+        queries = forward if rows == tall else spans_of_tiles(plan.q_span, tall)
+        context.derived[key] = plan.q_doc, plan.k_doc, forward, queries, spans_of_tiles(plan.k_span, tall)
     return context.derived[key]  # pyright: ignore[reportReturnType]  # `derived` is untyped: each backend knows its keys
 
 

@@ -64,8 +64,9 @@ def stats_kernel(
     d_out = gl.load(D_OUT + b * do_b + h * do_h + (rows_64 * do_t)[:, None] + cols[None, :], mask=mask, other=0.0)
     row = head.to(gl.int64) * T + rows_64
     lse = gl.load(LSE + row, mask=there, other=float("inf"))
-    d_lse = gl.load(D_LSE + row, mask=there, other=0.0)
-    delta = d_lse - gl.sum(out.to(gl.float32) * d_out.to(gl.float32), 1)
+    delta = -gl.sum(out.to(gl.float32) * d_out.to(gl.float32), 1)
+    if D_LSE is not None:
+        delta = gl.load(D_LSE + row, mask=there, other=0.0) + delta
     stats = STATS + head.to(gl.int64) * 2 * rounded + rows_64
     gl.store(stats, gl.where(lse == -float("inf"), float("inf"), lse * LOG2E))
     gl.store(stats + rounded, delta)

@@ -14,7 +14,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..spec import AttentionSpec
 from ..triton.launch import parse_spec
-from .backend import spans_of_tiles
 from .backward import dkdv_kernel, dq_kernel, stats_kernel
 from .launch import FURTHEST, descriptor, loadable, per_batch
 from .plan import Launch, Plans, alike, first
@@ -25,7 +24,7 @@ STATS_ROWS = 32  # of a program
 
 def backward(
     d_out: Tensor,
-    d_lse: Tensor,
+    d_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
     q: Tensor,
@@ -35,24 +34,27 @@ def backward(
     sinks: Tensor | None,
     q_doc: Tensor | None,
     k_doc: Tensor | None,
-    q_span: Tensor | None,
-    k_span: Tensor | None,
+    q_spans: Tensor | None,
+    k_spans: Tensor | None,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, slopes [H] and sinks [H] (fp32; empty where there are none)."""
+    """Gradients of q, k, v, slopes [H] and sinks [H] (fp32; empty where there are none). The spans are those of tiles
+    of `BackwardTiles.rows` queries and keys (`spans_of_tiles`); d_lse None: the lse was not used."""
     (B, T, H, D), (S, G), E = q.shape, k.shape[1:3], v.shape[3]
     dq, dk, dv = q.new_empty(B, T, H, D), k.new_empty(B, S, G, D), v.new_empty(B, S, G, E)
-    d_slopes = q.new_zeros(0 if slopes is None else H, dtype=torch.float32)
-    d_sinks = q.new_zeros(0 if sinks is None else H, dtype=torch.float32)
+    d_slopes = q.new_empty(0 if slopes is None else H, dtype=torch.float32)
+    d_sinks = q.new_empty(0 if sinks is None else H, dtype=torch.float32)
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), d_slopes, d_sinks
+        return dq.zero_(), dk.zero_(), dv.zero_(), d_slopes.zero_(), d_sinks.zero_()
     q, k, v, d_out = loadable(q), loadable(k), loadable(v), loadable(d_out)
-    out, d_lse = out if out.stride(3) == 1 else out.contiguous(), d_lse.contiguous()
-    rows = BackwardTiles.rows
-    q_spans, k_spans = (None if x is None else per_batch(spans_of_tiles(x, rows), B) for x in (q_span, k_span))
-    q_doc, k_doc, slopes = per_batch(q_doc, B), per_batch(k_doc, B), None if slopes is None else slopes.contiguous()
-    stats = q.new_empty(B, H, 2, -(-T // rows) * rows, dtype=torch.float32)
-    row_slopes = None if slopes is None else q.new_empty(B, H, T, dtype=torch.float32)
+    out = out if out.stride(3) == 1 else out.contiguous()
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    if q_doc is not None:
+        q_doc, k_doc, q_spans, k_spans = (per_batch(x, B) for x in (q_doc, k_doc, q_spans, k_spans))
+    stats = q.new_empty(B, H, 2, -(-T // BackwardTiles.rows) * BackwardTiles.rows, dtype=torch.float32)
+    row_slopes = None
+    if slopes is not None:
+        slopes, row_slopes = slopes.contiguous(), q.new_empty(B, H, T, dtype=torch.float32)
 
     key = spec, alike(q, k, v, d_out, out, lse, d_lse, slopes, q_doc, k_doc, q_spans, k_spans)
     plan = _plans.get(key)
@@ -121,7 +123,7 @@ class Task:
     def options(self) -> dict[str, int]:
         return {"num_warps": 4, "maxnreg": self.tiles.compiled_registers}
 
-    def statistics(self, out: Tensor, lse: Tensor, d_lse: Tensor) -> Launch | None:
+    def statistics(self, out: Tensor, lse: Tensor, d_lse: Tensor | None) -> Launch | None:
         (B, T, H, E), rounded = out.shape, self.stats.shape[3]
         given = (
             out, self.d_out, lse, d_lse, self.stats, *out.stride()[:3], *self.d_out.stride()[:3], T, H, E, rounded,

@@ -46,13 +46,13 @@ def forward(
     sinks: Tensor | None,
     q_doc: Tensor | None,
     k_doc: Tensor | None,
-    q_span: Tensor | None,
-    k_span: Tensor | None,
-    tile_span: Tensor | None,
+    spans: Tensor | None,
+    q_spans: Tensor | None,
+    k_spans: Tensor | None,
     spec: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, T, H, E] in q's dtype, lse [B, H, T] fp32). The spans of rows and keys are the backward pass's;
-    `tile_span` [B, tiles of queries, 4] is what this pass reads of the documents."""
+    """(out [B, T, H, E] in q's dtype, lse [B, H, T] fp32). Of the documents `spans` [B, tiles of queries, 4]
+    (`spans_of_tiles`) are for this pass; `q_spans` and `k_spans` are for the backward pass."""
     B, T, H, _ = q.shape
     out = q.new_empty(B, T, H, v.shape[3])
     lse = q.new_empty(B, H, T, dtype=torch.float32)
@@ -64,25 +64,25 @@ def forward(
         slopes = slopes.contiguous()
     if sinks is not None:
         sinks = sinks.contiguous()
-    if tile_span is not None:
-        q_doc, k_doc, tile_span = (per_batch(x, B) for x in (q_doc, k_doc, tile_span))
+    if spans is not None:
+        q_doc, k_doc, spans = (per_batch(x, B) for x in (q_doc, k_doc, spans))
 
-    key = spec, alike(q, k, v, tile_span, q_doc, k_doc, slopes, sinks)
+    key = spec, alike(q, k, v, spans, q_doc, k_doc, slopes, sinks)
     plan = _plans.get(key)
     if plan is not None:
-        stream = plan.launch(q, k, v, out, lse, plan.order, tile_span, q_doc, k_doc, slopes, sinks)
+        stream = plan.launch(q, k, v, out, lse, plan.order, spans, q_doc, k_doc, slopes, sinks)
         _keep(plan.order, stream)
         return out, lse
 
     read = [loadable(x) for x in (q, k, v)]
     if any(x is not y for x, y in zip(read, (q, k, v))):
-        return forward(*read, slopes, sinks, q_doc, k_doc, q_span, k_span, tile_span, spec)
+        return forward(*read, slopes, sinks, q_doc, k_doc, spans, q_spans, k_spans, spec)
     parsed = parse_spec(spec)
     tiles = tiles_of(parsed, max(q.shape[3], v.shape[3]))
     programs, order, rest, options = arguments(parsed, tiles, q, k, v)
     rows = (ROWS, tiles.columns, tiles.columns, ROWS)
     descriptors = [descriptor(x, n) for x, n in zip((q, k, v, out), rows)]
-    given = (*descriptors, lse, order, tile_span, q_doc, k_doc, slopes, sinks, *rest)
+    given = (*descriptors, lse, order, spans, q_doc, k_doc, slopes, sinks, *rest)
     launch = first(forward_kernel, programs, given, options)
     if launch is not None:
         _plans.put(key, _Plan(launch, order))

@@ -3,8 +3,6 @@ which are opaque to torch.compile."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -18,36 +16,40 @@ _backward_op = torch.library.custom_op("longspan::hopper_attention_backward", ba
 
 
 @_forward_op.register_fake
-def _(q, k, v, slopes, sinks, q_doc, k_doc, q_span, k_span, tile_span, spec):
+def _(q, k, v, slopes, sinks, q_doc, k_doc, spans, q_spans, k_spans, spec):
     B, T, H = q.shape[:3]
     return q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, H, T, dtype=torch.float32)
 
 
 @_backward_op.register_fake
-def _(d_out, d_lse, out, lse, q, k, v, slopes, sinks, q_doc, k_doc, q_span, k_span, spec):
+def _(d_out, d_lse, out, lse, q, k, v, slopes, sinks, q_doc, k_doc, q_spans, k_spans, spec):
     per_head = (q.new_empty(0 if x is None else q.shape[2], dtype=torch.float32) for x in (slopes, sinks))
     return (*(x.new_empty(x.shape) for x in (q, k, v)), *per_head)
 
 
 def _save(ctx, inputs, output):
-    *tensors, _, ctx.spec = inputs
-    ctx.save_for_backward(*output, *tensors)
+    *tensors, _, q_spans, k_spans, ctx.spec = inputs
+    ctx.save_for_backward(*output, *tensors, q_spans, k_spans)
 
 
-def _gradients(run, ctx, d_out, d_lse):
-    out, lse, q, k, v, slopes, sinks, *documents = ctx.saved_tensors
-    dq, dk, dv, d_slopes, d_sinks = run(d_out, d_lse, out, lse, q, k, v, slopes, sinks, *documents, ctx.spec)
+def _gradients(run, saved, spec, d_out, d_lse):
+    """Of q, k, v, slopes and sinks."""
+    out, lse, q, k, v, slopes, sinks, *documents = saved
+    dq, dk, dv, d_slopes, d_sinks = run(d_out, d_lse, out, lse, q, k, v, slopes, sinks, *documents, spec)
     return (
         dq,
         dk,
         dv,
         None if slopes is None else d_slopes.to(slopes.dtype),
         None if sinks is None else d_sinks.to(sinks.dtype),
-        *(None for _ in range(6)),
     )
 
 
-_forward_op.register_autograd(partial(_gradients, _backward_op), setup_context=_save)
+def _traced_gradients(ctx, d_out, d_lse):
+    return *_gradients(_backward_op, ctx.saved_tensors, ctx.spec, d_out, d_lse), *(None for _ in range(6))
+
+
+_forward_op.register_autograd(_traced_gradients, setup_context=_save)
 
 
 def _on_its_device(run, x, inputs):
@@ -62,16 +64,20 @@ class _Eager(torch.autograd.Function):
     """The same without the dispatcher, which costs several times what the kernel's launch does."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _on_its_device(forward, inputs[0], inputs)
+    def forward(ctx, q, k, v, slopes, sinks, documents, spec):
+        inputs = (q, k, v, slopes, sinks, *documents, spec)
+        output = _on_its_device(forward, q, inputs)
         _save(ctx, inputs, output)
+        ctx.set_materialize_grads(False)  # zeros for an lse that nobody used would have to be written and read
         return output
 
     @staticmethod
-    def backward(ctx, *gradients):
+    def backward(ctx, d_out, d_lse):
         if torch.is_grad_enabled():  # create_graph=True: torch's own once_differentiable would let autograd.grad pass
             raise RuntimeError("hopper attention has no second derivative; backend='reference' has")
-        return _on_its_device(_gradients, gradients[0], (backward, ctx, *gradients))
+        saved = ctx.saved_tensors
+        d_out = torch.zeros_like(saved[0]) if d_out is None else d_out
+        return *_on_its_device(_gradients, saved[0], (backward, saved, ctx.spec, d_out, d_lse)), None, None
 
 
 def hopper_attention(
@@ -80,13 +86,13 @@ def hopper_attention(
     v: Tensor,
     slopes: Tensor | None,
     sinks: Tensor | None,
-    *rest: Tensor | None,
+    *documents: Tensor | None,
     spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor]:
     """`forward`, differentiable: as an operator while torch.compile traces, directly otherwise."""
     if torch.compiler.is_compiling():
-        return _forward_op(q, k, v, slopes, sinks, *rest, spec_text(spec))
-    inputs = (q, k, v, slopes, sinks, *rest, cached_spec_text(spec))
+        return _forward_op(q, k, v, slopes, sinks, *documents, spec_text(spec))
+    text = cached_spec_text(spec)
     if torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad
@@ -94,5 +100,5 @@ def hopper_attention(
         or (slopes is not None and slopes.requires_grad)
         or (sinks is not None and sinks.requires_grad)
     ):
-        return _Eager.apply(*inputs)
-    return _on_its_device(forward, q, inputs)
+        return _Eager.apply(q, k, v, slopes, sinks, documents, text)
+    return _on_its_device(forward, q, (q, k, v, slopes, sinks, *documents, text))

@@ -128,7 +128,7 @@ HOPPER = (
     Case(name="hopper d128 causal", spec=_CAUSAL, head_dim=128, kernels=_WITH_STATS, hopper=True, quick=True),
     Case(name="hopper d64 full", spec=_FULL, head_dim=64, hopper=True),
     Case(name="hopper d128 full", spec=_FULL, head_dim=128, hopper=True),
-    Case(name="hopper d128 fp16", spec=_CAUSAL, head_dim=128, kernels=("forward",), dtype=torch.float16, hopper=True),
+    Case(name="hopper d128 fp16", spec=_CAUSAL, head_dim=128, dtype=torch.float16, hopper=True),
     Case(name="hopper d64 two-sided window", spec=_TWO_SIDED, head_dim=64, hopper=True),
     Case(name="hopper d128 causal window 4:1", spec=_CAUSAL_WINDOW, head_dim=128, group=4, hopper=True),
     Case(name="hopper d64 documents", spec=_DOCUMENTS, head_dim=64, hopper=True),
@@ -302,18 +302,21 @@ def _training_step(case: Case) -> None:
 
 
 def _hopper_step(case: Case, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *per_head: Tensor | None) -> None:
-    """With the backward pass in fp16, too, which is not taken yet."""
     from ..hopper import backward_launch, launch
     from ..hopper.backend import spans_of_tiles, tiles_of
     from .launch import spec_text
 
-    tiles = None if plan.q_span is None else spans_of_tiles(plan.q_span, tiles_of(case.spec, case.head_dim).rows)
-    spans = (plan.q_doc, plan.k_doc, plan.q_span, plan.k_span, tiles)
-    *documents, tile_span = (None if x is None else x.to("meta") for x in spans)
+    of_rows = (
+        (plan.q_span, tiles_of(case.spec, case.head_dim).rows),
+        (plan.q_span, BackwardTiles.rows),
+        (plan.k_span, BackwardTiles.rows),
+    )
+    spans = (None if x is None else spans_of_tiles(x, rows) for x, rows in of_rows)
+    q_doc, k_doc, *spans = (None if x is None else x.to("meta") for x in (plan.q_doc, plan.k_doc, *spans))
     spec = spec_text(case.spec)
-    out, lse = launch.forward(q, k, v, *per_head, *documents, tile_span, spec)
+    out, lse = launch.forward(q, k, v, *per_head, q_doc, k_doc, *spans, spec)
     backward_launch.backward(
-        torch.empty_like(out), torch.empty_like(lse), out, lse, q, k, v, *per_head, *documents, spec
+        torch.empty_like(out), torch.empty_like(lse), out, lse, q, k, v, *per_head, q_doc, k_doc, *spans[1:], spec
     )
 
 
