@@ -23,7 +23,7 @@ import pytest
 from longspan.kernels.attention import hopper
 
 SOURCE = Path(hopper.__file__).with_name("forward.py")
-BACKWARD = Path(hopper.__file__).with_name("backward.py")
+BACKWARD = tuple(SOURCE.with_name(name) for name in ("backward.py", "backward_dkdv.py", "backward_dq.py"))
 PATIENCE = 20.0  # seconds without anybody's progress: a deadlock
 
 
@@ -365,7 +365,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch, machine: Machine, name: str = "forwa
         ("triton.experimental.gluon.language.nvidia.hopper", device),
     ):
         monkeypatch.setitem(sys.modules, path, module)
-    for source in (SOURCE, BACKWARD):
+    found = types.ModuleType("")
+    for source in (SOURCE, *BACKWARD):
         found = types.ModuleType(f"{hopper.__name__}.{source.stem}")
         found.__package__ = hopper.__name__
         monkeypatch.setitem(sys.modules, found.__name__, found)

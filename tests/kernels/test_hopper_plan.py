@@ -330,6 +330,21 @@ def test_a_gradient_that_tma_cannot_read_is_copied_and_shares_the_plan(monkeypat
     assert [known.served for known in made] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("capturing", [True, False])
+def test_an_order_outlives_its_plan_where_it_is_still_read(monkeypatch: pytest.MonkeyPatch, capturing: bool) -> None:
+    """By a CUDA graph, which reads it when it is replayed, and by streams other than the default one (0)."""
+    streams: list[object] = []
+    order: Any = SimpleNamespace(device="cuda:0", record_stream=streams.append)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current of {device}")
+    monkeypatch.setattr(launch, "_recorded", {})
+    launch._keep(order, 0)
+    assert (streams, launch._recorded) == ([], {})
+    launch._keep(order, 71)
+    assert list(launch._recorded.values()) == ([order] if capturing else [])
+    assert streams == ([] if capturing else ["current of cuda:0"])
+
+
 def test_plans_are_bounded_and_step_aside_for_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     plans: plan.Plans[int] = plan.Plans()
     for i in range(plan.PLANS + 3):

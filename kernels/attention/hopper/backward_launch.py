@@ -14,7 +14,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..spec import AttentionSpec
 from ..triton.launch import parse_spec
-from .backward import dkdv_kernel, dq_kernel, stats_kernel
+from .backward import stats_kernel
+from .backward_dkdv import dkdv_kernel
+from .backward_dq import dq_kernel
 from .launch import FURTHEST, descriptor, loadable, per_batch
 from .plan import Launch, Plans, alike, first
 from .tiles import BACKWARD_L2_BYTES, ROWS, BackwardTiles, choose_backward, heads_at_a_time, padded

@@ -37,6 +37,17 @@ tile_range = gluon.jit(ranges.tile_range)
 
 
 @gluon.jit
+def of_documents(SPAN, lo, full_lo, full_hi, hi):
+    """What of a range of keys or queries, and of the part of it that all see, lies within a tile's documents."""
+    return (
+        gl.maximum(lo, gl.load(SPAN)),
+        gl.maximum(full_lo, gl.load(SPAN + 1)),
+        gl.minimum(full_hi, gl.load(SPAN + 2)),
+        gl.minimum(hi, gl.load(SPAN + 3)),
+    )
+
+
+@gluon.jit
 def visits(
     tile, b, SPANS, n_tiles, T, S, left, right,
     M: gl.constexpr, N: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
@@ -45,11 +56,7 @@ def visits(
     """(first, n_before, first_full, end_full, n_partial, n) of the tiles of keys that a tile of queries visits."""
     lo, full_lo, full_hi, hi = key_range(tile * M, M, T, S, S - T, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
     if DOCUMENTS:
-        span = SPANS + (b * n_tiles + tile) * 4
-        lo = gl.maximum(lo, gl.load(span))
-        full_lo = gl.maximum(full_lo, gl.load(span + 1))
-        full_hi = gl.minimum(full_hi, gl.load(span + 2))
-        hi = gl.minimum(hi, gl.load(span + 3))
+        lo, full_lo, full_hi, hi = of_documents(SPANS + (b * n_tiles + tile) * 4, lo, full_lo, full_hi, hi)
     first, first_full, end_full, end = tile_range(lo, full_lo, full_hi, hi, N)
     n_before = first_full - first
     n_full = end_full - first_full

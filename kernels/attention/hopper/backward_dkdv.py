@@ -1,0 +1,229 @@
+"""dk and dv: programs of 128 keys of a key/value head, whose consumers pass the tiles of queries that see them, of one
+query head of the group after the other. `backward.py` has the legend."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .. import ranges
+from .backward import CONSUMERS, place, scores
+from .forward import LOG2E, PRODUCER_REGISTERS, ROWS, key_tile, of_documents, tile_range
+
+query_range = gluon.jit(ranges.query_range)
+
+
+@gluon.jit
+def visitors(
+    tile, b, SPANS, n_tiles, T, S, left, right,
+    N: gl.constexpr, M: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """(first, n_before, first_full, end_full, n_partial, n) of the tiles of queries that see a tile of keys."""
+    lo, full_lo, full_hi, hi = query_range(tile * N, N, T, S, S - T, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
+    if DOCUMENTS:
+        lo, full_lo, full_hi, hi = of_documents(SPANS + (b * n_tiles + tile) * 4, lo, full_lo, full_hi, hi)
+    first, first_full, end_full, end = tile_range(lo, full_lo, full_hi, hi, M)
+    n_before = first_full - first
+    n_partial = n_before + end - end_full
+    return first, n_before, first_full, end_full, n_partial, n_partial + end_full - first_full
+
+
+@gluon.jit
+def unseen(
+    s, row, low, high, k_doc, cols, Q_DOC, b, T, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, DOCUMENTS: gl.constexpr
+):  # fmt: skip
+    """-inf where a key is not seen by a row: low <= row < high of the key, and of its document."""
+    if HAS_LOW:
+        s = gl.where(cols[None, :] >= (low - row)[:, None], s, -float("inf"))
+    if HAS_HIGH:
+        s = gl.where(cols[None, :] < (high - row)[:, None], s, -float("inf"))
+    if DOCUMENTS:
+        q_doc = gl.load(Q_DOC + b * T + row + cols, mask=row + cols < T, other=-1)
+        s = gl.where(k_doc[:, None] == q_doc[None, :], s, -float("inf"))
+    return s
+
+
+@gluon.jit
+def produce_queries(
+    desc_q, desc_k, desc_v, desc_do, desc_stats, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, full, empty,
+    tile, b, g, H, R, rounded, first, n_before, first_full, end_full, n_partial, n,
+    M: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    for c in gl.static_range(CONSUMERS):
+        key = (tile * CONSUMERS + c) * ROWS
+        mbarrier.expect(kv_full.index(c), desc_k.block_type.nbytes + desc_v.block_type.nbytes)
+        tma.async_copy_global_to_shared(desc_k, [b, key, g, 0], kv_full.index(c), k_s.index(c))
+        tma.async_copy_global_to_shared(desc_v, [b, key, g, 0], kv_full.index(c), v_s.index(c))
+    at = 0
+    for r in range(R):
+        h = g * R + r
+        stats = (b * H + h) * 2 * rounded
+        for it in range(n):
+            stage = at % STAGES
+            free = ((at // STAGES) & 1) ^ 1
+            row = key_tile(it, first, n_before, first_full, end_full, n_partial) * M
+            mbarrier.wait(empty.index(stage), free)
+            mbarrier.expect(
+                full.index(stage),
+                desc_q.block_type.nbytes + desc_do.block_type.nbytes + 2 * desc_stats.block_type.nbytes,
+            )
+            tma.async_copy_global_to_shared(desc_q, [b, row, h, 0], full.index(stage), q_s.index(stage))
+            tma.async_copy_global_to_shared(desc_do, [b, row, h, 0], full.index(stage), do_s.index(stage))
+            tma.async_copy_global_to_shared(desc_stats, [stats + row], full.index(stage), lse_s.index(stage))
+            tma.async_copy_global_to_shared(
+                desc_stats, [stats + rounded + row], full.index(stage), delta_s.index(stage)
+            )
+            at += 1
+
+
+@gluon.jit
+def consume_queries(
+    q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, full, empty, desc_dk, desc_dv, Q_DOC, K_DOC,
+    SLOPES, T, S, R, scale, softcap, left, right, tile, b, g, first, n_before, first_full, end_full, n_partial, n,
+    CID: gl.constexpr, M: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = desc_dk.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16])
+    dk_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    dv_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, E, 16])
+    ds_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dk_layout, k_width=2)
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dv_layout, k_width=2)
+    cols_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
+
+    key = (tile * CONSUMERS + CID) * ROWS
+    keys = key + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    cols = gl.arange(0, M, cols_layout)
+    nothing = gl.zeros([ROWS, M], gl.float32, s_layout)
+    unit = scale * LOG2E
+    if SOFTCAP or ALIBI:
+        unit = 1.0
+    # Rows of queries that see a key: low <= row < high.
+    low = keys
+    high = keys
+    if CAUSAL:
+        low = keys - (S - T)
+    elif HAS_RIGHT:
+        low = keys - right - (S - T)
+    if HAS_LEFT:
+        high = keys + left + 1 - (S - T)
+    k_doc = keys
+    if DOCUMENTS:
+        k_doc = gl.load(K_DOC + b * S + keys, mask=keys < S, other=-3)
+    slope = 0.0
+    if ALIBI:
+        slope = gl.load(SLOPES + g * R).to(gl.float32)
+
+    dk = gl.zeros([ROWS, D], gl.float32, dk_layout)
+    dv = gl.zeros([ROWS, E], gl.float32, dv_layout)
+    k = k_s.index(CID).reshape([ROWS, D])
+    v = v_s.index(CID).reshape([ROWS, E])
+    mbarrier.wait(kv_full.index(CID), 0)
+    it = 0
+    r = 0
+    for at in range(R * n):
+        stage = at % STAGES
+        phase = (at // STAGES) & 1
+        q = q_s.index(stage).reshape([M, D])
+        d_out = do_s.index(stage).reshape([M, E])
+        mbarrier.wait(full.index(stage), phase)
+        s = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        dp = warpgroup_mma(v, d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        row = key_tile(it, first, n_before, first_full, end_full, n_partial) * M
+        s = warpgroup_mma_wait(1, deps=(s,))
+        s, steep = scores(s, keys, row + (S - T) + cols, scale, softcap, slope, SOFTCAP, ALIBI)
+        if it < n_partial:
+            s = unseen(s, row, low, high, k_doc, cols, Q_DOC, b, T, CAUSAL or HAS_RIGHT, HAS_LEFT, DOCUMENTS)
+        lse_2 = lse_s.index(stage).load(cols_layout)
+        p = gl.exp2(s * unit - lse_2[None, :])
+        p_half = gl.convert_layout(p.to(dtype), p_layout)
+        # Long since true: a branch, across which ptxas does not move the exponentials behind the wait that follows.
+        mbarrier.wait(full.index(stage), phase)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        dv = warpgroup_mma(p_half, d_out, dv, is_async=True)
+        delta = delta_s.index(stage).load(cols_layout)
+        ds = p * (dp + delta[None, :])
+        if SOFTCAP:
+            ds = ds * steep
+        ds_half = gl.convert_layout(ds.to(dtype), ds_layout)
+        dk = warpgroup_mma(ds_half, q, dk, is_async=True)
+        it += 1
+        if it == n:
+            it = 0
+            r += 1
+            if ALIBI:
+                slope = gl.load(SLOPES + g * R + gl.minimum(r, R - 1)).to(gl.float32)
+        # What wgmma still reads stays in its registers until it is done.
+        dv, p_half, dk, ds_half = warpgroup_mma_wait(0, deps=(dv, p_half, dk, ds_half))
+        mbarrier.arrive(empty.index(stage), count=1)
+
+    # The keys and values have been read: their place takes the gradients.
+    k.store((dk * scale).to(dtype))
+    v.store(dv.to(dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(desc_dk, [b, key, g, 0], k_s.index(CID))
+    tma.async_copy_shared_to_global(desc_dv, [b, key, g, 0], v_s.index(CID))
+    tma.store_wait(0)
+
+
+# Sizes are not compiled in, nor whether 16 divides them: one kernel serves all lengths and numbers of heads.
+@gluon.jit(do_not_specialize=["T", "S", "H", "G", "R", "left", "right", "n_tiles", "n_heads", "group", "rounded"])
+def dkdv_kernel(
+    desc_q, desc_k, desc_v, desc_do, desc_stats, desc_dk, desc_dv, SPANS, Q_DOC, K_DOC, SLOPES, T, S, H, G, R, scale,
+    softcap, left, right, n_tiles, n_heads, group, rounded,
+    M: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+):  # fmt: skip
+    """A program has CONSUMERS · ROWS keys of one key/value head; `n_heads` is B · G."""
+    tile, head = place(n_tiles, n_heads, group, False)
+    b = head // G
+    g = head % G
+    first, n_before, first_full, end_full, n_partial, n = visitors(
+        tile, b, SPANS, n_tiles, T, S, left, right, CONSUMERS * ROWS, M, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS
+    )
+    q_s = gl.allocate_shared_memory(desc_q.dtype, [STAGES, 1, M, 1, D], desc_q.layout)
+    do_s = gl.allocate_shared_memory(desc_do.dtype, [STAGES, 1, M, 1, E], desc_do.layout)
+    k_s = gl.allocate_shared_memory(desc_k.dtype, [CONSUMERS, 1, ROWS, 1, D], desc_k.layout)
+    v_s = gl.allocate_shared_memory(desc_v.dtype, [CONSUMERS, 1, ROWS, 1, E], desc_v.layout)
+    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, M], desc_stats.layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, M], desc_stats.layout)
+    kv_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.init(kv_full.index(c), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    # warp_specialize takes constants only where they stand in its tuples.
+    gl.warp_specialize(
+        [
+            (consume_queries, (
+                q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, full, empty, desc_dk, desc_dv,
+                Q_DOC, K_DOC, SLOPES, T, S, R, scale, softcap, left, right, tile, b, g, first, n_before, first_full,
+                end_full, n_partial, n, 0, M, D, E, STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI,
+            )),
+            (consume_queries, (
+                q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, full, empty, desc_dk, desc_dv,
+                Q_DOC, K_DOC, SLOPES, T, S, R, scale, softcap, left, right, tile, b, g, first, n_before, first_full,
+                end_full, n_partial, n, 1, M, D, E, STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI,
+            )),
+            (produce_queries, (
+                desc_q, desc_k, desc_v, desc_do, desc_stats, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, full, empty,
+                tile, b, g, H, R, rounded, first, n_before, first_full, end_full,
+                n_partial, n, M, STAGES,
+            )),
+        ],
+        [4, 1],
+        [REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
