@@ -153,6 +153,33 @@ def test_launches_of_two_threads_do_not_mix(given: list[Any], metas: list[dict[s
     assert given[-2:] == expected[::-1]
 
 
+@pytest.mark.usefixtures("given")
+def test_a_thread_that_has_not_used_cuda_gets_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an H100 answered: descriptors cannot be encoded there before the runtime has been asked anything."""
+    known = plan.Launch(compiled(), 1, arguments(*tensors()))
+    asked: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(query=lambda: asked.append(True)))
+    encode = plan.nvidia.make_tensordesc_arg
+
+    def elsewhere(*given: object) -> object:
+        if not asked:
+            raise RuntimeError("Triton Error [CUDA]: Failed to create tensor map descriptor: invalid device context")
+        return encode(*given)
+
+    monkeypatch.setattr(plan.nvidia, "make_tensordesc_arg", elsewhere)
+    q, s, out, slopes = tensors()
+    assert known(q, s, out, None, slopes) == 71
+    assert asked == [True]
+
+    def broken(*_: object) -> object:
+        raise RuntimeError("Triton Error [CUDA]: Failed to create tensor map descriptor: invalid argument")
+
+    monkeypatch.setattr(plan.nvidia, "make_tensordesc_arg", broken)
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        known(*tensors()[:3], None, slopes)
+    assert asked == [True]
+
+
 def test_launches_that_are_not_understood_are_refused(given: list[object]) -> None:
     with pytest.raises(ValueError, match="scratch memory"):
         plan.Launch(compiled(global_scratch_size=128), 1, arguments(*tensors()))

@@ -8,11 +8,12 @@ what Triton would give it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from copy import copy
 from inspect import getclosurevars, isfunction
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 from triton import knobs
 from triton.backends.nvidia import driver as nvidia
@@ -20,6 +21,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 P = TypeVar("P")
+R = TypeVar("R")
 PLANS = 512  # of a pass; the oldest is forgotten first
 _MAPS = 64  # descriptors of a tensor: one for each place where the allocator puts it
 
@@ -55,7 +57,7 @@ class _Slot:
         shape, strides, meta = self.layout
         if len(self.known) >= _MAPS:
             self.known.clear()
-        found = self.known[at] = nvidia.make_tensordesc_arg(_Rows(x, shape, strides), meta)[0]
+        found = self.known[at] = _in_context(lambda: nvidia.make_tensordesc_arg(_Rows(x, shape, strides), meta)[0])
         return found
 
 
@@ -137,8 +139,20 @@ def _slots(
 
 def first(kernel: Any, programs: int, arguments: Sequence[object], options: dict[str, int]) -> Launch | None:
     """Launches a kernel by Triton. None where nothing was launched: somebody only wanted to see what is compiled."""
-    compiled = kernel[(programs,)](*arguments, **options)
+    compiled = _in_context(lambda: kernel[(programs,)](*arguments, **options))
     return None if compiled is None else Launch(compiled, programs, arguments)
+
+
+def _in_context(run: Callable[[], R]) -> R:
+    """Encoding a descriptor, unlike a launch, fails in a thread in which nothing has used CUDA yet. (Such a thread
+    captures no graph, so that its stream may be asked something.)"""
+    try:
+        return run()
+    except RuntimeError as error:
+        if "invalid device context" not in str(error):
+            raise
+        torch.cuda.current_stream().query()  # the runtime makes the device's context current
+        return run()
 
 
 def layout(x: Tensor | None) -> Hashable:
