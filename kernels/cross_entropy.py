@@ -87,19 +87,23 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sum of nll, its gradients for hidden, weight and bias); an operator, so that torch.compile takes it whole."""
     accumulator = _accumulator(dtype)
-    V, fused = weight_VD.shape[0], hidden_ND.is_cuda
+    V, fused = weight_VD.shape[0], _has_compiler(hidden_ND)
     w_VD, b_V = _aligned(weight_VD, dtype), None if bias_V is None else _aligned(bias_V, dtype)
     total, d_hidden_ND, _, d_bias_V = _results(hidden_ND, weight_VD, bias_V, dtype)
     d_weight_VD = torch.zeros_like(w_VD, dtype=accumulator)
     nll_and_gradient = _compiled() if fused else _nll_and_gradient
     with torch.autocast(hidden_ND.device.type, enabled=False):
         for rows in _chunks(hidden_ND.shape[0], chunk):
-            h_nD = hidden_ND[rows].to(dtype)
-            target_n1, kept_n1 = _kept(targets_N[rows], ignore_index)
+            h_nD, targets_n = hidden_ND[rows].to(dtype), targets_N[rows]
+            n_rows = h_nD.shape[0]
+            missing = _filled(n_rows, chunk) - n_rows if fused else 0
+            if missing:
+                h_nD, targets_n = F.pad(h_nD, (0, 0, 0, missing)), F.pad(targets_n, (0, missing), value=ignore_index)
+            target_n1, kept_n1 = _kept(targets_n, ignore_index)
             nll_n1, d_logits_nV = nll_and_gradient(F.linear(h_nD, w_VD, b_V), target_n1, V)
             total += torch.where(kept_n1, nll_n1, 0.0).sum()
             # Ignored rows are masked on the narrow factors, not on [n, V].
-            d_hidden_ND[rows] = ((d_logits_nV @ w_VD) * kept_n1).to(hidden_ND.dtype)
+            d_hidden_ND[rows] = ((d_logits_nV @ w_VD) * kept_n1)[:n_rows].to(hidden_ND.dtype)
             h_nD = h_nD * kept_n1
             if dtype == accumulator:
                 d_weight_VD.addmm_(d_logits_nV.T, h_nD)
@@ -183,6 +187,10 @@ def _nll_and_gradient_functional(logits_nP: Tensor, target_n1: Tensor, V: int) -
     return lse_n1 - logits_nV.gather(1, target_n1), F.pad(d_logits_nV, (0, logits_nP.shape[1] - V))
 
 
+def _has_compiler(hidden_ND: Tensor) -> bool:
+    return hidden_ND.is_cuda
+
+
 @functools.cache
 def _compiled() -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
     """Measured on an H100 at 50,257 × 768: see docs/log.md."""
@@ -200,6 +208,12 @@ def _aligned(rows: Tensor, dtype: torch.dtype) -> Tensor:
     missing = -rows.shape[0] % ALIGN.get(rows.device.type, 1)
     rows = rows.to(dtype)
     return F.pad(rows, (*(0, 0) * (rows.dim() - 1), 0, missing)) if missing else rows
+
+
+def _filled(n_rows: int, chunk: int) -> int:
+    """Rows that the last chunk is filled up to: the compiled pass over the logits has a graph for each size, and a
+    batch of texts of their own lengths may leave any number of rows."""
+    return min(chunk, max(ALIGN["cuda"], 1 << (n_rows - 1).bit_length()))
 
 
 def _chunks(n_rows: int, chunk: int) -> Iterator[slice]:

@@ -143,6 +143,33 @@ def test_rows_are_aligned_where_the_device_wants_it(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(cross_entropy.token_nll(hidden, weight, targets, bias_V=bias), nll, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("chunk", [None, 300])
+def test_batches_of_any_size_have_few_graphs(monkeypatch: pytest.MonkeyPatch, chunk: int | None) -> None:
+    """The last chunk is filled up with rows that count for nothing."""
+    sizes: set[int] = set()
+
+    def compiled(logits: Tensor, targets: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+        sizes.add(len(logits))
+        return cross_entropy._nll_and_gradient_functional(logits, targets, vocabulary)
+
+    torch.manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((900, 6), (11, 6), (11,))
+    )
+    targets = torch.randint(11, (900,))
+    targets[::7] = -100
+    for n in (1, 100, 128, 129, 300, 301, 555, 899):
+        results = []
+        for fused in (False, True):
+            monkeypatch.setattr(cross_entropy, "_has_compiler", lambda _, fused=fused: fused)
+            monkeypatch.setattr(cross_entropy, "_compiled", lambda: compiled)
+            loss = linear_cross_entropy(hidden[:n], weight, targets[:n], bias_V=bias, chunk=chunk)
+            results.append((loss, *torch.autograd.grad(loss, (hidden, weight, bias))))
+        for x, y in zip(*results):
+            torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
+    assert sizes == ({128, 256, 512, 1024} if chunk is None else {128, 256, 300})
+
+
 def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     compute = cross_entropy._nll_and_gradient
