@@ -38,8 +38,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 quickstart: $(VENV)/.run
 	$(BIN)/longspan train experiment=quickstart output=$(RUN) resume=auto
-	$(BIN)/longspan uptrain checkpoint=$(RUN) kv_heads=[2,1] alpha=[0,0.03] evaluation.max_tokens=10_000 \
-	    retrieval.trials=4 speed.batches=1 speed.contexts=256 output=$(RUN)-gqa resume=auto
+	$(BIN)/longspan uptrain checkpoint=$(RUN) kv_heads=[2,1] alpha=[0,0.03] schedule=rewarm lr_fraction=0.1 \
+	    evaluation.max_tokens=10_000 retrieval.trials=4 speed.batches=1 speed.contexts=256 output=$(RUN)-gqa resume=auto
 	@echo
 	@echo "The model continues a prompt:  $(BIN)/longspan generate checkpoint=$(RUN) prompt='def main'"
 	@echo "The report:                    $(RUN)/report.html"
