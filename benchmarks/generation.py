@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from longspan.evaluation.speed import step_bytes
+from longspan.evaluation.surgery.speed import step_bytes
 from longspan.kernels.attention import AttentionSpec, Window
 from longspan.model.cache import create_cache
 from longspan.model.config import AttentionPlan, DecoderConfig

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longspan.evaluation.plots import BLUE, GREEN, GRID, INK, MUTED, ORANGE, PURPLE, png
+from longspan.evaluation.reporting.plots import BLUE, GREEN, GRID, INK, MUTED, ORANGE, PURPLE, png
 
 from .rows import Row
 from .shapes import CUDNN, FLASH, FLASH_4, FLEX, LONGFORMER, Case

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.data.tokenizer import Tokenizer
-from longspan.evaluation.calibration import input_moments, text_windows
+from longspan.evaluation.surgery.calibration import input_moments, text_windows
 from longspan.kernels.cross_entropy import token_nll
 from longspan.model.build import Model, build_from
 from longspan.model.checkpoint import load_model, resolve_checkpoint

@@ -21,7 +21,7 @@ import torch
 from longspan.data.synthetic.main_points import main_points, points_of
 from longspan.data.tokenizer import Tokenizer
 from longspan.evaluation.bootstrap import ratio_interval
-from longspan.evaluation.rouge import rouge
+from longspan.evaluation.metrics.rouge import rouge
 from longspan.model.checkpoint import load_model, resolve_checkpoint
 from longspan.model.checkpoint_files import fingerprint
 from longspan.model.generation import complete

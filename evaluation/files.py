@@ -1,8 +1,10 @@
-"""Files that readers never see half-written."""
+"""Files that others can rely on: never seen half-written, and JSON without what JSON does not have."""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -14,3 +16,17 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def finite(value: object) -> object:
+    """Plain data in which numbers that are not finite are None: JSON has neither NaN nor infinity."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return finite_or_none(value) if isinstance(value, float) else value
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return None if value is None or not math.isfinite(value) else value

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from longspan.data.tokenizer import Tokenizer
-from longspan.evaluation.calibration import input_moments
+from longspan.evaluation.surgery.calibration import input_moments
 from longspan.model.checkpoint import load_model, resolve_checkpoint
 from longspan.model.config_surgery import keys_of
 from longspan.model.surgery import Conversion, Surgery, convert_model, cost, make_surgery, plan_conversion, save_moments

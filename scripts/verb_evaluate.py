@@ -6,9 +6,9 @@ import re
 import sys
 from pathlib import Path
 
-from longspan.evaluation.suite import Occupied, begun, directories, distinct_names
-from longspan.evaluation.suite_compare import compare_checkpoints
-from longspan.evaluation.suite_report import Results, markdown, write_results
+from longspan.evaluation.results.directory import Occupied, begun, directories, distinct_names
+from longspan.evaluation.results.pairs import compare_checkpoints
+from longspan.evaluation.results.report import Results, markdown, write_results
 from longspan.evaluation.tasks.registry import check_files, chosen
 from longspan.model.checkpoint import resolve_checkpoint
 from longspan.model.checkpoint_files import fingerprint

@@ -68,7 +68,10 @@ LAZY = {
     "longspan.model.decoder": {"triton", "lightning", "transformers", "datasets", "tokenizers"},
     "longspan.model.generation": {"triton", "lightning", "transformers", "datasets", "tokenizers"},
     "longspan.data.loader": {"lightning", "transformers", "triton"},
-    "longspan.evaluation.perplexity": {"lightning", "hydra", "transformers", "matplotlib", "triton"},
+    "longspan.evaluation.perplexity.sliding_window": {"lightning", "hydra", "transformers", "matplotlib", "triton"},
+    "longspan.evaluation.tasks.registry": {"torch", "matplotlib"},
+    "longspan.evaluation.reporting.run_report": {"torch", "matplotlib"},
+    "longspan.evaluation.ablation.report": {"torch", "matplotlib"},
     "longspan.training.schema": {"torch", "lightning"},
     # (Lightning's torchmetrics imports transformers wherever that is installed; we do not.)
     "longspan.training.run": {"wandb", "hydra"},

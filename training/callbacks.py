@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from longspan.evaluation.predictions import Tally
+from longspan.evaluation.readers.predictions import Tally
 
 from . import rng
 from .checkpointing import Best, Checkpoints, best_of

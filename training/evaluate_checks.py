@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from longspan.data.tokenizer import Tokenizer
-from longspan.evaluation.harness import check_names
+from longspan.evaluation.harness.run import check_names
 from longspan.evaluation.names import LongTexts
-from longspan.evaluation.task_run import as_truncation
+from longspan.evaluation.readers.run import as_truncation
 from longspan.evaluation.tasks.documents import FromFile
 from longspan.evaluation.tasks.registry import gather
 from longspan.evaluation.tasks.room import objections

@@ -15,27 +15,26 @@ import torch
 from longspan.data.sources import from_path
 from longspan.data.store import Documents
 from longspan.data.tokenizer import Tokenizer
-from longspan.evaluation.asking import TooLong
-from longspan.evaluation.documents import StoredDocuments, documents_from, text_documents
-from longspan.evaluation.effective_context import (
+from longspan.evaluation.context.effective import (
     TARGETS,
     ContextCurve,
     doubling_lengths,
     effective_context,
     measure_context_curve,
 )
-from longspan.evaluation.evaluate import Evaluation, evaluate_documents
-from longspan.evaluation.harness import run_harness
+from longspan.evaluation.context.recall import fitting_lengths
+from longspan.evaluation.context.records import by_retrieval
+from longspan.evaluation.harness.run import run_harness
 from longspan.evaluation.names import LongTexts
-from longspan.evaluation.perplexity import Precision, dtype_name, widen_for_autocast
-from longspan.evaluation.processed import strategy_reader
-from longspan.evaluation.reader import Reader
-from longspan.evaluation.readers import reader_of
-from longspan.evaluation.record import write_evaluation
-from longspan.evaluation.retrieval import fitting_lengths
-from longspan.evaluation.suite import CONTEXT, HARNESS, CheckpointResults, read_perplexity, write_documents
-from longspan.evaluation.suite_context import by_retrieval
-from longspan.evaluation.task_run import AskedModel, CannotAsk, as_truncation, run_task, way_of_asking
+from longspan.evaluation.passes import Precision, dtype_name, widen_for_autocast
+from longspan.evaluation.perplexity.documents import StoredDocuments, documents_from, text_documents
+from longspan.evaluation.perplexity.evaluate import Evaluation, evaluate_documents
+from longspan.evaluation.readers.build import reader_of, strategy_reader
+from longspan.evaluation.readers.prompts import TooLong
+from longspan.evaluation.readers.reader import Reader
+from longspan.evaluation.readers.run import AskedModel, CannotAsk, as_truncation, run_task, way_of_asking
+from longspan.evaluation.results.directory import CONTEXT, HARNESS, CheckpointResults, read_perplexity, write_documents
+from longspan.evaluation.results.perplexity import write_evaluation
 from longspan.evaluation.tasks.registry import gather
 from longspan.evaluation.tasks.task import Asked, Task
 from longspan.model.checkpoint import load_model, resolve_checkpoint

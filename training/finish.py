@@ -11,7 +11,7 @@ from longspan.data.batch import IGNORE, Batch, BatchSource
 from longspan.data.prepare import Prepared
 from longspan.data.seq2seq import Seq2SeqBatch
 from longspan.data.tokenizer import Tokenizer
-from longspan.evaluation.evaluate import Evaluation, evaluate_documents
+from longspan.evaluation.perplexity.evaluate import Evaluation, evaluate_documents
 from longspan.model.decoder import Decoder
 from longspan.model.generation import generate
 from longspan.model.prompts import fitting

@@ -12,7 +12,7 @@ from longspan.data.examples import ExampleStore
 from longspan.data.labelled import ItemPass, ItemStream, TextItems, WindowItems, default_overlap
 from longspan.data.seq2seq import PairItems
 from longspan.data.writer import SPLITS, Split
-from longspan.evaluation.predictions import AnswerTally, ClassTally, Tally, score_examples
+from longspan.evaluation.readers.predictions import AnswerTally, ClassTally, Tally, score_examples
 from longspan.model.build import Model
 from longspan.model.config import EncoderConfig
 from longspan.model.encoder import Encoder

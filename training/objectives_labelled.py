@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.data.labelled import LabelledBatch
-from longspan.evaluation.predictions import Tally, logits_of
+from longspan.evaluation.readers.predictions import Tally, logits_of
 from longspan.model.encoder import Encoder
 from longspan.model.heads import Classifier, SpanHead
 

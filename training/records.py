@@ -10,7 +10,7 @@ from pathlib import Path
 
 from longspan.data.example_build import PreparedExamples
 from longspan.data.writer import SPLITS
-from longspan.evaluation.evaluate import Evaluation
+from longspan.evaluation.perplexity.evaluate import Evaluation
 
 from . import run_directory as files
 from .callbacks import RunLoop

@@ -19,8 +19,8 @@ from longspan.data.loader import PackedDataset
 from longspan.data.prepare import Prepared
 from longspan.data.prepare import Stage as PreparationStage
 from longspan.data.tokenizer import Tokenizer
-from longspan.evaluation.evaluate import Evaluation
-from longspan.evaluation.report import write_report
+from longspan.evaluation.perplexity.evaluate import Evaluation
+from longspan.evaluation.reporting.run_report import write_report
 from longspan.model import checkpoint as model_checkpoint
 from longspan.model.build import Model, build_from
 from longspan.model.config import DecoderConfig, EncoderConfig, ModelConfig, Seq2SeqConfig

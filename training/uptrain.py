@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from longspan.evaluation.ablation_report import write_ablation
-from longspan.evaluation.ablation_tables import GRID, SPEED, read_grid
-from longspan.evaluation.speed import copy_rate, measure_speed
+from longspan.evaluation.ablation.report import write_ablation
+from longspan.evaluation.ablation.tables import GRID, SPEED, read_grid
+from longspan.evaluation.surgery.speed import copy_rate, measure_speed
 from longspan.model.config import DecoderConfig
 
 from . import run_directory as files

@@ -23,11 +23,11 @@ from longspan.data.prepare import Prepared, prepare
 from longspan.data.sources import SourceError
 from longspan.data.store import Documents
 from longspan.data.tokenizer import Tokenizer
-from longspan.evaluation.ablation import RESULT
-from longspan.evaluation.calibration import input_moments
-from longspan.evaluation.evaluate import evaluate_documents
-from longspan.evaluation.retrieval import fitting_lengths, measure_recall
-from longspan.evaluation.similarity import embedding_distance
+from longspan.evaluation.ablation.summary import RESULT
+from longspan.evaluation.context.recall import fitting_lengths, measure_recall
+from longspan.evaluation.perplexity.evaluate import evaluate_documents
+from longspan.evaluation.surgery.calibration import input_moments
+from longspan.evaluation.surgery.similarity import embedding_distance
 from longspan.model.accounting import kv_bytes_per_token, parameters
 from longspan.model.build import Model
 from longspan.model.checkpoint import (

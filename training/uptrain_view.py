@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from longspan.evaluation.ablation import heads_in_words
+from longspan.evaluation.ablation.summary import heads_in_words
 
 from .metrics import clock, read_rows
 from .uptrain_cells import Event

@@ -1,0 +1,1 @@
+"""What is asked and what counts: definitions of tasks, their registry, and their results. No torch."""

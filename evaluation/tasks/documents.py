@@ -28,9 +28,9 @@ from longspan.data.question_layouts import (
 )
 from longspan.data.questions import Question
 from longspan.data.sources import SourceSpec
-from longspan.evaluation.rouge import geometric_mean, rouge
-from longspan.evaluation.scores import exact_match, normalized, token_f1
 
+from ..metrics.accuracy import exact_match, normalized, token_f1
+from ..metrics.rouge import geometric_mean, rouge
 from .task import Answer, Material, Task
 
 UNANSWERABLE = "unanswerable"

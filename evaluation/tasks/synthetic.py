@@ -12,8 +12,8 @@ from longspan.data import synthetic
 from longspan.data.files import SourceError
 from longspan.data.questions import Question
 from longspan.data.synthetic.haystack import KEY_VALUE_ROOM, NEEDLE_ROOM, PASSKEY_ROOM
-from longspan.evaluation.string_match import string_match_all, string_match_mean, string_match_part
 
+from ..metrics.string_match import string_match_all, string_match_mean, string_match_part
 from .task import Answer, Material, Task
 
 _START = 1  # the token that a text begins with

@@ -9,8 +9,8 @@ import pytest
 
 from longspan.benchmarks.extrapolation import held_out, main
 from longspan.data.tokenizer import Tokenizer
-from longspan.evaluation.documents import EvalDocument
-from longspan.evaluation.perplexity import score
+from longspan.evaluation.perplexity.documents import EvalDocument
+from longspan.evaluation.perplexity.sliding_window import score
 from longspan.model.checkpoint import load_decoder, resolve_checkpoint
 
 KEYS = [

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from longspan.data.tokenizer import END_OF_TEXT, MASK, Tokenizer, byte_level
-from longspan.evaluation.documents import TextDocuments
 from longspan.evaluation.names import LongTexts, ProtocolName, TaskName
-from longspan.evaluation.processed import BY_STRATEGY
-from longspan.evaluation.protocol_definitions import protocol_names
+from longspan.evaluation.perplexity.documents import TextDocuments
+from longspan.evaluation.perplexity.protocol_definitions import protocol_names
+from longspan.evaluation.readers.strategies import BY_STRATEGY
 from longspan.evaluation.tasks.registry import GROUPS, TASKS
 from longspan.evaluation.tasks.task import Truncation
 from longspan.model.checkpoint import save_model

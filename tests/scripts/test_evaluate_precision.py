@@ -43,7 +43,7 @@ def test_half_precision_under_autocast_is_its_own_weights_widened(tmp_path: Path
 
 @pytest.mark.filterwarnings("ignore")  # of packages that the harness imports
 def test_the_harness_takes_half_precision_too(tmp_path: Path) -> None:
-    from longspan.evaluation.harness_model import HarnessModel
+    from longspan.evaluation.harness.model import HarnessModel
 
     found = []
     for name, dtype in (("half", torch.float16), ("full", torch.float32)):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longspan.data.tokenizer import byte_level
-from longspan.evaluation import effective_context
+from longspan.evaluation.context import effective as effective_context
 from longspan.model.checkpoint import save_model
 from longspan.model.zoo import build
 from longspan.scripts.cli import main

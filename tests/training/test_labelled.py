@@ -13,7 +13,7 @@ import torch
 
 from longspan.data.labelled import LabelledBatch, Row, batch_of
 from longspan.data.tokenizer import Tokenizer
-from longspan.evaluation.predictions import logits_of, predict_answers, predict_classes
+from longspan.evaluation.readers.predictions import logits_of, predict_answers, predict_classes
 from longspan.model.checkpoint import load_model, load_weights
 from longspan.model.encoder import Encoder
 from longspan.model.zoo import build

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from longspan.evaluation.report import write_report
+from longspan.evaluation.reporting.run_report import write_report
 from longspan.kernels.attention import AttentionSpec, Window
 from longspan.model.checkpoint import load_config, load_weights
 from longspan.model.config import AttentionPlan, DecoderConfig, EncoderConfig, HeadGroup

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from longspan.data.tokenizer import Tokenizer
-from longspan.evaluation.ablation_tables import read_grid
-from longspan.evaluation.evaluate import evaluate_documents
+from longspan.evaluation.ablation.tables import read_grid
+from longspan.evaluation.perplexity.evaluate import evaluate_documents
 from longspan.model.checkpoint import load_decoder, load_model, resolve_checkpoint
 from longspan.model.surgery import GroupedQuery, convert_model
 from longspan.training import run, uptrain_view

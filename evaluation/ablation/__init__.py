@@ -1,0 +1,1 @@
+"""The report of `longspan uptrain`: a grid of conversions, from its files."""

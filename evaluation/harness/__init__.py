@@ -1,0 +1,1 @@
+"""Our decoders in lm-evaluation-harness."""
