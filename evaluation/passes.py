@@ -6,6 +6,7 @@ Legend: B rows, T tokens in the longest of them, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol
 
 import torch
@@ -36,6 +37,11 @@ class LanguageModel(Protocol):
 def dtype_name(dtype: torch.dtype) -> str:
     """As protocols state it."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, str(dtype))
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """For a forward pass: products are rounded to bf16, or computed as the weights are stored."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def widen_for_autocast(model: nn.Module, precision: Precision) -> None:

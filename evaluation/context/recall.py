@@ -10,13 +10,12 @@ Legend: B texts, T tokens of each, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ..passes import LanguageModel, Precision
+from ..passes import LanguageModel, Precision, autocast
 
 KEY = 16  # tokens of a key
 ASKED = 8  # the last ones, which are asked for
@@ -115,7 +114,7 @@ def _hits(
     for first in range(0, len(texts_BT), _BATCH):
         tokens_BT = torch.from_numpy(texts_BT[first : first + _BATCH]).to(device)
         asked = torch.from_numpy(asked_BA[first : first + _BATCH]).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
+        with autocast(device, precision):
             logits = model.hidden(tokens_BT)[:, -ASKED:] @ model.head_weight.T
         hits += int((logits.argmax(dim=-1) == asked).sum())
     return hits

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from longspan.kernels.cross_entropy import CHUNK_LOGITS
 from longspan.model.decoder import Decoder
 
-from ..passes import Precision, batches, rotates_by_length
+from ..passes import Precision, autocast, batches, rotates_by_length
 from ..perplexity.documents import EvalDocument
 from ..perplexity.sliding_window import score
 
@@ -95,8 +94,7 @@ def _scored(model: Decoder, rows: Sequence[_Row], precision: Precision) -> dict[
             place_n += range(len(each.tokens) - len(continuation), len(each.tokens))
             target_n += continuation
             sizes.append((number, len(continuation)))
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
-    with autocast:
+    with autocast(device, precision):
         hidden_BTD = model.hidden(tokens_BT.to(device))  # causal: what stands behind a row is never seen from it
         rows_N, places_N, targets_N = (torch.tensor(each, device=device) for each in (row_n, place_n, target_n))
         logprobs, rights = [], []

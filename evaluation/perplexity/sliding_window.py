@@ -23,7 +23,6 @@ Legend: B windows in a forward pass, T tokens in the longest of them, N scored p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +30,7 @@ import torch
 
 from longspan.kernels.cross_entropy import token_nll
 
-from ..passes import LanguageModel, Precision, batches, dtype_name, rotates_by_length
+from ..passes import LanguageModel, Precision, autocast, batches, dtype_name, rotates_by_length
 from .documents import EvalDocument, tokens_digest
 from .result import DocumentScore, PerplexityResult, ScoringProtocol, summarise
 
@@ -275,8 +274,7 @@ def _score_batch(
         wanted_BT[i, row.first : len(row.inputs)] = True
     targets_N = np.concatenate([row.targets[row.first :] for row in rows])
 
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
-    with autocast:
+    with autocast(device, precision):
         hidden_BTD = model.hidden(torch.from_numpy(tokens_BT).to(device))
         hidden_ND = hidden_BTD[torch.from_numpy(wanted_BT).to(device)]
         nll_N = token_nll(hidden_ND, model.head_weight, torch.from_numpy(targets_N).to(device))

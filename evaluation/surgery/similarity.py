@@ -6,7 +6,6 @@ Legend: B texts, T tokens each, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 
 from longspan.model.encoder import Encoder
 
-from ..passes import Precision
+from ..passes import Precision, autocast
 from ..perplexity.documents import StoredDocuments, documents_from
 
 
@@ -60,7 +59,7 @@ def embedding_distance(
     by_token: list[torch.Tensor] = []
     for texts_BT in _batches(documents, length, max_tokens, batch):
         tokens_BT = torch.from_numpy(texts_BT).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
+        with autocast(device, precision):
             ours_BTD, theirs_BTD = model.hidden(tokens_BT).float(), parent.hidden(tokens_BT).float()
         cosines.append(F.cosine_similarity(ours_BTD.mean(dim=1), theirs_BTD.mean(dim=1), dim=-1).double())
         by_token.append(F.cosine_similarity(ours_BTD, theirs_BTD, dim=-1).mean(dim=1).double())
