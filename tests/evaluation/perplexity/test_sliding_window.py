@@ -323,6 +323,7 @@ def test_bf16_is_close_and_named() -> None:
     model, docs = RunningMean(), random_documents([40])
     fp32, bf16 = (run(model, docs, window=16, stride=8, precision=p) for p in ("fp32", "bf16"))
     assert bf16.nll.dtype == np.float32
+    assert not np.array_equal(fp32.nll, bf16.nll)
     assert fp32.summary().loss == pytest.approx(bf16.summary().loss, rel=2e-2)
     assert fp32.protocol.precision == "fp32"
     assert bf16.protocol.precision == "bf16 autocast"
