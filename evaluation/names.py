@@ -42,7 +42,7 @@ TaskName = Literal[
     "hyperpartisan",
 ]
 
-LongTexts = Literal[
+LongTextRule = Literal[
     "refuse",
     "keep_head",
     "keep_tail",

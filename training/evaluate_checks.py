@@ -7,7 +7,7 @@ from pathlib import Path
 
 from longspan.data.tokenizer import Tokenizer
 from longspan.evaluation.harness.run import check_names
-from longspan.evaluation.names import LongTexts
+from longspan.evaluation.names import LongTextRule
 from longspan.evaluation.readers.run import as_truncation
 from longspan.evaluation.tasks.documents import FromFile
 from longspan.evaluation.tasks.registry import gather
@@ -79,7 +79,7 @@ def harness_refused(config: EvaluateConfig, error: Exception) -> UserError:
     return UserError(f"harness={list(config.harness)}: {said}")
 
 
-def check_strategy(long_texts: LongTexts, model: ModelConfig, directory: Path) -> None:
+def check_strategy(long_texts: LongTextRule, model: ModelConfig, directory: Path) -> None:
     """Raises UserError for a strategy that a model of this kind cannot do."""
     if as_truncation(long_texts) is not None:
         return

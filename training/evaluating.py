@@ -25,7 +25,7 @@ from longspan.evaluation.context.effective import (
 from longspan.evaluation.context.recall import fitting_lengths
 from longspan.evaluation.context.records import by_retrieval
 from longspan.evaluation.harness.run import run_harness
-from longspan.evaluation.names import LongTexts
+from longspan.evaluation.names import LongTextRule
 from longspan.evaluation.passes import Precision, dtype_name, widen_for_autocast
 from longspan.evaluation.perplexity.documents import StoredDocuments, documents_from, text_documents
 from longspan.evaluation.perplexity.evaluate import Evaluation, evaluate_documents
@@ -328,7 +328,7 @@ def documents_of(data: EvaluationDataConfig, subject: Subject) -> tuple[StoredDo
         return stored, None
 
 
-def asked_model(subject: Subject, *, batch: int, long_texts: LongTexts | None = None) -> AskedModel:
+def asked_model(subject: Subject, *, batch: int, long_texts: LongTextRule | None = None) -> AskedModel:
     """The subject as tasks ask it. Caches hold what the weights compute, so in bf16 the weights themselves become bf16:
     whoever measures perplexity under autocast does it before.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from longspan.evaluation.names import LongTexts, TaskName
+from longspan.evaluation.names import LongTextRule, TaskName
 
 from .schema_sections import (
     STRICT,
@@ -54,7 +54,7 @@ class EvaluateConfig:
     hub: bool = Field(
         default=False, description="read from the hub what is not among files, of tasks whose data has a name there"
     )
-    long_texts: LongTexts | None = Field(
+    long_texts: LongTextRule | None = Field(
         default=None,
         description="what becomes of texts that the model cannot read whole: they are refused, shortened, or read in "
         "parts (docs/tasks.md); null: each task's own rule",

@@ -14,7 +14,7 @@ from longspan.data.questions import Question
 from longspan.data.tokenizer import Tokenizer
 
 from ..journal import keep, kept_records
-from ..names import LongTexts
+from ..names import LongTextRule
 from ..tasks.result import QuestionScore, TaskProtocol, TaskResult, summarise_task
 from ..tasks.task import Ask, Asked, Task, Truncation
 from .reader import Reader, Reply
@@ -43,7 +43,7 @@ class AskedModel:
     precision: str
 
 
-def way_of_asking(task: Task, reader: Reader, long_texts: LongTexts | None = None) -> Ask:
+def way_of_asking(task: Task, reader: Reader, long_texts: LongTextRule | None = None) -> Ask:
     """The first of the task's ways that the model can do. Raises CannotAsk, saying what would be needed.
 
     long_texts   the strategy that the reader goes by, if any
@@ -75,7 +75,7 @@ def run_task(
     asked: Asked,
     *,
     samples: Path,
-    long_texts: LongTexts | None = None,
+    long_texts: LongTextRule | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[TaskResult, tuple[QuestionScore, ...]]:
     """Asks every question that `samples` does not answer yet, and sums all of them up; and each question's scores.
@@ -131,7 +131,7 @@ def run_task(
     return summarise_task(task, protocol, scores, seed=asked.seed), scores
 
 
-def as_truncation(long_texts: LongTexts | None) -> Truncation | None:
+def as_truncation(long_texts: LongTextRule | None) -> Truncation | None:
     """The rule, where it is one: a strategy is what the reader goes by."""
     rules: dict[str, Truncation] = {rule: rule for rule in get_args(Truncation)}
     return None if long_texts is None else rules.get(long_texts)

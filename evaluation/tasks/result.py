@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from longspan.data.questions import GroupValue
 
 from ..bootstrap import figure_interval, ratio_interval
-from ..names import LongTexts
+from ..names import LongTextRule
 from .task import Ask, Combine, Task
 
 
@@ -36,7 +36,7 @@ class TaskProtocol:
     task: str
     version: int
     ask: Ask
-    long_texts: LongTexts
+    long_texts: LongTextRule
     max_tokens: int
     start: tuple[int, ...]
     max_new_tokens: int

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from longspan.data.tokenizer import END_OF_TEXT, MASK, Tokenizer, byte_level
-from longspan.evaluation.names import LongTexts, ProtocolName, TaskName
+from longspan.evaluation.names import LongTextRule, ProtocolName, TaskName
 from longspan.evaluation.perplexity.documents import TextDocuments
 from longspan.evaluation.perplexity.protocol_definitions import protocol_names
 from longspan.evaluation.readers.strategies import BY_STRATEGY
@@ -50,7 +50,7 @@ def saved(directory: Path, *, max_positions: int, seed: int = 0) -> Path:
 def test_the_schema_knows_what_there_is() -> None:
     assert set(get_args(TaskName)) == {*TASKS, *GROUPS, "perplexity", "effective_context"}
     assert get_args(ProtocolName) == protocol_names()
-    assert set(get_args(LongTexts)) == {*get_args(Truncation), *BY_STRATEGY}
+    assert set(get_args(LongTextRule)) == {*get_args(Truncation), *BY_STRATEGY}
     assert all(name in TASKS for names in GROUPS.values() for name in names)
     for name, task in TASKS.items():
         assert task.name == name
