@@ -215,6 +215,8 @@ def test_bf16_forward_fp32_weights() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's tracer looks at activations
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's compiler
 @pytest.mark.parametrize(("name", "rows"), [("llama-tiny", batch), ("led-tiny", pairs)])
 def test_compiled_blocks_compute_the_same(name: str, rows: Callable[[int, int], Batch]) -> None:
     model = zoo.build(name, seed=0)
