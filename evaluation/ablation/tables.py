@@ -298,7 +298,8 @@ def headline_of(files: AblationFiles) -> str:
     if chosen.kv_heads is None:
         return "Nothing was converted."
     verb = "Recommended" if chosen.met else "Nothing recommended; nearest"
-    return f"{verb}: {heads_in_words(chosen.kv_heads)}, init={chosen.init}"
+    known = "" if files.found.noise.difference is not None else " (one seed: how much of it is noise is not known)"
+    return f"{verb}: {heads_in_words(chosen.kv_heads)}, init={chosen.init}{known}"
 
 
 def protocol_of(files: AblationFiles) -> str:

@@ -244,6 +244,18 @@ def test_the_report_in_every_form(grid: Path) -> None:
         assert (grid / f"report-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_recommendation_from_one_seed_says_so(grid: Path) -> None:
+    write_ablation(grid)
+    assert re.search(r"\*\*Recommended: .*, init=\w+\*\*", (grid / "report.md").read_text())
+    kept = json.loads((grid / "grid.json").read_text())
+    kept["cells"] = {cell.name: {} for cell in cells() if cell.seed != 1}
+    (grid / "grid.json").write_text(json.dumps(kept))
+    write_ablation(grid)
+    said = "(one seed: how much of it is noise is not known)**"
+    assert said in (grid / "report.md").read_text()
+    assert said[:-2] in (grid / "report.html").read_text()
+
+
 def test_cells_of_an_earlier_request_stay_out(grid: Path) -> None:
     kept = json.loads((grid / "grid.json").read_text())
     kept["cells"] = {name: {} for name in kept["cells"] if not name.startswith("1-")}
