@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
             checkpoint = resolve_checkpoint(run)
             model = load_decoder(checkpoint, device=device, dtype=torch.float32)
             trained = model.config.max_positions
-            methods = [name for name in applicable(model.config) if name != "window+sinks"]
+            methods = [name for name in applicable(model.config) if name not in ("window+sinks", "streaming")]
             tokens_BT = held_out(checkpoint, length=max(lengths) + 1, count=count)
             for reading in measure(model, tokens_BT, lengths=lengths, methods=methods, window=trained, scored=scored):
                 label = f"{positions} seed {seed}"
