@@ -20,7 +20,6 @@ import datetime
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from longspan.data.sources import from_path, read
 from longspan.data.tokenizer import Tokenizer
+from longspan.evaluation.passes import autocast
 from longspan.kernels.attention.spec import AttentionSpec, Window
 from longspan.kernels.cross_entropy import token_nll
 from longspan.model.cache import ContiguousCache
@@ -124,6 +124,7 @@ def losses(model: Decoder, tokens_BT: Tensor, *, length: int, scored: int, strea
     streaming  the window in keys, if sinks move along before it
     """
     device = model.head_weight.device
+    precision = "bf16" if device.type == "cuda" else "fp32"
     found: list[Tensor] = []
     for tokens_T in tokens_BT.to(device):
         read_T, targets_N = tokens_T[-length - 1 : -1], tokens_T[-scored:]
@@ -131,12 +132,13 @@ def losses(model: Decoder, tokens_BT: Tensor, *, length: int, scored: int, strea
         hidden_D: list[Tensor] = []
         moved = 0
         for first in range(0, length, CHUNK):
-            if streaming is not None and first - streaming + 1 - SINKS > moved:
-                _move_sinks(model, cache, first - streaming + 1 - SINKS - moved)
-                moved = first - streaming + 1 - SINKS
-            with _autocast(device):
+            before_window = 0 if streaming is None else first - streaming + 1 - SINKS
+            if before_window > moved:
+                _move_sinks(model, cache, before_window - moved)
+                moved = before_window
+            with autocast(device, precision):
                 hidden_D.append(model.hidden(read_T[None, first : first + CHUNK], cache=cache)[0, -scored:])
-        with _autocast(device):
+        with autocast(device, precision):
             found.append(token_nll(torch.cat(hidden_D)[-scored:], model.head_weight, targets_N).float().cpu())
     return torch.stack(found)
 
@@ -146,10 +148,6 @@ def _move_sinks(model: Decoder, cache: ContiguousCache, by: int) -> None:
         raise ValueError("only rotary positions can be changed in a cache")
     rotation = model.rotary(torch.tensor([[by]], device=model.head_weight.device), by + 1)
     cache.turn_first(SINKS, partial(rotate, rotation=rotation))
-
-
-def _autocast(device: torch.device) -> torch.autocast | nullcontext[None]:
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 def measure(

@@ -119,13 +119,17 @@ class ContiguousCache:
         """Turns the keys [B, count, G, K] of each row's first tokens, in every layer. With rotary positions these then
         stand elsewhere: sinks that stay before a window that has moved on (Xiao et al. 2024, arXiv 2309.17453, §3.2).
 
-        Raises ValueError for 8-bit storage, and where a ring holds other tokens in those slots.
+        Raises ValueError, before anything is turned, for 8-bit storage, for more tokens than a row has, and where a
+        ring holds other tokens in those slots.
         """
+        if count > min(self._starts):
+            raise ValueError(f"the first {count} tokens: a row has {min(self._starts)}")
         for lane in self._lanes:
             if lane.store.eight_bit:
                 raise ValueError("8-bit keys cannot be turned without rounding them again; use 16 or 32 bits")
             if lane.kind.ring and count > lane.kind.sinks:
                 raise ValueError(f"the first {count} tokens: a ring keeps {lane.kind.sinks} of them for good")
+        for lane in self._lanes:
             for keys_BGSK in lane.store.keys:
                 first_BTGK = keys_BGSK[:, :, :count].transpose(1, 2)
                 first_BTGK.copy_(turn(first_BTGK))

@@ -29,6 +29,7 @@ def run(config: BenchConfig) -> int:
     if config.backend not in available():
         raise UserError(f"backend={config.backend}: registered are {', '.join(available())}")
     cases = _chosen(config, shapes, suite(config.suite, shapes))
+    peers = _peers(config, PEERS)
     if config.dry_run:
         print(as_yaml(plain(config)), end="")
         print("\n".join(f"# {case.name}: {case.flops('both') / 1e12:.3g} TFLOP forward and backward" for case in cases))
@@ -47,7 +48,7 @@ def run(config: BenchConfig) -> int:
         Plan(
             suite=config.suite,
             cases=cases,
-            peers=_peers(config, PEERS),
+            peers=peers,
             backend=config.backend,
             device=device,
             repetitions=config.repetitions,
@@ -96,6 +97,8 @@ def _decoding(config: BenchConfig, device: torch.device, shapes: str, cases: Seq
     """The suites of decoding, which have contenders and rows of their own."""
     if config.suite == "decode" and config.peers is not None:
         raise UserError("peers: suite=decode measures all that are there; leave it out")
+    if config.backend != BenchConfig.backend:
+        raise UserError(f"backend={config.backend}: suite={config.suite} measures decoding as it runs; leave it out")
     if config.time_limit is not None:
         raise UserError(f"time_limit={config.time_limit:g}: suite={config.suite} has none; choose cases with only=")
     peers = _peers(config, generation.PEERS)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -233,8 +234,8 @@ def compile_blocks(model: Model) -> None:
     """
     torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     for block in blocks_of(model):
-        forward: Callable[..., Any] = block.forward
-        block.forward = torch.compile(forward, dynamic=False)
+        # Bound to the block, so that a copy of the model computes with its own weights.
+        block.forward = MethodType(torch.compile(type(block).forward, dynamic=False), block)
 
 
 def _ranges(indices: Sequence[int]) -> str:

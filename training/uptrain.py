@@ -27,10 +27,12 @@ from longspan.evaluation.surgery.speed import copy_rate, measure_speed
 from longspan.model.config import DecoderConfig
 
 from . import run_directory as files
+from .config_keys import keys
 from .config_plain import plain
 from .errors import UserError
 from .precision import choose_device
 from .progress import logging_to
+from .schema_requests import RunRequest
 from .schema_uptrain import UptrainConfig
 from .signals import SignalFlag
 from .uptrain_cells import STATISTICS, Workshop, forget_models
@@ -169,7 +171,10 @@ def _check_output(grid: Uptraining) -> None:
         )
     former = _flat(files.read_json(directory / GRID).get("settings", {}))
     now = _flat(json.loads(json.dumps(grid.settings)))
-    changed = sorted(key for key in former.keys() | now.keys() if former.get(key) != now.get(key))
+    defaults = {f"recipe.{key.path}": key.default for key in keys(RunRequest)}
+    # A key that a later version brought is what it was, at its default.
+    came = {key for key in now.keys() - former.keys() if key in defaults and now[key] == defaults[key]}
+    changed = sorted(key for key in (former.keys() | now.keys()) - came if former.get(key) != now.get(key))
     if changed:
         told = ", ".join(f"{key}: {former.get(key)} → {now.get(key)}" for key in changed[:3])
         raise UserError(

@@ -207,8 +207,9 @@ def _haystack(
 
 def ruler_question(kind: str, verb: str, query: str) -> str:
     """Up to where the answer begins."""
-    these = f"the special magic {kind} for {query} mentioned in the provided text"
-    return f"What {verb}{'' if verb == 'is' else ' all'} {these}? T{these[1:]} {verb}"
+    of_query = f"special magic {kind} for {query} mentioned in the provided text"
+    every = "" if verb == "is" else " all"
+    return f"What {verb}{every} the {of_query}? The {of_query} {verb}"
 
 
 def ruler_fact(kind: str, key: str, value: str) -> str:

@@ -149,6 +149,8 @@ def test_an_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         "suite=decode peers=[flex]": "peers: suite=decode measures all that are there; leave it out",
         "suite=generation peers=[flex]": "peers=flex: no peer of suite=generation; its peers are transformers-dynamic",
         "suite=attention peers=[transformers-static]": "peers=transformers-static: no peer of suite=attention",
+        "suite=attention peers=[transformers-static] dry_run=true": "peers=transformers-static: no peer of suite",
+        "suite=decode backend=flex": "backend=flex: suite=decode measures decoding as it runs; leave it out",
         "suite=generation time_limit=9": "time_limit=9: suite=generation has none",
     }.items():
         assert main(["bench", "device=cpu", *typed.split()]) == 2

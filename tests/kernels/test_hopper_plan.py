@@ -154,6 +154,27 @@ def test_launches_of_two_threads_do_not_mix(given: list[Any], metas: list[dict[s
 
 
 @pytest.mark.usefixtures("given")
+def test_where_launches_are_not_understood_triton_goes_on_launching(caplog: pytest.LogCaptureFixture) -> None:
+    launched: list[tuple[object, ...]] = []
+
+    class Kernel:
+        def __init__(self, made: object) -> None:
+            self.made = made
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *given, **options: launched.append((grid, options)) or self.made
+
+    for unknown in (compiled(global_scratch_size=128), SimpleNamespace()):
+        assert plan.first(Kernel(unknown), 5, arguments(*tensors()), {"num_warps": 4}) is None
+    assert launched == [((5,), {"num_warps": 4})] * 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "scratch memory" in caplog.text
+    assert plan.first(Kernel(None), 5, arguments(*tensors()), {}) is None  # nothing was launched: nothing to say
+    assert len(caplog.records) == 2
+    assert isinstance(plan.first(Kernel(compiled()), 5, arguments(*tensors()), {}), plan.Launch)
+
+
+@pytest.mark.usefixtures("given")
 def test_a_thread_that_has_not_used_cuda_gets_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
     """As an H100 answered: descriptors cannot be encoded there before the runtime has been asked anything."""
     known = plan.Launch(compiled(), 1, arguments(*tensors()))

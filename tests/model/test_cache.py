@@ -301,10 +301,22 @@ def test_only_keys_that_stay_where_they_are_can_be_turned() -> None:
         for old, new in zip(before, lane.store.keys, strict=True):
             assert torch.equal(new[:, :, :count], -old[:, :, :count])
             assert torch.equal(new[:, :, count:], old[:, :, count:])
+    both = AttentionPlan(patterns={"full": FULL, "sinks": SINKS}, layers=("full", "sinks"))
+    cache = create_cache(decoder(both), 3, 20)
+    assert isinstance(cache, ContiguousCache)
+    with torch.no_grad():
+        decoder(both)(TOKENS[:, :5], cache=cache)
+    before = [keys_BGSK.clone() for lane in cache._lanes for keys_BGSK in lane.store.keys]
     with pytest.raises(ValueError, match="the first 3 tokens: a ring keeps 2 of them for good"):
         cache.turn_first(3, turn)
+    with pytest.raises(ValueError, match="the first 6 tokens: a row has 5"):
+        cache.turn_first(6, turn)
+    after = [keys_BGSK for lane in cache._lanes for keys_BGSK in lane.store.keys]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
     narrow = create_cache(full, 3, 20, kind="contiguous", storage="int8")
     assert isinstance(narrow, ContiguousCache)
+    with torch.no_grad():
+        full(TOKENS[:, :5], cache=narrow)
     with pytest.raises(ValueError, match="8-bit keys cannot be turned"):
         narrow.turn_first(1, turn)
 

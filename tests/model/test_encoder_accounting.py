@@ -79,17 +79,18 @@ def test_forward_flops_equal_the_counted_matrix_products(head: str) -> None:
     assert accounting.forward_flops(config, length=37) == counter.get_total_flops()
 
 
-def test_global_tokens_cost_their_projections_and_rows() -> None:
+@pytest.mark.parametrize("n_global", [1, 16])  # other numbers are filled up with rows that count for nothing
+def test_global_tokens_cost_their_projections_and_rows(n_global: int) -> None:
     """The reference multiplies every pair; a window as wide as the sequence lets the formula count every pair too."""
     spec = AttentionSpec(causal=False, window=Window.symmetric(40), global_tokens=True)
     config = replace(BASE, attention=AttentionPlan(patterns={"p": spec}, layers=("p",)))
     model = from_config(config, seed=0).eval()
     model.set_backend("reference")
     is_global = torch.zeros(1, 37, dtype=torch.bool)
-    is_global[:, :3] = True
+    is_global[:, :n_global] = True
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 37, dtype=torch.int64), AttentionContext(is_global=is_global))
-    assert accounting.forward_flops(config, length=37, n_global=3) == counter.get_total_flops()
+    assert accounting.forward_flops(config, length=37, n_global=n_global) == counter.get_total_flops()
     without = accounting.forward_flops(config, length=37)
     assert accounting.training_flops_per_token(config, length=37) == 3 * without / 37
 

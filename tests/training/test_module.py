@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,7 @@ from longspan.training.module import (
     MAX_SKIPS_IN_A_ROW,
     LanguageModel,
     NonFinite,
+    blocks_of,
     checkpoint_activations,
     compile_blocks,
 )
@@ -212,6 +214,13 @@ def test_bf16_forward_fp32_weights() -> None:
     assert exact.last is not None
     assert module.last.loss != exact.last.loss
     assert module.last.loss == pytest.approx(exact.last.loss, rel=1e-2)
+
+
+def test_a_copy_of_compiled_blocks_has_its_own_weights() -> None:
+    model = zoo.build("gpt-tiny", seed=0)
+    compile_blocks(model)
+    other = copy.deepcopy(model)
+    assert all(block.forward.__self__ is block for each in (model, other) for block in blocks_of(each))
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from longspan.data.tokenizer import Tokenizer
-from longspan.evaluation.ablation.tables import read_grid
+from longspan.evaluation.ablation.tables import GRID, read_grid
 from longspan.evaluation.perplexity.evaluate import evaluate_documents
 from longspan.model.checkpoint import load_decoder, load_model, resolve_checkpoint
 from longspan.model.surgery import GroupedQuery, convert_model
@@ -274,6 +274,19 @@ def test_a_grid_continues_only_with_its_settings(parent: Path, whole: Path) -> N
         uptrain(validate_uptrain(changed), None)
     before = results(whole)
     page = (whole / "report.html").stat().st_mtime_ns
+    # The grid of a version that did not know a key goes on where the key has its default, and only there.
+    grid = whole / GRID
+    written = grid.read_text()
+    older = json.loads(written)
+    del older["settings"]["recipe"]["data"]["tokenizer"]["digits"]
+    grid.write_text(json.dumps(older))
+    uptrain(validate_uptrain(request(parent, whole, seeds=[0, 1], keep="all", resume="auto")), None)
+    assert results(whole) == before
+    del older["settings"]["recipe"]["optimizer"]["lr"]
+    grid.write_text(json.dumps(older))
+    with pytest.raises(UserError, match=r"made with other settings \(recipe.optimizer.lr: None → "):
+        uptrain(validate_uptrain(request(parent, whole, seeds=[0, 1], keep="all", resume="auto")), None)
+    grid.write_text(written)
     time.sleep(0.01)
     # A finished grid is looked at again, with another tolerance: nothing is trained.
     uptrain(validate_uptrain(request(parent, whole, seeds=[0, 1], keep="all", resume="auto", tolerance=9.0)), None)

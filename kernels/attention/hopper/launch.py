@@ -86,6 +86,7 @@ def forward(
     launch = first(forward_kernel, programs, given, options)
     if launch is not None:
         _plans.put(key, _Plan(launch, order))
+    if q.is_cuda:
         _keep(order, driver.active.get_current_stream(q.device.index))
     return out, lse
 

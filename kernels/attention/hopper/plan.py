@@ -8,8 +8,10 @@ what Triton would give it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from copy import copy
+from functools import cache
 from inspect import getclosurevars, isfunction
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +22,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
+log = logging.getLogger(__name__)
 P = TypeVar("P")
 R = TypeVar("R")
 PLANS = 512  # of a pass; the oldest is forgotten first
@@ -138,9 +141,22 @@ def _slots(
 
 
 def first(kernel: Any, programs: int, arguments: Sequence[object], options: dict[str, int]) -> Launch | None:
-    """Launches a kernel by Triton. None where nothing was launched: somebody only wanted to see what is compiled."""
+    """Launches a kernel by Triton. None where nothing was launched (somebody only wanted to see what is compiled), and
+    where this Triton launches in a way that is not known here: then every call is launched by it."""
     compiled = _in_context(lambda: kernel[(programs,)](*arguments, **options))
-    return None if compiled is None else Launch(compiled, programs, arguments)
+    if compiled is None:
+        return None
+    try:
+        return Launch(compiled, programs, arguments)
+    except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+        _say_once(f"{type(error).__name__}: {error}")
+        return None
+
+
+@cache
+def _say_once(problem: str) -> None:
+    """Triton's launches are its own affair: what `Launch` knows of them may be out of date, and costs speed alone."""
+    log.warning("hopper: launches go through Triton's Python, at some 50 µs each: %s", problem)
 
 
 def _in_context(run: Callable[[], R]) -> R:
@@ -182,7 +198,7 @@ class Plans(Generic[P]):
 
     def put(self, key: Hashable, plan: P) -> None:
         while len(self._known) >= PLANS:
-            del self._known[next(iter(self._known))]
+            self._known.pop(next(iter(self._known)), None)  # another thread may have been here
         self._known[key] = plan
 
     def clear(self) -> None:
