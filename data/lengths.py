@@ -10,6 +10,8 @@ import numpy as np
 
 SHORTEST = 16  # rows that tensor cores like; no batch is narrower, where the context has room for that
 STEPS = 4  # lengths from one power of two up to the next
+# The order of a stream of padded rows depends on them.
+PADDING = {"shortest": SHORTEST, "lengths_to_an_octave": STEPS}
 
 
 def padded_length(longest: int, most: int) -> int:

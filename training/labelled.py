@@ -10,6 +10,7 @@ import torch
 
 from longspan.data.examples import ExampleStore
 from longspan.data.labelled import ItemPass, ItemStream, TextItems, WindowItems, default_overlap
+from longspan.data.lengths import PADDING
 from longspan.data.seq2seq import PairItems
 from longspan.data.writer import SPLITS, Split
 from longspan.evaluation.readers.predictions import AnswerTally, ClassTally, Tally, score_examples
@@ -46,6 +47,7 @@ def labelled_data(store: ExampleStore, config: RunConfig, plan: BatchPlan, *, pi
             "context": data.context,
             "shuffle": data.shuffle,
             "examples": {"kind": data.examples.kind, "overlap": _overlap(config)},
+            "padding": PADDING,
             "labels": list(_encoder(config).labels),
         },
         val_batches=config.trainer.val_batches,

@@ -9,6 +9,7 @@ from functools import partial
 from longspan.data.denoising import DenoisedDataset, Denoiser
 from longspan.data.examples import ExampleStore
 from longspan.data.labelled import ItemPass, ItemStream
+from longspan.data.lengths import PADDING
 from longspan.data.loader import PackedDataset
 from longspan.data.seq2seq import PairFrame, PairItems, pair_frame
 from longspan.data.store import TokenStore
@@ -94,6 +95,7 @@ def pairs_data(
             "seed": config.seed,
             "shuffle": data.shuffle,
             "frame": asdict(frame),
+            "padding": PADDING,
         },
         val_batches=config.trainer.val_batches,
         workers=data.workers,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from longspan.data.batch import IGNORE
 from longspan.data.example_build import PreparedExamples
+from longspan.data.lengths import PADDING
 from longspan.data.seq2seq import PairFrame, PairItems, Seq2SeqBatch
 from longspan.data.tokenizer import byte_level
 from longspan.data.writer import SPLITS
@@ -307,6 +308,18 @@ def test_pairs_resume_to_the_same_weights(records: Path) -> None:
             run.train(validate({**config, "resume": "auto"}))
         weights.append((Path(output) / "checkpoints/step-00000020/model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+def test_a_stream_of_rows_that_were_padded_otherwise_is_not_resumed(
+    records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = raw_pairs(records, trainer={"steps": 2}, schedule={"name": "constant"}, output=str(records.parent / "old"))
+    with monkeypatch.context() as before:
+        before.setitem(PADDING, "shortest", 8)
+        run.train(validate(config))
+    config["trainer"]["steps"] = 3
+    with pytest.raises(UserError, match=r"training data is not what the run was trained on .padding: .*8.* → .*16"):
+        run.train(validate({**config, "resume": "auto"}))
 
 
 @pytest.mark.parametrize(
