@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+ASKED = "asked.json"  # in the directory of a finished run: the keys that it was trained with
 
 
 def train_once(directory: Path, experiment: str, keys: Sequence[str]) -> None:
     """`longspan train experiment=…` in a process of its own, or what is left of it; a finished run stays as it is. One
     that starts from weights (`checkpoint=` among the keys) begins again where it was not finished.
 
-    Ends the program with one line when it fails (its own last words are on the terminal).
+    Ends the program with one line when it fails (its own last words are on the terminal), and where a finished run was
+    trained with other keys.
     """
+    asked = [f"experiment={experiment}", *keys]
     if (directory / "summary.json").is_file():
+        before = json.loads((directory / ASKED).read_text()) if (directory / ASKED).is_file() else asked
+        if sorted(before) != sorted(asked):
+            was, now = (
+                " ".join(key for key in one if key not in other) for one, other in ((before, asked), (asked, before))
+            )
+            raise SystemExit(
+                f"{directory}: was trained with other keys ({was or 'none'} → {now or 'none'}); give those again, or "
+                "choose another runs=DIR"
+            )
+        print(f"{directory}: trained already")
         return
     command = [sys.executable, "-m", "longspan.scripts.cli", "train", f"experiment={experiment}", *keys]
     again = "overwrite=true" if any(key.startswith("checkpoint=") for key in keys) else "resume=auto"
     done = subprocess.run([*command, f"output={directory}", again], check=False)  # noqa: S603  our own command line
     if done.returncode:
         raise SystemExit(f"{directory}: the run ended with exit code {done.returncode}")
+    (directory / ASKED).write_text(json.dumps(asked, indent=1) + "\n")
 
 
 def told(module: str, arguments: Sequence[str], *, without: Sequence[str] = ()) -> str:

@@ -133,5 +133,5 @@ def closing_words(result: RunResult, evaluation: Evaluation | Scored | None) -> 
     if result.validation_loss is not None:
         words.append(f"validation loss {result.validation_loss:.3f}")
     if evaluation is not None:
-        words.append(evaluation.words())
+        words.append(f"evaluated: {evaluation.words()}")
     return ", ".join(words) + f"; everything is in {result.directory}"
