@@ -186,7 +186,9 @@ def test_padding_changes_no_loss(kind: str, folder: Path, monkeypatch: pytest.Mo
         assert objective(one).item() == pytest.approx(objective(other).item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("pairs", "qa") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 @pytest.mark.parametrize("change", ["compiled", "compiled and recomputed"])
 def test_compiled_blocks_have_the_same_gradients(
     kind: str, change: str, folder: Path, monkeypatch: pytest.MonkeyPatch
