@@ -20,8 +20,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def describe() -> dict[str, str]:
-    """GPU, driver, versions and commit (`-dirty`: tracked files differ from it). `LONGSPAN_COMMIT` names the commit
-    where the tree is not a checkout."""
+    """GPU, driver, versions and commit (`-dirty`: tracked files differ from it). `LONGSPAN_COMMIT`, where
+    set, is taken for the commit: for trees without git."""
     facts = {"commit": os.environ.get("LONGSPAN_COMMIT") or _checked_out()}
     facts["python"] = platform.python_version()
     facts["torch"] = torch.__version__

@@ -90,8 +90,8 @@ class Items(Protocol[BatchT_co]):
         ...
 
     @property
-    def shapes(self) -> np.ndarray:
-        """Of each, an int64 that those have in common which alone would be padded alike; greater for longer ones."""
+    def bucket_keys(self) -> np.ndarray:
+        """Of each, an int64 that those have in common which alone would be padded alike."""
         ...
 
     def batch(self, items: Sequence[int], indices: Sequence[int]) -> BatchT_co:
@@ -109,7 +109,7 @@ class ItemStream(Generic[BatchT_co]):
     def __init__(self, items: Items[BatchT_co], *, bucket: int, seed: int, shuffle: bool = True) -> None:
         self.items = items
         # What is padded to one length is of one length: the more of chance.
-        self._order = BucketedStream(items.shapes, bucket=bucket, seed=seed if shuffle else None)
+        self._order = BucketedStream(items.bucket_keys, bucket=bucket, seed=seed if shuffle else None)
 
     @property
     def n_sequences(self) -> int:
@@ -168,7 +168,7 @@ class TextItems:
         lengths = store.lengths(text)[self.records]
         self.n_cut = int((lengths > self._room).sum())
         self.lengths = np.minimum(lengths, self._room) + context - self._room
-        self.shapes = padded_lengths(self.lengths, context)
+        self.bucket_keys = padded_lengths(self.lengths, context)
 
     def batch(self, items: Sequence[int], indices: Sequence[int]) -> LabelledBatch:
         records = [int(self.records[item]) for item in items]
@@ -212,7 +212,7 @@ class WindowItems:
         self._items, self._firsts, sizes = (np.array(column) for column in zip(*windows, strict=True))
         self._sizes = sizes
         self.lengths = sizes + special + questions[self._items]
-        self.shapes = padded_lengths(self.lengths, context)
+        self.bucket_keys = padded_lengths(self.lengths, context)
         self.n_windows = dict(zip(self.records.tolist(), np.bincount(self._items).tolist(), strict=True))
         self.n_cut = int((store.lengths("question")[self.records] > self._most).sum())
 

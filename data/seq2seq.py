@@ -129,7 +129,7 @@ class PairItems:
 
     n_cut    how many texts of each name are longer than the frame has room for
     lengths  tokens of each pair, special ones included
-    shapes   of each pair, a number that those have in common which alone would be padded alike
+    bucket_keys  of each pair, a number that those have in common which alone would be padded alike
     """
 
     def __init__(self, store: ExampleStore, *, split: Split, frame: PairFrame) -> None:
@@ -141,7 +141,7 @@ class PairItems:
         framed = {name: np.minimum(whole[name], room) + mosts[name] - room for name, room in self._rooms.items()}
         self.lengths = framed["source"] + framed["target"]
         padded = {name: padded_lengths(framed[name], most) for name, most in mosts.items()}
-        self.shapes = padded["source"] * (frame.target_context + 1) + padded["target"]
+        self.bucket_keys = padded["source"] * (frame.target_context + 1) + padded["target"]
 
     def pair(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of a source and its target, unframed."""

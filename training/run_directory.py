@@ -187,7 +187,7 @@ def versions() -> dict[str, str]:
 
 def source_commit() -> str | None:
     """The git commit of this source tree, with `+changes` where it is not clean; None for an installed package.
-    `LONGSPAN_COMMIT` names it where the tree is not a checkout, as in `longspan bench`."""
+    `LONGSPAN_COMMIT`, where set, is taken for it, as in `longspan bench`: for trees without git."""
     root = Path(__file__).resolve().parent.parent
     if named := os.environ.get("LONGSPAN_COMMIT"):
         return named

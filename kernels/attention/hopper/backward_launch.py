@@ -14,14 +14,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..spec import AttentionSpec
 from ..triton.launch import parse_spec
-from .backward import stats_kernel
+from .backward import STATS_ROWS, stats_kernel
 from .backward_dkdv import dkdv_kernel
 from .backward_dq import dq_kernel
 from .launch import FURTHEST, descriptor, loadable, per_batch
 from .plan import Launch, Plans, alike, first
 from .tiles import BACKWARD_L2_BYTES, ROWS, BackwardTiles, choose_backward, heads_at_a_time, padded
-
-STATS_ROWS = 32  # of a program
 
 
 def backward(
@@ -131,7 +129,7 @@ class Task:
             out, self.d_out, lse, d_lse, self.stats, *out.stride()[:3], *self.d_out.stride()[:3], T, H, E, rounded,
             padded(E),
         )  # fmt: skip
-        return first(stats_kernel, B * H * (rounded // STATS_ROWS), given, {"num_warps": 4})
+        return first(stats_kernel, B * H * (rounded // STATS_ROWS.value), given, {"num_warps": 4})
 
     def dkdv(self, dk: Tensor, dv: Tensor) -> Launch | None:
         tiles, (B, T, H, D), (S, G), E = self.tiles, self.q.shape, self.k.shape[1:3], self.v.shape[3]
