@@ -6,12 +6,15 @@ The schema judges a config by itself; this judges it by what is there. What is i
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
 from longspan.model.checkpoint_files import (
     CONFIG,
+    LINEAGE,
+    TOKENIZER,
     CheckpointError,
     load_decoder_config,
     step_directories,
@@ -19,7 +22,8 @@ from longspan.model.checkpoint_files import (
 )
 from longspan.model.config import DecoderConfig
 
-from .config_errors import ConfigError, Problem, assignment, lines
+from .config_errors import COMMAND_LINE, ConfigError, Problem, assignment, lines
+from .config_plain import plain, written
 from .schema import (
     ConvertConfig,
     DataConfig,
@@ -30,18 +34,21 @@ from .schema import (
     ImportConfig,
     PrepareConfig,
     RunConfig,
+    TokenizerConfig,
     UptrainConfig,
 )
 
 HUB = "hub:"
+RUN_CONFIG = "config.yaml"
 
 
 def check_paths(config: object, *, where: Mapping[str, str] | None = None) -> None:
-    """Raises ConfigError, a line for each path of a verb's config that is not there or not what it has to be.
+    """Raises ConfigError, a line for each path of a verb's config that is not there or not what it has to be, and for
+    each key of a tokenizer that was typed beside weights that bring theirs.
 
     `longspan estimate` plans runs for other machines, so its data may be elsewhere (`missing_data` tells).
     """
-    found = lines(_problems(config), where or {})
+    found = lines([*_problems(config), *_tokenizers_passed_over(config, where or {})], where or {})
     if found:
         raise ConfigError(found)
 
@@ -130,7 +137,7 @@ def _no_run(value: str) -> Iterator[Problem]:
     run = Path(value)
     if not run.exists():
         yield Problem(("resume",), f"{assignment('resume', value)}: {why_no_checkpoint(run)}")
-    elif not ((run / "config.yaml").is_file() or (run / "checkpoints").is_dir()):
+    elif not ((run / RUN_CONFIG).is_file() or (run / "checkpoints").is_dir()):
         rest = "is not a run (it has neither config.yaml nor checkpoints/)"
         yield Problem(("resume",), f"{assignment('resume', value)}: {rest}")
 
@@ -149,14 +156,74 @@ def _too_long_a_window(checkpoint: str, window: int | None) -> Iterator[Problem]
 def _model_of(checkpoint: str) -> DecoderConfig | None:
     """As the config.json of a checkpoint, or of the newest in a run, says; None where it cannot, which is found out
     when the checkpoint is read."""
-    path = Path(checkpoint)
-    if not path.is_dir():
-        return None
-    candidates = [path, *step_directories(path)]
-    chosen = next((directory for directory in candidates if (directory / CONFIG).is_file()), None)
+    chosen = _directory_of(checkpoint)
     if chosen is None:
         return None
     try:
         return load_decoder_config(chosen)
     except CheckpointError:
         return None
+
+
+def _directory_of(checkpoint: str) -> Path | None:
+    """A checkpoint, or the newest in a run; None where there is none."""
+    path = Path(checkpoint)
+    candidates = [path, *step_directories(path)] if path.is_dir() else []
+    return next((directory for directory in candidates if (directory / CONFIG).is_file()), None)
+
+
+# -- tokenizers --------------------------------------------------------------------------------------------------------
+
+
+def _tokenizers_passed_over(config: object, where: Mapping[str, str]) -> Iterator[Problem]:
+    """What was typed of `data.tokenizer` beside weights that bring their own. What an experiment says of it is left
+    unread: it is for the run that begins without weights."""
+    if not isinstance(config, RunConfig | UptrainConfig):
+        return
+    used: Mapping[str, object] = {}
+    if config.checkpoint is not None:
+        chosen = _directory_of(config.checkpoint)
+        if chosen is None or not (chosen / TOKENIZER).is_file():
+            return
+        rest = f"checkpoint={config.checkpoint} brings the tokenizer that its weights were trained with"
+    elif isinstance(config, RunConfig) and config.resume is not None:
+        directory = Path(config.directory if config.resume == "auto" else config.resume)
+        if _read(directory / LINEAGE).get("parent") is None:
+            return  # the tokens of another one are other data, which are refused when they are read
+        used = written(written(_read(directory / RUN_CONFIG), "data"), "tokenizer")
+        rest = f"the run in {directory} goes on with the tokenizer that its weights brought"
+    else:
+        return
+    for key, value in _typed_of_tokenizer(config, where, used).items():
+        yield Problem((key,), f"{assignment(key, value)}: {rest}; leave data.tokenizer out")
+
+
+def _typed_of_tokenizer(
+    config: RunConfig | UptrainConfig, where: Mapping[str, str], used: Mapping[str, object]
+) -> dict[str, object]:
+    """What is not as `used` says, by key, or all of it where it was typed as one mapping. Of a file nothing is said: a
+    run compares it with the tokenizer of its weights when it reads both."""
+    section = "data.tokenizer"
+    typed = {key.rpartition(".")[2] for key, origin in where.items() if origin == COMMAND_LINE and section in key}
+    if isinstance(config, UptrainConfig):
+        asked = written(written(config.overrides, "data"), "tokenizer")
+    else:
+        defaults, file = plain(TokenizerConfig()), config.data.tokenizer.kind == "file"
+        asked = {
+            name: value
+            for name, value in plain(config.data.tokenizer).items()
+            if (name in typed or value != defaults[name]) and not (file and name in ("kind", "path"))
+        }
+    asked = {name: value for name, value in asked.items() if name not in used or used[name] != value}
+    if COMMAND_LINE in (where.get("data"), where.get(section)):
+        return {section: asked} if asked else {}
+    return {f"{section}.{name}": value for name, value in asked.items() if name in typed}
+
+
+def _read(path: Path) -> Mapping[str, object]:
+    """A file of a run; nothing where it is missing or damaged, which is found out when the run is continued."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

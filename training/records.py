@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -67,8 +66,7 @@ def open_directory(
     sessions = lineage.setdefault("sessions", [])
     if isinstance(sessions, list):
         sessions.append({"started": files.now(), "step": session.step, "command": files.command()})
-    # JSON is YAML; no YAML writer is needed for it.
-    (directory / files.CONFIG).write_text(json.dumps(as_request(config), indent=2) + "\n")
+    files.write_json(directory / files.CONFIG, as_request(config))  # JSON is YAML; no YAML writer is needed for it
     files.write_json(directory / files.LINEAGE, lineage)
     files.write_json(directory / files.ACCOUNTING, session.costs.to_dict())
     return lineage

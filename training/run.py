@@ -47,7 +47,16 @@ from .records import RunResult, closing_words, open_directory, result_of, summar
 from .schema import RunConfig
 from .signals import SignalFlag
 from .stages import Stage, stage_at, stages_of
-from .start import Origin, check_every_stage, find_directory, find_origin, set_backends, settle, tokenizer_of
+from .start import (
+    Origin,
+    check_every_stage,
+    find_directory,
+    find_origin,
+    set_backends,
+    settle,
+    tokenizer_of,
+    with_tokenizer,
+)
 from .streams import AnyPrepared, prepared_data, training_data
 
 __all__ = ["Given", "RunResult", "plan", "train"]
@@ -122,7 +131,7 @@ def _train(
         streams[stage_at(stages, state["step"]).number - 1].load_state_dict(state["data"])
     peak = find_peak(device, arithmetic, world=config.trainer.devices * config.trainer.nodes)
     session = Session(
-        config=config,
+        config=with_tokenizer(config, origin, directory),
         directory=directory,
         device=device,
         arithmetic=arithmetic,

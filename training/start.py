@@ -31,7 +31,7 @@ from .errors import UserError
 from .example_checks import HEADS
 from .new_head import with_head
 from .precision import Arithmetic
-from .schema import DataConfig, RunConfig, validate
+from .schema import DataConfig, RunConfig, TokenizerConfig, validate
 from .stage_checks import check_stages
 from .stages import Stage, stage_at, stages_of
 
@@ -203,6 +203,23 @@ def tokenizer_of(config: RunConfig, origin: Origin) -> Path | None:
             )
         return None
     return origin.checkpoint
+
+
+def with_tokenizer(config: RunConfig, origin: Origin, directory: Path) -> RunConfig:
+    """The config with the tokenizer that the run's starting weights brought, for its config.yaml to name."""
+    if origin.parent is None:
+        return config
+    saved = directory / files.CONFIG
+    if origin.resumes and saved.is_file():
+        try:
+            used = TokenizerConfig(**files.read_json(saved)["data"]["tokenizer"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{saved}: does not say data.tokenizer, which the resumed run has: {error}") from error
+    elif config.data.tokenizer.kind != "file" and (Path(origin.parent) / model_checkpoint.TOKENIZER).is_file():
+        used = TokenizerConfig(kind="file", path=origin.parent)
+    else:
+        return config
+    return replace(config, data=replace(config.data, tokenizer=used))
 
 
 def set_backends(model: Model, config: RunConfig) -> None:

@@ -167,3 +167,93 @@ def test_a_run_that_has_more_steps_already(refused: Refused, workshop: Path) -> 
     assert line.startswith(
         "trainer.steps=5: the run in run is at step 20 already; give more steps, or start another run"
     )
+
+
+# -- the tokenizer that weights bring ----------------------------------------------------------------------------------
+
+
+def test_a_typed_tokenizer_beside_weights_that_bring_theirs(refused: Refused, workshop: Path) -> None:
+    run = workshop / "runs/tiny"
+    brings = f"checkpoint={run} brings the tokenizer that its weights were trained with; leave data.tokenizer out"
+    uptrain = ("uptrain", "kv_heads=1", "output=grid")
+    for argv in (["train", "experiment=tiny"], ["estimate", "experiment=tiny"], ["train", "dry_run=true"], uptrain):
+        assert refused(*argv, f"checkpoint={run}", "data.tokenizer.kind=words", "data.tokenizer.vocab_size=300") == [
+            f"data.tokenizer.kind=words: {brings}" + TYPED,
+            f"data.tokenizer.vocab_size=300: {brings}" + TYPED,
+        ]
+        (line,) = refused(*argv, f"checkpoint={resolve_checkpoint(run)}", "data.tokenizer={kind: words}")
+        assert line.startswith('data.tokenizer={"kind": "words"}: ' if argv is uptrain else "data.tokenizer={")
+        assert line.endswith(
+            "brings the tokenizer that its weights were trained with; leave data.tokenizer out" + TYPED
+        )
+    # Which file it is is compared when it is read; its other keys say nothing of a file.
+    file = ["data.tokenizer.kind=file", f"data.tokenizer.path={resolve_checkpoint(run)}"]
+    (line,) = refused("train", "experiment=tiny", f"checkpoint={run}", *file, "data.tokenizer.train_bytes=9")
+    assert line == f"data.tokenizer.train_bytes=9: {brings}" + TYPED
+    (line,) = refused(*uptrain, f"checkpoint={run}", "data={tokenizer: {kind: words}}")
+    assert line == f'data.tokenizer={{"kind": "words"}}: {brings}' + TYPED
+
+
+def test_weights_without_a_tokenizer_need_one_named(workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(resolve_checkpoint(workshop / "runs/tiny"), "bare")
+    Path("bare/tokenizer.json").unlink()
+    _take_off("bare", "tokenizer.json")
+    argv = ["train", "experiment=tiny", "checkpoint=bare", "data.tokenizer.kind=bytes", "dry_run=true"]
+    assert main(argv) == 0, capsys.readouterr().err
+
+
+def test_what_is_recorded_is_the_tokenizer_that_was_used(refused: Refused, workshop: Path) -> None:
+    parent = resolve_checkpoint(workshop / "runs/tiny")
+    experiment = Path("mine/experiment")
+    experiment.mkdir(parents=True)
+    text = "# @package _global_\ndefaults: [tiny]\ndata: {tokenizer: {kind: bpe, vocab_size: 300}}\n"
+    (experiment / "other.yaml").write_text(text)
+    argv = [
+        "train",
+        "--config-dir",
+        "mine",
+        "experiment=other",
+        "callbacks=quiet",
+        "logger=csv",
+        "evaluation.enabled=false",
+    ]
+    argv += [f"data.cache={workshop}/cache", "trainer.steps=4", "schedule.warmup=1", "sample.prompt=", "output=run"]
+    assert main([*argv, f"checkpoint={parent}"]) == 0
+
+    def recorded() -> dict[str, object]:
+        return json.loads(Path("run/config.yaml").read_text())["data"]["tokenizer"]
+
+    assert (recorded()["kind"], recorded()["path"]) == ("file", str(parent))
+    used = recorded()
+    assert main([*argv, "resume=auto", "trainer.steps=6"]) == 0
+    assert recorded() == used
+    assert refused(*argv, "resume=auto", "trainer.steps=8", "data.tokenizer.kind=bytes") == [
+        "data.tokenizer.kind=bytes: the run in run goes on with the tokenizer that its weights brought; leave "
+        "data.tokenizer out" + TYPED
+    ]
+
+
+def test_a_run_from_weights_without_a_tokenizer_goes_on_as_it_began(workshop: Path) -> None:
+    shutil.copytree(resolve_checkpoint(workshop / "runs/tiny"), "bare")
+    Path("bare/tokenizer.json").unlink()
+    _take_off("bare", "tokenizer.json")
+    argv = [
+        "train",
+        "experiment=tiny",
+        "callbacks=quiet",
+        "logger=csv",
+        "evaluation.enabled=false",
+        "data.tokenizer.kind=bytes",
+    ]
+    argv += [f"data.cache={workshop}/cache", "trainer.steps=4", "schedule.warmup=1", "sample.prompt=", "output=run"]
+    assert main([*argv, "checkpoint=bare"]) == 0
+    assert main([*argv, "resume=auto", "trainer.steps=6"]) == 0
+    assert json.loads(Path("run/config.yaml").read_text())["data"]["tokenizer"]["kind"] == "bytes"
+
+
+def _take_off(checkpoint: str, name: str) -> None:
+    """Strikes a file from a checkpoint's manifest."""
+    manifest = Path(checkpoint, "manifest.json")
+    content = json.loads(manifest.read_text())
+    del content["files"][name]
+    manifest.write_text(json.dumps(content))
