@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ def _line(axes: Axes, rows: Sequence[Row], colour: str, marker: str, label: str)
     axes.errorbar(
         [row.alpha for row in rows],
         [row.loss for row in rows],
-        yerr=[row.interval or 0.0 for row in rows],
+        yerr=_bars([row.interval for row in rows]),
         color=colour,
         marker=marker,
         markersize=5,
@@ -70,6 +71,13 @@ def _line(axes: Axes, rows: Sequence[Row], colour: str, marker: str, label: str)
         elinewidth=1.1,
         label=label,
     )
+
+
+def _bars(intervals: Sequence[float | None]) -> list[float] | None:
+    """Halves of intervals, none where they are not known; None: no bars at all."""
+    if all(interval is None for interval in intervals):
+        return None
+    return [math.nan if interval is None else interval for interval in intervals]
 
 
 def gap_by_heads(found: Ablation, *, width: float) -> Figure | None:
@@ -90,7 +98,7 @@ def gap_by_heads(found: Ablation, *, width: float) -> Figure | None:
             axes.errorbar(
                 [places[row.kv_heads or 0] + shift for row in rows],
                 [row.gap or 0.0 for row in rows],
-                yerr=[row.gap_interval or 0.0 for row in rows],
+                yerr=_bars([row.gap_interval for row in rows]),
                 color=COLOURS[i % len(COLOURS)],
                 marker=MARKERS[i % len(MARKERS)],
                 markersize=5.5,

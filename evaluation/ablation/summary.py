@@ -158,6 +158,16 @@ class Ablation:
     def inits(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(row.init for row in self.rows if row.init is not None))
 
+    @property
+    def caveat(self) -> str:
+        """What the differences at the largest alpha leave open, as a sentence without a full stop; empty: nothing, or
+        nothing was trained, so that no seed makes a difference."""
+        alpha = self.alphas[-1]
+        if alpha == 0 or self.noise.difference is not None:
+            return ""
+        seeds = max(row.n for row in self.rows if row.alpha == alpha)
+        return f"{'one seed: ' if seeds == 1 else ''}how much of it is noise is not known"
+
     def row(self, kv_heads: int | None, init: str | None, alpha: float) -> Row | None:
         wanted = (kv_heads, init, alpha)
         return next((row for row in self.rows if (row.kv_heads, row.init, row.alpha) == wanted), None)
@@ -323,10 +333,11 @@ def _recommend(found: Ablation) -> Recommendation:
     best = [row for heads in sorted(found.heads) if (row := found.best(heads, alpha)) is not None]
     if not best:
         return Recommendation(kv_heads=None, init=None, cell=None, met=False, why="No model was converted.")
-    reference = "the control" if found.row(None, None, alpha) is not None else "the parent"
-    against = found.row(None, None, alpha) or found.row(None, None, 0.0)  # the parent is always there
-    if against is None:
+    parent = found.row(None, None, 0.0)
+    if parent is None:
         raise ValueError("the parent was not measured: there is nothing to compare with")
+    control = found.row(None, None, alpha) if alpha > 0 else None
+    reference, against = ("the parent", parent) if control is None else ("the control", control)
     gaps = {row.kv_heads: row.loss - against.loss for row in best}
     within = [row for row in best if gaps[row.kv_heads] <= found.tolerance]
     row = within[0] if within else min(best, key=lambda each: gaps[each.kv_heads])
@@ -341,10 +352,17 @@ def _recommend(found: Ablation) -> Recommendation:
         more = f"{choice}; {fewer[-1].kv_heads} would be {gaps[fewer[-1].kv_heads]:+.4f}."
     else:
         more = f"{choice}, and fewer were not tried."
+    sentences = [f"Rule: {rule}.", more]
+    if control is not None and (harm := round(control.loss - parent.loss, 4)) > 0:
+        width = "" if control.interval is None else f" ± {control.interval:.4f}"
+        sentences.append(
+            f"The control, all heads trained as long, ended worse than the parent, {harm:+.4f}{width}; to the parent "
+            f"the difference is {row.loss - parent.loss:+.4f}."
+        )
+    if found.caveat:
+        sentences.append(f"{found.caveat[0].upper()}{found.caveat[1:]}.")
     cell = min(found.of(row), key=lambda cell: cell.loss).name
-    return Recommendation(
-        kv_heads=row.kv_heads, init=row.init, cell=cell, met=bool(within), why=f"Rule: {rule}. {more}"
-    )
+    return Recommendation(kv_heads=row.kv_heads, init=row.init, cell=cell, met=bool(within), why=" ".join(sentences))
 
 
 def heads_in_words(kv_heads: int | None) -> str:
@@ -363,9 +381,10 @@ def _findings(found: Ablation) -> Iterable[str]:
         return
     width = found.noise.of_difference(max((row.n for row in found.rows if row.alpha == alpha), default=1))
     if width is None:
+        one = "One seed: h" if found.caveat.startswith("one seed") else "H"
         yield (
-            "One seed: how much of a difference is noise is not known. Differences between initialisations, and small "
-            "gaps, are not to be read; two seeds or more tell."
+            f"{one}ow much of a difference is noise is not known. Differences between initialisations, and small "
+            "gaps, are not to be read; two seeds or more of several models tell."
         )
         return
     yield f"Differences below ±{width:.4f} at the same alpha are within noise (95 %, over seeds)."

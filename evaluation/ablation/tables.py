@@ -273,9 +273,14 @@ def figures_of(files: AblationFiles, *, width: float) -> dict[str, tuple[plots.F
         if (results := recall_of(row, found))
     }
     guessed = [(int(each["length"]), each["guessed"]) for each in recall_of(shown_rows(found)["parent"], found)]
+    bars, gap_bars = "bars: 95 % over seeds", "bars: 95 % of the difference"
+    if found.noise.loss is None:
+        bars = gap_bars = "one seed, so without intervals"
+    elif found.noise.difference is None:
+        gap_bars = "without intervals"
     return {
-        "alpha": (ablation_plots.loss_by_alpha(found, width=width), "Loss against alpha (bars: 95 % over seeds)"),
-        "heads": (ablation_plots.gap_by_heads(found, width=width), "Gap to the control (bars: 95 % of the difference)"),
+        "alpha": (ablation_plots.loss_by_alpha(found, width=width), f"Loss against alpha ({bars})"),
+        "heads": (ablation_plots.gap_by_heads(found, width=width), f"Gap to the control ({gap_bars})"),
         "position": (
             ablation_plots.by_position(_position_gaps(found), width=width),
             "Loss by position, less the control's",
@@ -298,7 +303,7 @@ def headline_of(files: AblationFiles) -> str:
     if chosen.kv_heads is None:
         return "Nothing was converted."
     verb = "Recommended" if chosen.met else "Nothing recommended; nearest"
-    known = "" if files.found.noise.difference is not None else " (one seed: how much of it is noise is not known)"
+    known = f" ({files.found.caveat})" if files.found.caveat else ""
     return f"{verb}: {heads_in_words(chosen.kv_heads)}, init={chosen.init}{known}"
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from longspan.evaluation.ablation.report import write_ablation
 from longspan.evaluation.ablation.summary import CellResult, read_cells, student, summarise
+from longspan.evaluation.ablation.tables import figures_of, read_grid
 
 LOSSES = {
     # (heads, init, alpha): by seed; None: all heads
@@ -101,8 +102,7 @@ def test_what_is_within_noise_is_said() -> None:
 
 
 def test_one_seed_says_that_noise_is_not_known() -> None:
-    one = {key: {seed: loss for seed, loss in each.items() if seed in (None, 0)} for key, each in LOSSES.items()}
-    found = summarise(cells(one), tolerance=0.03)
+    found = summarise(cells(one_seed()), tolerance=0.03)
     assert found.noise.difference is None
     row = found.row(4, "mean", 0.05)
     assert row is not None
@@ -124,6 +124,46 @@ def test_the_rule(tolerance: float, heads: int, init: str, met: bool) -> None:
     assert f"at most {tolerance:g} nats per token above the control's" in chosen.why
     if not met:
         assert "None meets it." in chosen.why
+
+
+def one_seed(losses: dict = LOSSES) -> dict:
+    return {key: {seed: loss for seed, loss in each.items() if seed in (None, 0)} for key, each in losses.items()}
+
+
+def test_a_control_that_ended_worse_than_its_parent_is_said() -> None:
+    assert "worse than the parent" not in summarise(cells(), tolerance=0.03).recommended.why
+    worse = LOSSES | {(None, None, 0.0): {None: 2.91}}  # the control's mean at alpha=0.05 is 2.92, four heads' 2.9325
+    found = summarise(cells(worse), tolerance=0.03)
+    control = found.row(None, None, 0.05)
+    assert control is not None
+    assert control.interval is not None
+    said = "The control, all heads trained as long, ended worse than the parent, "
+    assert found.recommended.why.endswith(
+        f"{said}+0.0100 ± {control.interval:.4f}; to the parent the difference is +0.0225."
+    )
+    assert (
+        f"{said}+0.0100; to the"
+        in summarise(cells({**one_seed(worse), (None, None, 0.0): {None: 2.89}}), tolerance=0.03).recommended.why
+    )  # 2.90 with seed 0
+    # Of several alphas the largest is what is recommended from; a distance is never below the parent's 0.
+    early = LOSSES | {(None, None, 0.02): {0: 3.95, 1: 3.97}}
+    assert "worse than the parent" not in summarise(cells(early), tolerance=0.03).recommended.why
+
+
+def test_the_reason_of_a_recommendation_from_one_seed_says_so() -> None:
+    assert "noise" not in summarise(cells(), tolerance=0.03).recommended.why
+    for tolerance in (0.03, 0.0):
+        why = summarise(cells(one_seed()), tolerance=tolerance).recommended.why
+        assert why.endswith(" One seed: how much of it is noise is not known.")
+    conversions = {key: each for key, each in LOSSES.items() if key[2] == 0}
+    found = summarise(cells(conversions), tolerance=0.03)  # no seed makes a difference to those
+    assert "seed" not in found.recommended.why
+    assert "above the parent's" in found.recommended.why
+    # Two seeds, and nothing beside them that would tell the data from the noise.
+    alone = {(None, None, 0.0): {None: 3.0}, (4, "mean", 0.0): {None: 3.5}, (4, "mean", 0.05): {0: 2.91, 1: 2.955}}
+    found = summarise(cells(alone), tolerance=0.03)
+    assert found.recommended.why.endswith(" How much of it is noise is not known.")
+    assert "One seed" not in found.findings[0]
 
 
 def test_without_a_control_the_parent_is_the_measure() -> None:
@@ -254,6 +294,33 @@ def test_a_recommendation_from_one_seed_says_so(grid: Path) -> None:
     said = "(one seed: how much of it is noise is not known)**"
     assert said in (grid / "report.md").read_text()
     assert said[:-2] in (grid / "report.html").read_text()
+    section = (grid / "report.html").read_text().partition('id="recommendation"')[2].partition("</section>")[0]
+    assert "One seed: how much of it is noise is not known." in section
+
+
+def test_captions_speak_of_bars_where_there_are_some(grid: Path) -> None:
+    def shown() -> tuple[dict[str, str], list[bool]]:
+        figures = figures_of(read_grid(grid), width=8.0)
+        drawn = [figures[name][0] for name in ("alpha", "heads")]
+        bars = [each for figure in drawn if figure for axes in figure.axes for each in axes.containers]
+        assert bars
+        return {name: figures[name][1] for name in ("alpha", "heads")}, [bar.has_yerr for bar in bars]
+
+    captions, bars = shown()
+    assert captions == {
+        "alpha": "Loss against alpha (bars: 95 % over seeds)",
+        "heads": "Gap to the control (bars: 95 % of the difference)",
+    }
+    assert all(bars)
+    kept = json.loads((grid / "grid.json").read_text())
+    kept["cells"] = {cell.name: {} for cell in cells() if cell.seed != 1}
+    (grid / "grid.json").write_text(json.dumps(kept))
+    captions, bars = shown()
+    assert captions == {
+        "alpha": "Loss against alpha (one seed, so without intervals)",
+        "heads": "Gap to the control (one seed, so without intervals)",
+    }
+    assert not any(bars)
 
 
 def test_cells_of_an_earlier_request_stay_out(grid: Path) -> None:
