@@ -15,7 +15,8 @@ from typing import Any
 
 from longspan.model.checkpoint_files import LINEAGE, WEIGHTS, load_config, resolve_checkpoint, sha256_of
 from longspan.model.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
-from longspan.model.surgery import GroupedQuery, plan_steps
+from longspan.model.surgery import GroupedQuery, SurgeryError, plan_steps
+from longspan.model.surgery.gqa import Grouping
 
 from .config_checks import check_lengths, longest_input
 from .config_errors import ConfigError, lines
@@ -167,7 +168,27 @@ def _check_heads(request: UptrainConfig, model: DecoderConfig | EncoderConfig) -
             "control, which is trained anyway"
         )
     for heads in request.kv_heads:
+        if model.kv_heads % heads:
+            raise UserError(f"kv_heads={heads}: {_fewer_heads(request, model, heads)}")
         plan_steps(model, [GroupedQuery(kv_heads=heads, grouping=request.grouping)])
+
+
+def _fewer_heads(request: UptrainConfig, model: DecoderConfig | EncoderConfig, asked: int) -> str:
+    """Why that many heads cannot be, and which numbers would be taken."""
+    if model.kv_heads == 1:
+        return "the parent has one key/value head, and heads can only be made fewer"
+    more = ", and heads can only be made fewer" if asked > model.kv_heads else ""
+    taken = [str(heads) for heads in range(model.kv_heads - 1, 0, -1) if _can_have(model, heads, request.grouping)]
+    choice = f"choose one of {', '.join(taken)}" if taken else "no smaller number suits its patterns"
+    return f"the parent's {model.kv_heads} key/value heads are shared out evenly{more}; {choice}"
+
+
+def _can_have(model: DecoderConfig | EncoderConfig, heads: int, grouping: Grouping) -> bool:
+    try:
+        plan_steps(model, [GroupedQuery(kv_heads=heads, grouping=grouping)])
+    except SurgeryError:
+        return False
+    return True
 
 
 def _without_control(request: UptrainConfig, model: DecoderConfig | EncoderConfig) -> UptrainConfig:

@@ -115,14 +115,14 @@ class GroupedQuery:
             yield f"stacks=[]: names at least one of {', '.join(get_args(Stack))}"
         else:
             counts = {site.kind: site.kv_heads for site in _all_sites(before, self._stacks(before))}
+            fitting = [n for n in range(min(counts.values()), 0, -1) if not any(count % n for count in counts.values())]
             for kind, count in counts.items():
                 if self.kv_heads < 1 or count % self.kv_heads:
                     where = f" of {kind}" if len(counts) > 1 else ""
-                    divisors = ", ".join(str(d) for d in range(count, 0, -1) if count % d == 0)
                     more = ", and heads can only be made fewer" if self.kv_heads > count else ""
                     yield (
                         f"kv_heads={self.kv_heads}: the {count} key/value heads{where} are shared out evenly{more}; "
-                        f"choose one of {divisors}"
+                        f"choose one of {', '.join(map(str, fitting))}"
                     )
         if self.init == "random" and self.grouping == "similar":
             yield "grouping=similar with init=random: new heads are like no others; choose grouping=contiguous"

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from longspan.kernels.attention import AttentionSpec, Window
 from longspan.model.checkpoint import save_model
+from longspan.model.config import AttentionPlan, HeadGroup
 from longspan.model.zoo import build
 from longspan.scripts.cli import main
 from longspan.training import uptrain as grids
@@ -49,7 +51,7 @@ def gpt() -> None:
         (["kv_heads=2", "parent_steps=100"], "recipe: is required"),
         (["kv_heads=2", "parent_steps=100", "recipe=abd"], "recipe=abd: is neither a run directory nor an experiment"),
         (["kv_heads=2", "parent_steps=100", "recipe=gpt"], "recipe=gpt: is a directory without a config.yaml"),
-        (["kv_heads=3", "parent_steps=100", "recipe=tiny"], "kv_heads=3: the 4 key/value heads are shared out evenly"),
+        (["kv_heads=3", "parent_steps=100", "recipe=tiny"], "kv_heads=3: the parent's 4 key/value heads are shared"),
         (["kv_heads=4", "parent_steps=100", "recipe=tiny"], "kv_heads=[4]: 4 is what the parent has"),
         (["kv_heads=2", "alpha=0.001", "parent_steps=100", "recipe=tiny"], "alpha=0.001: is less than one"),
         (["kv_heads=2", "data.path=nowhere"], "data.path=nowhere: does not exist"),
@@ -59,6 +61,23 @@ def test_one_line_a_mistake(arguments: list[str], line: str, refused: Refused) -
     (found, *more) = refused(*HERE, *arguments)
     assert found.startswith(line), found
     assert not more
+
+
+def test_only_numbers_of_heads_that_would_be_taken_are_offered(refused: Refused) -> None:
+    arguments = ("output=grid", "parent_steps=100", "recipe=tiny")
+    save_model(build("gpt-tiny", {**SMALL, "n_kv_heads": 1}), "one")
+    assert refused("uptrain", "checkpoint=one", "kv_heads=2", *arguments) == [
+        "kv_heads=2: the parent has one key/value head, and heads can only be made fewer"
+    ]
+    # One key/value head for all would be split between the two groups of query heads.
+    spec = AttentionSpec(causal=True)
+    dilated = AttentionSpec(causal=True, window=Window(left=4, dilation=2))
+    heads = (HeadGroup(spec=spec, heads=2), HeadGroup(spec=dilated, heads=2))
+    mixed = {**SMALL, "attention": AttentionPlan(patterns={"mixed": heads}, layers=("mixed",))}
+    save_model(build("gpt-tiny", mixed), "mixed")
+    assert refused("uptrain", "checkpoint=mixed", "kv_heads=3", *arguments) == [
+        "kv_heads=3: the parent's 4 key/value heads are shared out evenly; choose one of 2"
+    ]
 
 
 def test_only_decoders_and_encoders(refused: Refused) -> None:

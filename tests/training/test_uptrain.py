@@ -349,8 +349,8 @@ def test_a_foreign_parent_needs_its_steps_and_a_recipe(foreign: Path, parent: Pa
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"kv_heads": [3]}, "kv_heads=3: the 4 key/value heads are shared out evenly; choose one of 4, 2, 1"),
-        ({"kv_heads": [8]}, "kv_heads=8: .* heads can only be made fewer"),
+        ({"kv_heads": [3]}, "kv_heads=3: the parent's 4 key/value heads are shared out evenly; choose one of 2, 1$"),
+        ({"kv_heads": [8]}, "kv_heads=8: .* heads can only be made fewer; choose one of 2, 1$"),
         ({"kv_heads": [4, 2]}, r"kv_heads=\[4, 2\]: 4 is what the parent has"),
         ({"alpha": [0.001]}, "alpha=0.001: is less than one of the parent's 40 steps"),
         ({"warmup": 7}, "warmup=7: 7 steps of warm-up are more than the 4 of the smallest alpha"),

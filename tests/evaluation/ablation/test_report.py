@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.container import ErrorbarContainer
 
 from longspan.evaluation.ablation.report import write_ablation
 from longspan.evaluation.ablation.summary import CellResult, read_cells, student, summarise
@@ -304,7 +305,8 @@ def test_captions_speak_of_bars_where_there_are_some(grid: Path) -> None:
         drawn = [figures[name][0] for name in ("alpha", "heads")]
         bars = [each for figure in drawn if figure for axes in figure.axes for each in axes.containers]
         assert bars
-        return {name: figures[name][1] for name in ("alpha", "heads")}, [bar.has_yerr for bar in bars]
+        captions = {name: figures[name][1] for name in ("alpha", "heads")}
+        return captions, [isinstance(bar, ErrorbarContainer) and bar.has_yerr for bar in bars]
 
     captions, bars = shown()
     assert captions == {
