@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longspan.training.config_keys import REQUIRED, Key, keys
+from longspan.training.config_keys import REQUIRED, Inherited, Key, keys
 
 from .compose import CONFIGS, group_options
 
@@ -59,7 +59,10 @@ def render(
 
 def _entry(key: Key, raw: Mapping[str, Any], width: int) -> Iterator[str]:
     value = _current(key, raw)
-    yield f"  {key.path}" + ("  (required)" if value is REQUIRED else f"={_shown(value)}" if value is not _OPEN else "")
+    if value is REQUIRED or isinstance(value, Inherited):
+        yield f"  {key.path}  ({'required' if value is REQUIRED else value.source})"
+    else:
+        yield f"  {key.path}" + (f"={_shown(value)}" if value is not _OPEN else "")
     meaning = f"{key.meaning[:1].upper()}{key.meaning[1:]}. " if key.meaning else ""
     yield from _wrapped(f"{_INDENT}{meaning}[{key.allowed}]", width, _INDENT)
 
@@ -116,6 +119,8 @@ def reference(verbs: Mapping[str, type]) -> str:
 
 def _default(key: Key) -> str:
     value = _current(key, {})
+    if isinstance(value, Inherited):
+        return value.source
     return "required" if value is REQUIRED else "" if value is _OPEN else f"`{_shown(value)}`".replace("|", "\\|")
 
 

@@ -10,11 +10,19 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 REQUIRED = MISSING  # the default of a key that has none
+
+
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """The default of a key that something else decides where it is not given; `source` in words."""
+
+    source: str
+
 
 _WORDS: dict[object, str] = {
     int: "a whole number",
@@ -33,7 +41,8 @@ class Key:
 
     path       dotted; `<name>` stands for a name the user gives, `<i>` for a place in a list
     allowed    what it may hold, in words
-    default    its default, REQUIRED when there is none, None for the heads of sections
+    default    its default, REQUIRED when there is none, Inherited where another config says it, None for the heads of
+               sections
     meaning    one sentence
     choices    the words it (or an item of its list) may be, where they are listed
     is_text    holds text and nothing that looks like YAML
@@ -56,8 +65,16 @@ class Key:
 @cache
 def keys(schema: type) -> tuple[Key, ...]:
     """Every key of a schema in its order, sections before the keys inside them only where the section itself can be
-    set to something (a list, null)."""
-    return tuple(_walk(schema, ""))
+    set to something (a list, null).
+
+    A schema that has sections in common with others may say, by key or section, what is different with it: `decided`
+    has keys that it does not take, `inherited` where it takes the values from that are not given.
+    """
+    decided: Mapping[str, str] = getattr(schema, "decided", {})
+    inherited: Mapping[str, str] = getattr(schema, "inherited", {})
+    taken = (key for key in _walk(schema, "") if _whose(key.path, decided) is None)
+    sources = ((key, _whose(key.path, inherited)) for key in taken)
+    return tuple(key if name is None else replace(key, default=Inherited(inherited[name])) for key, name in sources)
 
 
 def find(schema: type, path: str) -> Key | None:
@@ -131,6 +148,13 @@ def describe(annotation: Any, limits: tuple[Any, ...] = ()) -> str:
     if is_dataclass(plain) or hasattr(plain, "model_fields"):
         return "a section with " + ", ".join(_names(plain))
     return str(plain)
+
+
+def _whose(path: str, names: Mapping[str, str]) -> str | None:
+    """The name among `names` of a key, or else of the innermost section that it lies in."""
+    while path and path not in names:
+        path = path.rpartition(".")[0]
+    return path or None
 
 
 def _same(pattern: str, path: str) -> bool:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from .config_errors import Problem, assignment
 from .schema_uptrain import UptrainRequest
 
-# What a cell decides by itself.
-_DECIDED = {
-    "trainer.steps": "alpha says how many steps there are",
-    "trainer.devices": "each cell has one device; workers= says how many cells go on at once",
-    "trainer.nodes": "each cell has one device; workers= says how many cells go on at once",
-    "trainer.strategy": "each cell has one device",
-}
+
+def check_decided(overrides: Mapping[str, Mapping[str, object]]) -> Iterator[Problem]:
+    """What a grid decides by itself; `overrides` are the sections as they were written."""
+    for key, reason in UptrainRequest.decided.items():
+        section, _, name = key.partition(".")
+        if name in overrides.get(section, {}):
+            yield Problem((key,), f"{assignment(key, overrides[section][name])}: leave it out; {reason}")
 
 
-def check_uptrain(request: UptrainRequest, overrides: dict[str, dict[str, object]]) -> Iterator[Problem]:
-    """`overrides` are the sections as they were written."""
+def check_uptrain(request: UptrainRequest) -> Iterator[Problem]:
     yield from _outside(request)
     for key in ("kv_heads", "init", "alpha", "seeds"):
         values = getattr(request, key)
@@ -42,10 +41,6 @@ def check_uptrain(request: UptrainRequest, overrides: dict[str, dict[str, object
             f"{assignment('statistics', request.statistics)}: init={', '.join(request.init)} compares no heads; leave "
             "it out, or add aligned or svd",
         )
-    for key, reason in _DECIDED.items():
-        section, _, name = key.partition(".")
-        if name in overrides.get(section, {}):
-            yield Problem((key,), f"{assignment(key, overrides[section][name])}: leave it out; {reason}")
     if request.resume is not None and request.overwrite:
         yield Problem(
             ("overwrite", "resume"),

@@ -30,7 +30,7 @@ from .config_checks import check_data, check_evaluate, check_generate, check_run
 from .config_convert import check_convert
 from .config_errors import COMMAND_LINE, ConfigError, Problem, lines, translate, wrong
 from .config_plain import booleans, named, plain, without, written
-from .config_uptrain import check_uptrain
+from .config_uptrain import check_decided, check_uptrain
 from .schema_convert import ConvertConfig
 from .schema_evaluate import EvaluateConfig
 from .schema_model import BACKENDS, AttentionConfig, AttentionPlanConfig, BackendPlan, ModelConfig, StackSection
@@ -197,11 +197,15 @@ def validate_convert(raw: Raw, *, where: Where | None = None) -> ConvertConfig:
 def validate_uptrain(raw: Raw, *, where: Where | None = None) -> UptrainConfig:
     """`longspan uptrain`; as `validate`. Of the sections of a run, what was written is kept, to be laid over the
     recipe's."""
+    overrides = {name: dict(written(raw, name)) for name in UPTRAIN_SECTIONS if written(raw, name)}
+    decided = list(check_decided(overrides))
+    refused = {problem.keys[0] for problem in decided}
     request, problems = _parse(UptrainRequest, raw)
+    # What is wrong inside what is refused as a whole is no second mistake.
+    problems = decided + [each for each in problems if not any(f"{each.keys[0]}.".startswith(f"{k}.") for k in refused)]
     config = None
     if request is not None:
-        overrides = {name: dict(written(raw, name)) for name in UPTRAIN_SECTIONS if written(raw, name)}
-        problems += check_uptrain(request, overrides)
+        problems += check_uptrain(request)
         own = {field.name: getattr(request, field.name) for field in fields(request)}
         config = UptrainConfig(
             **{name: value for name, value in own.items() if name not in UPTRAIN_SECTIONS}, overrides=overrides

@@ -281,11 +281,11 @@ class TrainerConfig:
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch; default: torch's choice")
     log_every: Count = Field(default=10, description="steps between metric rows")
     val_every: int | None = Field(
-        default=None, ge=1, description="steps between validations; default: a tenth of the run"
+        default=None, ge=1, description="steps between validations; null: a tenth of the run (uptrain: a quarter)"
     )
     val_batches: Count = Field(default=20, description="micro-batches a validation reads at most")
     save_every: int | None = Field(
-        default=None, ge=1, description="steps between checkpoints; default: a tenth of the run"
+        default=None, ge=1, description="steps between checkpoints; null: a tenth of the run (uptrain: a quarter)"
     )
     keep: Count = Field(default=2, description="how many of the newest checkpoints stay, the best one aside")
 

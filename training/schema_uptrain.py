@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
@@ -146,7 +146,28 @@ class _UptrainKeys:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class UptrainRequest(_UptrainKeys):
-    """`longspan uptrain` as a user writes it: of the sections, only what is written counts"""
+    """`longspan uptrain` as a user writes it: of the sections, only what is written counts
+
+    decided    keys of theirs that are refused, and why
+    inherited  where the values come from that are not written
+    """
+
+    decided: ClassVar[Mapping[str, str]] = {
+        "trainer.steps": "alpha says how many steps there are",
+        "trainer.devices": "each cell has one device; workers= says how many cells go on at once",
+        "trainer.nodes": "each cell has one device; workers= says how many cells go on at once",
+        "trainer.strategy": "each cell has one device",
+        "trainer.keep": "a cell keeps its last checkpoint alone; keep= says whose weights stay",
+        "trainer.label_smoothing": "it is for encoder–decoders, which uptrain does not take",
+        **dict.fromkeys(
+            ("data.masking", "data.denoising", "data.examples"),
+            "cells read plain text: decoders learn the next token, encoders the parent's hidden states",
+        ),
+    }
+    inherited: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("data", "optimizer", "trainer", "evaluation"), "the recipe's"),
+        "data.tokenizer": "the parent's; the recipe's where that brings none",
+    }
 
     data: DataConfig = Field(default=DataConfig(), description="what differs from the recipe's; see data.*")
     optimizer: OptimizerConfig = Field(

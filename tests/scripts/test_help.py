@@ -12,7 +12,7 @@ import yaml
 from longspan.scripts.cli import VERBS, main
 from longspan.scripts.compose import CONFIGS, group_options
 from longspan.training import schema
-from longspan.training.config_keys import keys
+from longspan.training.config_keys import Inherited, keys
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -23,7 +23,10 @@ def test_every_key_is_listed_with_type_and_meaning(verb: str, capsys: pytest.Cap
     for key in keys(getattr(schema, VERBS[verb].request)):
         if "<i>.spec." in key.path:
             continue
-        assert re.search(rf"^  {re.escape(key.path)}(=|  \(required\)|$)", out, re.MULTILINE), key.path
+        value = (
+            rf"  \({re.escape(key.default.source)}\)$" if isinstance(key.default, Inherited) else r"  \(required\)$|$"
+        )
+        assert re.search(rf"^  {re.escape(key.path)}(=|{value})", out, re.MULTILINE), key.path
         assert f"[{key.allowed}]" in words
         assert " ".join(key.meaning.split())[1:] in words
     for group, options in group_options(verb).items():
@@ -43,6 +46,18 @@ def test_the_values_are_those_of_the_config_beside_it(capsys: pytest.CaptureFixt
     assert f"\n  trainer.steps={steps}\n" in out
     assert main(["generate", "--help"]) == 0
     assert "\n  checkpoint  (required)\n" in capsys.readouterr().out
+
+
+def test_uptrain_lists_what_it_takes_with_the_values_that_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["uptrain", "trainer.clip=0.5", "--help"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert "  trainer.clip=0.5" in listed
+    assert "  trainer.global_batch  (the recipe's)" in listed
+    assert "  data.context  (the recipe's)" in listed
+    assert "  data.tokenizer.kind  (the parent's; the recipe's where that brings none)" in listed
+    assert "  schedule=constant" in listed  # uptrain's own
+    refused = [path for path in schema.UptrainRequest.decided if any(line.startswith(f"  {path}") for line in listed)]
+    assert not refused
 
 
 def test_help_needs_no_torch() -> None:
