@@ -20,18 +20,30 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from longspan.data.synthetic import recall_text
 from longspan.evaluation.files import write_atomically
 
-from .arguments import split_arguments
-from .runs import train_once
+from .arguments import part, refuse, split_arguments, whole, wholes
+from .runs import check_keys, is_finished, train_once
 
 OWN = ("contexts", "documents", "share", "words", "again", "tokens", "seed", "runs", "data.path")
 # As many tokens of each number of facts: in long texts few questions are near their facts.
 FACTS = (1,) * 8 + (2,) * 4 + (4,) * 2 + (8,)
+# Keys of `longspan train` that are decided here.
+_SAID = {
+    "output": "each run has a directory of its own below runs=DIR",
+    "resume": "what is there of a run is gone on with, a finished one kept",
+    "overwrite": "what is there of a run is gone on with, a finished one kept",
+    "dry_run": "keys are tried before anything is made",
+    "experiment": "it is experiment=context_lengths that is run",
+    "data.context": "contexts= says it",
+    "data.sources": "data.path and the made documents are the sources",
+    "trainer.global_batch": "tokens= says it",
+}
 FIRST_SEED = 1_000_000  # far from the seeds that evaluations draw from
 
 
@@ -49,31 +61,88 @@ def write_documents(path: Path, documents: Iterable[str]) -> None:
     write_atomically(path, "".join(json.dumps({"text": each}) + "\n" for each in documents).encode())
 
 
-def main(arguments: Sequence[str]) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """The keys of the command line, as the text above names them; `keys` are those of `longspan train`."""
+
+    text: str
+    contexts: tuple[int, ...]
+    share: float
+    words: tuple[int, ...]
+    again: int
+    documents: int
+    tokens: int
+    seed: int
+    runs: Path
+    keys: tuple[str, ...]
+
+    @property
+    def recipe(self) -> str:
+        """What made documents are a function of."""
+        return f"{'_'.join(map(str, self.words))}-{self.again}-{self.documents}-{self.seed}"
+
+    @property
+    def made(self) -> Path:
+        return self.runs / f"documents-{self.recipe}.jsonl"
+
+    def run(self, context: int) -> Path:
+        return self.runs / f"context-{context}-{self.share:g}-{self.recipe}"
+
+    def settings(self, context: int, sources: Sequence[Mapping[str, object]]) -> list[str]:
+        """What a run is asked for."""
+        given = ", ".join("{" + ", ".join(f"{key}: {value}" for key, value in each.items()) + "}" for each in sources)
+        sequences = self.tokens // context
+        return [
+            f"seed={self.seed}", f"data.sources=[{given}]", f"data.context={context}", f"model.max_positions={context}",
+            f"trainer.global_batch={sequences}", f"trainer.micro_batch={sequences}", *self.keys,
+        ]  # fmt: skip
+
+
+def read(arguments: Sequence[str]) -> Asked:
+    """Ends the program (exit code 2, one line) for what cannot be meant."""
     own, keys = split_arguments(arguments, OWN)
     if "data.path" not in own:
-        print("missing: data.path=NOVELS, the text of the mixture", file=sys.stderr)
-        return 2
-    seed, share, tokens = int(own.get("seed", "0")), float(own.get("share", "0.5")), int(own.get("tokens", "32768"))
-    words = [int(each) for each in own.get("words", "0,8,30,120").split(",")]
-    again, number = int(own.get("again", "4")), int(own.get("documents", "60000"))
-    runs = Path(own.get("runs", "runs/context_lengths"))
-    recipe = f"{'_'.join(map(str, words))}-{again}-{number}-{seed}"
-    made = runs / f"documents-{recipe}.jsonl"
-    if not made.is_file():
-        write_documents(made, made_documents(number, words, again, seed))
-    sources = [
-        {"kind": "files", "path": own["data.path"], "name": "text", "weight": round(1 - share, 6)},
-        {"kind": "files", "path": str(made), "name": "made", "weight": share},
-    ]
-    given = ", ".join("{" + ", ".join(f"{key}: {value}" for key, value in source.items()) + "}" for source in sources)
-    for context in map(int, own.get("contexts", "512,2048").split(",")):
-        sequences = tokens // context
-        settings = [
-            f"seed={seed}", f"data.sources=[{given}]", f"data.context={context}", f"model.max_positions={context}",
-            f"trainer.global_batch={sequences}", f"trainer.micro_batch={sequences}", *keys,
-        ]  # fmt: skip
-        train_once(runs / f"context-{context}-{share:g}-{recipe}", "context_lengths", settings)
+        refuse("missing: data.path=NOVELS, the text of the mixture")
+    for each in keys:
+        if (reason := _SAID.get(each.partition("=")[0])) is not None:
+            refuse(f"{each}: leave it out; {reason}")
+    tokens = whole(own, "tokens", 32768, least=2)
+    contexts = wholes(own, "contexts", (512, 2048), least=2)
+    asked = f"contexts={own.get('contexts', '512,2048')}"
+    for context in contexts:
+        if context > tokens:
+            refuse(f"{asked}: a sequence of {context} is longer than tokens={tokens}, a step of them")
+        if tokens % context:
+            refuse(
+                f"{asked}: tokens={tokens} are no whole number of sequences of {context}, so steps would differ in "
+                "tokens; choose others"
+            )
+    return Asked(
+        text=own["data.path"],
+        contexts=contexts,
+        share=part(own, "share", 0.5),
+        words=wholes(own, "words", (0, 8, 30, 120), least=0),
+        again=whole(own, "again", 4, least=0),
+        documents=whole(own, "documents", 60_000, least=1),
+        tokens=tokens,
+        seed=whole(own, "seed", 0, least=0),
+        runs=Path(own.get("runs", "runs/context_lengths")),
+        keys=tuple(keys),
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    asked = read(arguments)
+    text: dict[str, object] = {"kind": "files", "path": asked.text, "name": "text"}
+    for context in asked.contexts:
+        if not is_finished(asked.run(context)):  # the made documents are not there yet
+            check_keys("context_lengths", asked.settings(context, [text]))
+    if not asked.made.is_file():
+        write_documents(asked.made, made_documents(asked.documents, asked.words, asked.again, asked.seed))
+    made = {"kind": "files", "path": str(asked.made), "name": "made", "weight": asked.share}
+    for context in asked.contexts:
+        sources = [{**text, "weight": round(1 - asked.share, 6)}, made]
+        train_once(asked.run(context), "context_lengths", asked.settings(context, sources))
     return 0
 
 

@@ -8,7 +8,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .arguments import refuse
+
 ASKED = "asked.json"  # in the directory of a finished run: the keys that it was trained with
+
+
+def is_finished(directory: Path) -> bool:
+    return (directory / "summary.json").is_file()
+
+
+def check_keys(experiment: str, keys: Sequence[str]) -> None:
+    """Ends the program (exit code 2, a line for each mistake) where `longspan train` would refuse the keys."""
+    command = [sys.executable, "-m", "longspan.scripts.cli", "train", f"experiment={experiment}", *keys, "dry_run=true"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603  our own command line
+    if done.returncode:
+        refuse(done.stderr.rstrip("\n"))
 
 
 def train_once(directory: Path, experiment: str, keys: Sequence[str]) -> None:
@@ -19,7 +33,7 @@ def train_once(directory: Path, experiment: str, keys: Sequence[str]) -> None:
     trained with other keys.
     """
     asked = [f"experiment={experiment}", *keys]
-    if (directory / "summary.json").is_file():
+    if is_finished(directory):
         before = json.loads((directory / ASKED).read_text()) if (directory / ASKED).is_file() else asked
         if sorted(before) != sorted(asked):
             was, now = (

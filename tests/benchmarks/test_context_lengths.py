@@ -50,5 +50,45 @@ def test_each_context_is_a_run_on_the_same_mixture(tmp_path: Path, capsys: pytes
         "context-32-0.5-0_4-1-10-0", "context-32-0.5-0_4-1-10-1", "context-64-0.5-0_4-1-10-0",
         "documents-0_4-1-10-0.jsonl", "documents-0_4-1-10-1.jsonl",
     ]  # fmt: skip
-    assert main(["contexts=32"]) == 2
+    with pytest.raises(SystemExit):
+        main(["contexts=32"])
     assert "data.path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        (["documents=abc"], "documents=abc: expected a whole number, at least 1"),
+        (["documents=0"], "documents=0: expected a whole number, at least 1"),
+        (["words=0,x"], "words=0,x: expected whole numbers with commas between them, each at least 0"),
+        (["again=1.5"], "again=1.5: expected a whole number, at least 0"),
+        (["share=1"], "share=1: expected a number above 0 and below 1"),
+        (["share=nan"], "share=nan: expected a number above 0 and below 1"),
+        (["contexts=32,256"], "contexts=32,256: a sequence of 256 is longer than tokens=128, a step of them"),
+        (["contexts=48"], "contexts=48: tokens=128 are no whole number of sequences of 48, so steps would differ"),
+        (["output=here"], "output=here: leave it out; each run has a directory of its own below runs=DIR"),
+        (["data.context=64"], "data.context=64: leave it out; contexts= says it"),
+        (["experiment=tiny"], "experiment=tiny: leave it out; it is experiment=context_lengths that is run"),
+        (["resume=auto"], "resume=auto: leave it out; what is there of a run is gone on with, a finished one kept"),
+        (["trainer.stps=2"], "longspan train: trainer.stps=2: unknown key; did you mean trainer.steps? (set on the "),
+    ],
+)
+def test_a_mistake_costs_one_line_and_no_work(
+    typed: list[str], line: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    arguments = [f"data.path={tmp_path}/a.txt", "contexts=64", "tokens=128", f"runs={tmp_path}/runs", *typed]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    out, err = capfd.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert err.startswith(line), err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_that_is_not_there_is_found_before_documents_are_made(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([f"data.path={tmp_path}/nowhere", "contexts=64", "tokens=128", f"runs={tmp_path}/runs"])
+    assert ended.value.code == 2
+    assert not (tmp_path / "runs").exists()
