@@ -9,6 +9,8 @@ import torch
 
 from .shapes import Case, SuiteName
 
+REPETITIONS = 100
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:

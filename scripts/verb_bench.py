@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from longspan.benchmarks import decode, generation
 from longspan.benchmarks.attention import Plan
 from longspan.benchmarks.attention import run as run_suite
 from longspan.benchmarks.environment import output_directory
+from longspan.benchmarks.plan import REPETITIONS
 from longspan.benchmarks.shapes import PEERS, suite
 from longspan.kernels.attention import available
 from longspan.training.config_plain import plain
@@ -30,18 +31,19 @@ def run(config: BenchConfig) -> int:
         raise UserError(f"backend={config.backend}: registered are {', '.join(available())}")
     cases = _chosen(config, shapes, suite(config.suite, shapes))
     peers = _peers(config, PEERS)
+    output = output_directory(config.output, smoke=device.type == "cpu")
+    times = config.repetitions or REPETITIONS
     if config.dry_run:
-        print(as_yaml(plain(config)), end="")
+        _show(config, device, {"shapes": shapes, "peers": list(peers), "repetitions": times, "output": str(output)})
         print("\n".join(f"# {case.name}: {case.flops('both') / 1e12:.3g} TFLOP forward and backward" for case in cases))
         return 0
-    output = output_directory(config.output, smoke=device.type == "cpu")
     command = f"longspan bench suite={config.suite} shapes={shapes} backend={config.backend}"
     if config.only is not None:
         command += f" only='{config.only}'"
     if config.peers is not None:
         command += f" peers=[{','.join(config.peers)}]"
-    if config.repetitions != BenchConfig.repetitions:
-        command += f" repetitions={config.repetitions}"
+    if times != REPETITIONS:
+        command += f" repetitions={times}"
     if config.time_limit is not None:
         command += f" time_limit={config.time_limit:g}"
     outcome = run_suite(
@@ -51,7 +53,7 @@ def run(config: BenchConfig) -> int:
             peers=peers,
             backend=config.backend,
             device=device,
-            repetitions=config.repetitions,
+            repetitions=times,
             output=output,
             command=command,
             time_limit=config.time_limit,
@@ -102,17 +104,18 @@ def _decoding(config: BenchConfig, device: torch.device, shapes: str, cases: Seq
     if config.time_limit is not None:
         raise UserError(f"time_limit={config.time_limit:g}: suite={config.suite} has none; choose cases with only=")
     peers = _peers(config, generation.PEERS)
+    output = output_directory(config.output, smoke=device.type == "cpu")
+    times = config.repetitions or (REPETITIONS if config.suite == "decode" else generation.REPETITIONS)
     if config.dry_run:
-        print(as_yaml(plain(config)), end="")
+        racing = list(peers) if config.suite == "generation" else None
+        _show(config, device, {"shapes": shapes, "peers": racing, "repetitions": times, "output": str(output)})
         print("\n".join(f"# {case.name}" for case in cases))
         return 0
-    times = config.repetitions if config.suite == "decode" else min(config.repetitions, generation.REPETITIONS)
     command = f"longspan bench suite={config.suite} shapes={shapes} repetitions={times}"
     if config.only is not None:
         command += f" only='{config.only}'"
     if config.peers is not None:
         command += f" peers=[{','.join(config.peers)}]"
-    output = output_directory(config.output, smoke=device.type == "cpu")
     if config.suite == "decode":
         sound = decode.run(shapes, device, output, command=command, only=config.only, repetitions=times)
     else:
@@ -123,6 +126,15 @@ def _decoding(config: BenchConfig, device: torch.device, shapes: str, cases: Seq
     if not sound:
         print("something of ours was void or failed")
     return 0 if sound else 1
+
+
+def _show(config: BenchConfig, device: torch.device, settled: Mapping[str, object]) -> None:
+    """The request as it would be run, to be typed again: what was left open is settled, what its suite does not read is
+    left out."""
+    asked = {**plain(config), "device": device.type, **settled}
+    unread = ("backend", "time_limit") if config.suite in ("decode", "generation") else ()
+    told = {name: value for name, value in asked.items() if value is not None and name not in unread}
+    print(as_yaml(told), end="")
 
 
 def _device(config: BenchConfig) -> torch.device:

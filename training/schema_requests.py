@@ -277,7 +277,11 @@ class BenchConfig:
     )
     only: str | None = Field(default=None, description="measure only cases whose name contains this")
     device: Literal["auto", "cuda", "cpu"] = Field(default="auto", description="cpu: a smoke test, no speeds")
-    repetitions: int = Field(default=100, ge=2, description="interleaved repetitions; the median counts")
+    repetitions: int | None = Field(
+        default=None,
+        ge=2,
+        description="interleaved repetitions; the median counts; null: 100, suite=generation 5 (each generates texts)",
+    )
     time_limit: float | None = Field(
         default=None, gt=0, description="seconds; a case that would not fit is left out, and said so"
     )

@@ -12,12 +12,14 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
-from longspan.benchmarks import decode, generation
+from longspan.benchmarks import decode, generation, plan
 from longspan.benchmarks.decode import OURS, DecodeCase, cases, exact, make_inputs
 from longspan.benchmarks.environment import RESULTS
 from longspan.benchmarks.generation import ModelCase, limit_bytes
+from longspan.benchmarks.shapes import PEERS
 from longspan.kernels.attention import (
     AttentionContext,
     AttentionOutput,
@@ -29,6 +31,8 @@ from longspan.kernels.attention import (
 from longspan.model import accounting
 from longspan.model.config import DecoderConfig
 from longspan.scripts.cli import main
+from longspan.training.config_keys import keys
+from longspan.training.schema import BenchConfig
 
 CPU = torch.device("cpu")
 
@@ -173,7 +177,12 @@ def test_generation_steps_are_timed(tmp_path: Path) -> None:
     assert generation.run("tiny", CPU, tmp_path, command="test", repetitions=2)
     rows = list(csv.DictReader((tmp_path / "generation.csv").read_text().splitlines()))
     assert "longspan" in [row["contender"] for row in rows]
+    left_out = {row["contender"] for row in rows if row["status"].startswith("skipped: is compiled")}
+    assert left_out == {generation.COMPILED, generation.STATIC}
     for row in rows:
+        if row["contender"] in left_out:
+            assert (row["n"], row["ms_per_step"]) == ("0", "")
+            continue
         assert (row["status"], row["n"]) == ("ok", "2")
         assert 0 < float(row["ms_p20"]) <= float(row["ms_per_step"]) <= float(row["ms_p80"]) < 1e4
         assert math.isclose(float(row["tokens_per_s"]), 2e3 / float(row["ms_per_step"]), rel_tol=0.01)
@@ -204,7 +213,55 @@ def test_repetitions_take_turns_and_a_failure_costs_its_own_row(monkeypatch: pyt
 def test_only_the_peers_that_are_asked_for_race(tmp_path: Path) -> None:
     assert generation.run("tiny", CPU, tmp_path, command="test", repetitions=2, peers=())
     rows = list(csv.DictReader((tmp_path / "generation.csv").read_text().splitlines()))
-    assert [row["contender"] for row in rows] == ["longspan"]
+    assert [row["contender"] for row in rows] == ["longspan", "longspan compiled"]
+
+
+def test_a_peer_that_a_cpu_leaves_out_has_a_row_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = ["bench", "suite=generation", "device=cpu", "peers=[transformers-static]", "repetitions=2"]
+    assert main([*typed, f"output={tmp_path}"]) == 0
+    rows = {row["contender"]: row for row in csv.DictReader((tmp_path / "generation.csv").read_text().splitlines())}
+    assert list(rows) == ["longspan", "longspan compiled", "transformers static cache"]
+    assert rows["transformers static cache"]["status"] == (
+        "skipped: is compiled, which a smoke test on a CPU does not wait for"
+    )
+    assert "contender=transformers static cache  status=skipped: is compiled" in capsys.readouterr().out
+
+
+def test_repetitions_are_what_help_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    said = next(key.meaning for key in keys(BenchConfig) if key.path == "repetitions")
+    assert f"null: {plan.REPETITIONS}, suite=generation {generation.REPETITIONS}" in said
+    found: list[int] = []
+
+    def run(
+        shapes: str, device: torch.device, output: Path, *, command: str, only: str | None, repetitions: int,
+        peers: tuple[str, ...] = (),
+    ) -> bool:  # fmt: skip
+        found.append(repetitions)
+        return True
+
+    for suite in (decode, generation):
+        monkeypatch.setattr(suite, "run", run)
+    for suite in ("decode", "generation"):
+        for typed in ([], ["repetitions=50"]):
+            assert main(["bench", f"suite={suite}", "device=cpu", *typed]) == 0
+    assert found == [plan.REPETITIONS, 50, generation.REPETITIONS, 50]
+
+
+@pytest.mark.parametrize(
+    ("suite", "unread"), [("generation", ["backend", "time_limit"]), ("decode", ["peers"]), ("window", [])]
+)
+def test_a_dry_run_says_what_would_run(suite: str, unread: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    typed = [] if suite != "window" else ["backend=sdpa"]
+    assert main(["bench", f"suite={suite}", "device=cpu", "dry_run=true", *typed]) == 0
+    out = capsys.readouterr().out
+    asked = yaml.safe_load(out)  # the cases are comments
+    assert (asked["shapes"], asked["device"], asked["output"]) == ("tiny", "cpu", "bench")
+    assert asked["repetitions"] == (generation.REPETITIONS if suite == "generation" else plan.REPETITIONS)
+    assert not asked.keys() & set(unread)
+    assert asked.get("peers") == {"decode": None, "generation": list(generation.PEERS), "window": list(PEERS)}[suite]
+    assert "# " in out
 
 
 @pytest.mark.parametrize("suite", ["decode", "generation"])
