@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..perplexity.result import PositionBucket
-from ..reporting.plots import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, panels, short
+from ..reporting.plots import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, panels, tick
 from .summary import Ablation, Row, heads_in_words
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def by_position(gaps: Mapping[int, Sequence[tuple[PositionBucket, float]]], *, w
                 label=heads_in_words(heads),
             )
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda x, _: short(x))
+        axes.xaxis.set_major_formatter(lambda x, _: tick(x))
         axes.set_xlabel("position in the document (tokens, first = 1, log scale)")
         axes.set_ylabel("loss − control's (nats per token)")
         axes.legend(fontsize=9)
@@ -171,7 +171,7 @@ def recall(
             label="parent, key not in the text",
         )
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda x, _: short(x))
+        axes.xaxis.set_major_formatter(lambda x, _: tick(x))
         axes.set_ylim(0, None)
         axes.set_xlabel("tokens of the text (log scale)")
         axes.set_ylabel("found (% of asked tokens)")

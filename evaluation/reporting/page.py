@@ -126,9 +126,12 @@ def quantity(key: str, value: object) -> str:
     return f"{value:,.4g}" if abs(value) < 1e6 else short(value)
 
 
+SHORTENED = 1e4  # the smallest number that `short` scales
+
+
 def short(value: float) -> str:
     """1.23 M, 456 k, 789"""
-    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (SHORTENED, "k")):
         if abs(value) >= scale:
             return f"{value / (1e3 if suffix == 'k' else scale):.3g} {suffix}"
     return f"{value:,.0f}"

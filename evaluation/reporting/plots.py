@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..perplexity.result import PositionBucket
+from .page import SHORTENED, short
 from .run_files import Series, StageSpan
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def loss_by_position(
         axes.fill_between(centre, low, high, color=BLUE, alpha=0.16, linewidth=0)
         axes.plot(centre, loss, color=BLUE, linewidth=1.8, marker="o", markersize=4.5, markeredgecolor="white")
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda x, _: short(x))
+        axes.xaxis.set_major_formatter(lambda x, _: tick(x))
         axes.set_xlabel("position in the document (tokens, first = 1, log scale)")
         axes.set_ylabel("loss (nats per token)")
         if limits is not None:
@@ -248,7 +249,7 @@ def _single(
             axes.set_yscale("log")
             _log_ticks(axes)
         else:
-            axes.yaxis.set_major_formatter(lambda y, _: short(y))
+            axes.yaxis.set_major_formatter(lambda y, _: tick(y))
         if from_zero:
             axes.set_ylim(0, max(1.1 * float(series.value.max()), 1e-12))
     return figure
@@ -294,7 +295,7 @@ def _steps(axes: Axes) -> None:
 
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    axes.xaxis.set_major_formatter(lambda x, _: short(x))
+    axes.xaxis.set_major_formatter(lambda x, _: tick(x))
 
 
 def _log_ticks(axes: Axes) -> None:
@@ -304,13 +305,9 @@ def _log_ticks(axes: Axes) -> None:
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda y, _: short(y))
+    axes.yaxis.set_major_formatter(lambda y, _: tick(y))
 
 
-def short(x: float) -> str:
-    """1500 -> 1.5k; small numbers as they are."""
-    for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(x) >= scale:
-            unit = 1e3 if suffix == "k" else scale
-            return f"{x / unit:.3g}{suffix}"
-    return f"{x:.4g}"
+def tick(x: float) -> str:
+    """15000 -> 15k; small numbers as they are."""
+    return short(x).replace(" ", "") if abs(x) >= SHORTENED else f"{x:.4g}"

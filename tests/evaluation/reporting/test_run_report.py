@@ -329,7 +329,7 @@ def test_no_figure_without_measurements() -> None:
 
 def test_matplotlib_is_imported_only_for_a_figure() -> None:
     code = (
-        "import sys, longspan.evaluation.reporting.run_report, longspan.evaluation.results.perplexity\n"
+        "import sys, longspan.evaluation.reporting.run_report, longspan.evaluation.results.evaluation_files\n"
         "print([m for m in ('matplotlib', 'lightning', 'hydra', 'omegaconf', 'pydantic') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -361,6 +361,7 @@ def test_quantities(key: str, value: object, shown: str) -> None:
 
 def test_short_numbers_and_durations() -> None:
     assert [short(x) for x in (950, 9_999, 12_345, 124_439_808)] == ["950", "9,999", "12.3 k", "124 M"]
+    assert [plots.tick(x) for x in (0.00125, 1500, 12_345, 2.5e9)] == ["0.00125", "1500", "12.3k", "2.5B"]
     assert [duration(x) for x in (0.5, 60, 3599.6)] == ["0.5 s", "1 min 0 s", "1 h 0 min"]
 
 
