@@ -12,8 +12,10 @@ from typing import Protocol
 
 import torch
 
+from longspan.data.files import SourceError
 from longspan.data.sources import from_path
 from longspan.data.store import Documents
+from longspan.data.synthetic import TooShortError, TooSmallError
 from longspan.data.tokenizer import Tokenizer
 from longspan.evaluation.context.effective import (
     TARGETS,
@@ -34,7 +36,7 @@ from longspan.evaluation.readers.prompts import TooLong
 from longspan.evaluation.readers.reader import Reader
 from longspan.evaluation.readers.run import AskedModel, CannotAsk, as_truncation, run_task, way_of_asking
 from longspan.evaluation.results.directory import CONTEXT, HARNESS, CheckpointResults, read_perplexity, write_documents
-from longspan.evaluation.results.perplexity import write_evaluation
+from longspan.evaluation.results.evaluation_files import write_evaluation
 from longspan.evaluation.tasks.registry import gather
 from longspan.evaluation.tasks.task import Asked, Task
 from longspan.model.checkpoint import load_model, resolve_checkpoint
@@ -204,7 +206,7 @@ def _made(task: Task, config: EvaluateConfig, subject: Subject) -> Asked:
     material = material_of(config, subject.tokenizer, config.lengths or fitting_lengths(subject.context))
     try:
         return gather(task, material, shorten=config.lengths is None)
-    except ValueError as error:  # lengths with too little room, or more than there is to fill them with
+    except (TooShortError, TooSmallError, SourceError) as error:  # lengths without room, or more than can be filled
         by = "" if config.lengths is not None else f"by a context of {subject.context:,} tokens: "
         raise CannotAsk(f"{by}{error}") from error
 

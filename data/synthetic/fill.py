@@ -19,7 +19,7 @@ Count = Callable[[str], int]
 
 
 class TooSmallError(ValueError):
-    """A file does not hold enough to fill a length."""
+    """What fills a length does not hold enough for it."""
 
 
 class TooShortError(ValueError):

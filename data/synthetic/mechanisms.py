@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..questions import Question
-from .fill import Count, Prompt, Units, fill, generator, unit_cost
+from .fill import Count, Prompt, TooSmallError, Units, fill, generator, unit_cost
 
 LENGTHS = (64, 128, 256, 512)
 SAMPLES = 100
@@ -141,7 +141,7 @@ def associative_recall(
         )
         n_pairs = words(fitted.context) // 2
         if n_pairs == len(KEYS):
-            raise ValueError(f"length={length}: takes all {n_pairs:,} different keys and more; use a smaller one")
+            raise TooSmallError(f"length={length}: takes all {n_pairs:,} different keys and more; use a smaller one")
         return asked(n_pairs)
 
     if queries < 1:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
 
-from longspan.data.synthetic import TooShortError
+from longspan.data.files import SourceError
+from longspan.data.synthetic import TooShortError, TooSmallError
 
 from .task import Material, Task
 
@@ -30,7 +31,7 @@ def objections(tasks: Sequence[Task], material: Material) -> list[str]:
                 found.append(f"{task.name} at {', '.join(map(str, short))} (takes at least {least} tokens)")
             if task.bounded and lengths[-1] not in short:
                 _least(task, material, lengths[-1])
-        except ValueError as error:
+        except (TooSmallError, SourceError) as error:
             found.append(f"{task.name} at {lengths[-1]} ({error})")
     return found
 

@@ -8,7 +8,15 @@ from collections.abc import Callable
 import pytest
 
 from longspan.data.questions import Question
-from longspan.data.synthetic import TooShortError, associative_recall, copying, induction, selective_copying, words
+from longspan.data.synthetic import (
+    TooShortError,
+    TooSmallError,
+    associative_recall,
+    copying,
+    induction,
+    selective_copying,
+    words,
+)
 
 TASKS = (copying, induction, associative_recall, selective_copying)
 
@@ -81,7 +89,7 @@ def test_lengths_that_cannot_be():
         list(copying(lengths=(2,)))
     with pytest.raises(TooShortError, match="length=32: selective_copying takes at least 33"):
         list(selective_copying(lengths=(32,)))
-    with pytest.raises(ValueError, match="takes all 2,205 different keys"):
+    with pytest.raises(TooSmallError, match="takes all 2,205 different keys"):
         list(associative_recall(lengths=(10_000,), samples=1))
     with pytest.raises(ValueError, match="queries=0"):
         list(associative_recall(queries=0))

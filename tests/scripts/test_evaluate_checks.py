@@ -139,3 +139,18 @@ def test_windows_beyond_learned_positions_cost_effective_context_only() -> None:
     assert found["refused"] == {
         "effective_context": "effective context by 128 tokens: the model has learned 64 positions"
     }
+
+
+def test_a_mistake_in_a_generator_is_no_refusal_of_the_model(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a model cannot be asked costs its task; any other ValueError is a failure, and told as one."""
+
+    def broken(*_: object, **__: object) -> Iterable[Question]:
+        raise ValueError("a mistake in a generator")
+
+    monkeypatch.setattr(evaluating, "gather", broken)
+    typed = ["evaluate", f"checkpoint={checkpoint}", "tasks=[copying]", "samples=1", "lengths=[384]", "output=out"]
+    assert main(typed) == 1
+    assert "ValueError: a mistake in a generator" in capsys.readouterr().err
+    assert not Path("out/results.json").exists()

@@ -28,26 +28,9 @@ def rouge_scores(n: int, *, seed: int, better: float = 0.0) -> list[dict[str, fl
     return [dict(zip(ROUGE, (rng.uniform(0, 0.5, 3) + better).tolist())) for _ in range(n)]
 
 
-def protocol(task: str) -> TaskProtocol:
-    return TaskProtocol(
-        task=task,
-        version=1,
-        ask="generate",
-        long_texts="cut_middle",
-        max_tokens=512,
-        start=(1,),
-        max_new_tokens=64,
-        lengths=(),
-        depths=(),
-        samples=None,
-        seed=0,
-        questions=2,
-        questions_sha256="0",
-        files={},
-        n_refused=0,
-        tokenizer_sha256="0",
-        precision="fp32",
-    )
+@pytest.fixture
+def written(answers: TaskProtocol) -> TaskProtocol:
+    return replace(answers, task="qmsum", ask="generate", long_texts="cut_middle", max_new_tokens=64)
 
 
 def samples_of(scores: Sequence[Mapping[str, float]], documents: Sequence[str]) -> tuple[QuestionScore, ...]:
@@ -66,16 +49,16 @@ def samples_of(scores: Sequence[Mapping[str, float]], documents: Sequence[str]) 
     )
 
 
-def checkpoint(name: str, scores: Sequence[Mapping[str, float]], documents: Sequence[str], task: str = "qmsum"):
+def checkpoint(name: str, protocol: TaskProtocol, scores: Sequence[Mapping[str, float]], documents: Sequence[str]):
     samples = samples_of(scores, documents)
-    result = summarise_task(TASKS[task], protocol(task), samples)
-    return CheckpointResults(name=name, facts={}, tasks={task: result}, samples={task: samples})
+    result = summarise_task(TASKS[protocol.task], protocol, samples)
+    return CheckpointResults(name=name, facts={}, tasks={protocol.task: result}, samples={protocol.task: samples})
 
 
-def test_the_interval_is_of_the_geometric_mean_over_other_documents() -> None:
+def test_the_interval_is_of_the_geometric_mean_over_other_documents(written: TaskProtocol) -> None:
     """Against a bootstrap by loops with draws of its own: questions of a document are drawn together."""
     scores, documents = rouge_scores(60, seed=1), [str(i // 3) for i in range(60)]
-    result = summarise_task(TASKS["qmsum"], protocol("qmsum"), samples_of(scores, documents))
+    result = summarise_task(TASKS["qmsum"], written, samples_of(scores, documents))
     metric = result.score
     assert result.headline == "geometric_mean"
     assert metric.mean == pytest.approx(geometric({name: np.mean([s[name] for s in scores]) for name in ROUGE}))
@@ -97,12 +80,14 @@ def test_an_interval_of_one_mean_is_the_ratio_s() -> None:
     assert figure_interval(np.ones((9, 2)), np.ones(9), lambda mean_K: mean_K[0], seed=0) is None
 
 
-def test_few_documents_have_no_interval_and_f1_without_positives_is_zero() -> None:
-    few = summarise_task(TASKS["qmsum"], protocol("qmsum"), samples_of(rouge_scores(30, seed=0), ["a", "b", "c"] * 10))
+def test_few_documents_have_no_interval_and_f1_without_positives_is_zero(written: TaskProtocol) -> None:
+    few = summarise_task(TASKS["qmsum"], written, samples_of(rouge_scores(30, seed=0), ["a", "b", "c"] * 10))
     assert few.score.interval is None
     negative = {"accuracy": 1.0, "true_positive": 0.0, "false_positive": 0.0, "false_negative": 0.0}
     f1 = summarise_task(
-        TASKS["hyperpartisan"], protocol("hyperpartisan"), samples_of([negative] * 12, [str(i) for i in range(12)])
+        TASKS["hyperpartisan"],
+        replace(written, task="hyperpartisan"),
+        samples_of([negative] * 12, [str(i) for i in range(12)]),
     )
     assert (f1.score.mean, f1.score.interval) == (0.0, (0.0, 0.0))
 
@@ -153,16 +138,18 @@ def test_a_figure_that_is_one_mean_is_compared_as_the_mean(n: int) -> None:
     assert figured.difference == pytest.approx(plain.difference)
 
 
-def test_checkpoints_are_compared_by_the_headline() -> None:
+def test_checkpoints_are_compared_by_the_headline(written: TaskProtocol) -> None:
     """Where one is better by ROUGE-1 alone and worse by what counts."""
     documents = [str(i) for i in range(20)]
     ours, theirs = rouge_scores(20, seed=0, better=0.05), rouge_scores(20, seed=0, better=0.2)
     ours = [{**each, "rouge1": each["rouge1"] + 0.4} for each in ours]
     (found,), refused = compare_checkpoints(
-        [checkpoint("ours", ours, documents), checkpoint("theirs", theirs, documents)], seed=0, force=False
+        [checkpoint("ours", written, ours, documents), checkpoint("theirs", written, theirs, documents)],
+        seed=0,
+        force=False,
     )
     assert (found.measure, refused) == ("qmsum, geometric_mean", ())
-    assert found.first_value == pytest.approx(checkpoint("ours", ours, documents).tasks["qmsum"].score.mean)
+    assert found.first_value == pytest.approx(checkpoint("ours", written, ours, documents).tasks["qmsum"].score.mean)
     assert found.difference == pytest.approx(found.first_value - found.second_value)
     assert np.mean([each["rouge1"] for each in ours]) > np.mean([each["rouge1"] for each in theirs])
     assert found.difference < 0
@@ -171,12 +158,12 @@ def test_checkpoints_are_compared_by_the_headline() -> None:
     assert found.p_value < 0.01
 
 
-def test_scores_that_are_no_numbers_are_named() -> None:
+def test_scores_that_are_no_numbers_are_named(written: TaskProtocol) -> None:
     scores = [{**each, "rouge2": float("nan") if i == 3 else 0.1} for i, each in enumerate(rouge_scores(5, seed=0))]
     with pytest.raises(ValueError, match="document d has a score that is not a number"):
         measured_figure("a", "m", {}, list("abcde"), scores, geometric)
-    first, second = (checkpoint(name, rouge_scores(2, seed=0), ["a", "b"]) for name in ("one", "other"))
-    other = replace(second.tasks["qmsum"], protocol=replace(protocol("qmsum"), max_new_tokens=32))
+    first, second = (checkpoint(name, written, rouge_scores(2, seed=0), ["a", "b"]) for name in ("one", "other"))
+    other = replace(second.tasks["qmsum"], protocol=replace(written, max_new_tokens=32))
     found, (refused,) = compare_checkpoints([first, replace(second, tasks={"qmsum": other})], seed=0, force=False)
     assert found == ()
     assert (

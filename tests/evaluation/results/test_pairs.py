@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -14,29 +14,7 @@ from longspan.evaluation.tasks.registry import TASKS
 from longspan.evaluation.tasks.result import QuestionScore, TaskProtocol, summarise_task
 
 
-def task_protocol(task: str = "lambada", *, start: tuple[int, ...] = (256,)) -> TaskProtocol:
-    return TaskProtocol(
-        task=task,
-        version=1,
-        ask="force",
-        long_texts="refuse",
-        max_tokens=512,
-        start=start,
-        max_new_tokens=0,
-        lengths=(),
-        depths=(),
-        samples=None,
-        seed=0,
-        questions=2,
-        questions_sha256="0",
-        files={},
-        n_refused=0,
-        tokenizer_sha256="0",
-        precision="fp32",
-    )
-
-
-def asked(name: str, *, right: Mapping[str, float], start: tuple[int, ...] = (256,)) -> CheckpointResults:
+def asked(name: str, protocol: TaskProtocol, *, right: Mapping[str, float]) -> CheckpointResults:
     """A checkpoint that was asked one question about each document."""
     samples = tuple(
         QuestionScore(
@@ -51,7 +29,7 @@ def asked(name: str, *, right: Mapping[str, float], start: tuple[int, ...] = (25
         )
         for document, value in right.items()
     )
-    result = summarise_task(TASKS["lambada"], task_protocol(start=start), samples)
+    result = summarise_task(TASKS["lambada"], protocol, samples)
     return CheckpointResults(name=name, facts={}, tasks={"lambada": result}, samples={"lambada": samples})
 
 
@@ -71,14 +49,15 @@ def read(name: str, *, tokenizer: str, documents: Mapping[str, tuple[int, int]],
     )
 
 
-def test_answers_behind_other_start_tokens_are_not_compared() -> None:
-    one, other = asked("one", right={"a": 1.0, "b": 0.0}), asked("other", right={"a": 1.0, "b": 1.0}, start=(1,))
+def test_answers_behind_other_start_tokens_are_not_compared(answers: TaskProtocol) -> None:
+    one = asked("one", answers, right={"a": 1.0, "b": 0.0})
+    other = asked("other", replace(answers, start=(1,)), right={"a": 1.0, "b": 1.0})
     found, (refused,) = compare_checkpoints([one, other], seed=0, force=False)
     assert found == ()
     assert refused.startswith("lambada, accuracy: one and other were measured by different protocols: start is (256,) ")
     (forced,), refused = compare_checkpoints([one, other], seed=0, force=True)
     assert (forced.differing, forced.difference, refused) == (("start",), -0.5, ())
-    (alike,), _ = compare_checkpoints([one, asked("third", right={"a": 0.0, "b": 0.0})], seed=0, force=False)
+    (alike,), _ = compare_checkpoints([one, asked("third", answers, right={"a": 0.0, "b": 0.0})], seed=0, force=False)
     assert (alike.differing, alike.difference) == ((), 0.5)
 
 

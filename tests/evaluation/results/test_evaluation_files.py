@@ -15,7 +15,7 @@ from longspan.evaluation.perplexity.evaluate import evaluation_record
 from longspan.evaluation.perplexity.result import PerplexityResult, ScoringProtocol, summarise
 from longspan.evaluation.reporting.run_files import read_run
 from longspan.evaluation.reporting.run_report import write_report
-from longspan.evaluation.results.perplexity import write_evaluation
+from longspan.evaluation.results.evaluation_files import write_evaluation
 
 
 def result(source: str = "books") -> PerplexityResult:
