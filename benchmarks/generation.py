@@ -39,7 +39,9 @@ COMPILED = f"{OURS} compiled"
 DYNAMIC, STATIC = "transformers dynamic cache", "transformers static cache"  # the second compiles itself
 PEERS = {"transformers-dynamic": DYNAMIC, "transformers-static": STATIC}  # as `peers=` spells them
 _EVERYBODY = (DYNAMIC, COMPILED, STATIC)
-_ON_A_CPU = dict.fromkeys((COMPILED, STATIC), "skipped: is compiled, which a smoke test on a CPU does not wait for")
+_ON_A_CPU: dict[str, str] = dict.fromkeys(
+    (COMPILED, STATIC), "skipped: is compiled, which a smoke test on a CPU does not wait for"
+)
 _CHUNK = 8192  # tokens of a prompt that are read at a time
 
 
