@@ -356,8 +356,8 @@ def _recommend(found: Ablation) -> Recommendation:
     if control is not None and (harm := round(control.loss - parent.loss, 4)) > 0:
         width = "" if control.interval is None else f" ± {control.interval:.4f}"
         sentences.append(
-            f"The control, all heads trained as long, ended worse than the parent, {harm:+.4f}{width}; to the parent "
-            f"the difference is {row.loss - parent.loss:+.4f}."
+            f"The control, with all heads and trained as long, ended worse than the parent, {harm:+.4f}{width}; to the "
+            f"parent the difference is {row.loss - parent.loss:+.4f}."
         )
     if found.caveat:
         sentences.append(f"{found.caveat[0].upper()}{found.caveat[1:]}.")

@@ -138,7 +138,7 @@ def test_a_control_that_ended_worse_than_its_parent_is_said() -> None:
     control = found.row(None, None, 0.05)
     assert control is not None
     assert control.interval is not None
-    said = "The control, all heads trained as long, ended worse than the parent, "
+    said = "The control, with all heads and trained as long, ended worse than the parent, "
     assert found.recommended.why.endswith(
         f"{said}+0.0100 ± {control.interval:.4f}; to the parent the difference is +0.0225."
     )
