@@ -89,6 +89,9 @@ class Shared:
     def reshape(self, shape: Sequence[int]) -> Shared:
         return Shared(self.data.reshape(shape))
 
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.data[(slice(None),) * dim + (slice(start, start + length),)])
+
     def permute(self, axes: Sequence[int]) -> Shared:
         return Shared(self.data.transpose(axes))
 
@@ -111,8 +114,8 @@ class Descriptor:
 
     def part(self, coordinates: Sequence[int]) -> np.ndarray:
         """What of the block lies in the tensor, at most [rows, width]."""
-        (rows, width), (b, t, h, _) = self.block, coordinates
-        return self.data[b, t : t + rows, h, :width]
+        (rows, width), (b, t, h, e) = self.block, coordinates
+        return self.data[b, t : t + rows, h, e : e + width]
 
 
 class Vector:
@@ -214,6 +217,15 @@ class Machine:
 
         self.mine.stores.append(copy)
 
+    def add(self, descriptor: Descriptor, coordinates: Sequence[int], source: Shared) -> None:
+        coordinates = [int(x) for x in coordinates]
+
+        def copy() -> None:
+            part = descriptor.part(coordinates)
+            part += source.data.reshape(descriptor.block)[: part.shape[0], : part.shape[1]]
+
+        self.mine.stores.append(copy)
+
     def store_wait(self, pendings: int) -> None:
         while len(self.mine.stores) > pendings:
             self.mine.stores.pop(0)()
@@ -224,7 +236,14 @@ class Machine:
         def compute() -> Block:
             left = a.data if isinstance(a, Shared) else a
             found = np.asarray(left, np.float32) @ b.data
-            return block(found + acc if use_acc else found)
+            if not use_acc:
+                return block(found)
+            if isinstance(acc, Product):  # products are done in the order in which they were begun
+                acc.finish()
+                acc_value = acc.value
+                assert acc_value is not None
+                return block(found + acc_value)
+            return block(found + acc)
 
         product = Product(compute)
         self.mine.products.append(product)
@@ -302,6 +321,7 @@ def language(machine: Machine) -> types.SimpleNamespace:
         float32="fp32",
         int64="i64",
         NVMMADistributedLayout=lambda **_: None,
+        NVMMASharedLayout=types.SimpleNamespace(get_default_for=lambda *_: None),
         DotOperandLayout=lambda **_: None,
         SliceLayout=lambda *_: None,
         BlockedLayout=lambda *_: None,
@@ -356,6 +376,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch, machine: Machine, name: str = "forwa
     )
     device.fence_async_shared = lambda: None
     device.warpgroup_mma, device.warpgroup_mma_wait = machine.multiply, machine.multiplied
+    reduce: Any = types.ModuleType(f"{hopper.__name__}.reduce")
+    reduce.async_add_shared_to_global = machine.add
     experimental: Any = types.ModuleType("triton.experimental")
     experimental.gluon = gluon
     for path, module in (
@@ -363,6 +385,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch, machine: Machine, name: str = "forwa
         ("triton.experimental", experimental),
         ("triton.experimental.gluon", gluon),
         ("triton.experimental.gluon.language.nvidia.hopper", device),
+        (reduce.__name__, reduce),
     ):
         monkeypatch.setitem(sys.modules, path, module)
     found = types.ModuleType("")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longspan.kernels.attention import AttentionContext, AttentionParams, AttentionSpec, Window, attend
 from longspan.kernels.attention.hopper import backend as hopper
-from longspan.kernels.attention.hopper.tiles import HEAD_DIMS, ROWS, choose_backward, padded
+from longspan.kernels.attention.hopper.tiles import HEAD_DIMS, ROWS, adds_dq, choose_backward, padded
 from longspan.kernels.attention.plan import make_plan
 from longspan.kernels.testing import judge, twin
 
@@ -126,9 +126,10 @@ def run(
         spec.softcap is not None, spec.alibi,
     )  # fmt: skip
 
-    if "dkdv" in kernels:
+    if "dkdv" in kernels or "fused" in kernels:
         n_tiles = -(-S // TALL)
         dk, dv = np.full_like(k, np.nan), np.full_like(v, np.nan)
+        sums = np.zeros(q.shape, np.float32) if "fused" in kernels else None
         machine = gluon.Machine(n_tiles * B * G, seed)
         gluon.kernel(monkeypatch, machine, "dkdv_kernel")(
             gluon.Descriptor(q, queries, padded(D)),
@@ -138,14 +139,17 @@ def run(
             gluon.Vector(stats, queries),
             gluon.Descriptor(dk, ROWS, padded(D)),
             gluon.Descriptor(dv, ROWS, padded(E)),
+            None if sums is None else gluon.Descriptor(sums, ROWS, ROWS),
             *(k_spans, q_doc, k_doc, pointer(slopes)),
             *map(number, (T, S, H, G, H // G)),
             *scales,
             *map(number, (n_tiles, B * G, group, rounded)),
-            *(queries, padded(D), padded(E), stages, 240, *masks),
+            *(queries, padded(D), padded(E), stages, 240, *masks, sums is not None),
         )
         close(dk, 1)
         close(dv, 2)
+        if sums is not None:
+            close((sums * spec.softmax_scale(D)).astype(q.dtype), 0)
     if "dq" in kernels:
         n_tiles = -(-T // TALL)
         dq, d_slopes = np.full_like(q, np.nan), np.full(B * H * T, np.nan, np.float32)
@@ -212,6 +216,98 @@ def test_the_kernels_text_computes_gradients(monkeypatch: pytest.MonkeyPatch, na
             monkeypatch, spec, shape, queries=queries, keys=keys, stages=stages, group=group, documents=seed == 0,
             seed=seed, lse_used=seed == 0,
         )  # fmt: skip
+
+
+FUSED = {
+    **{
+        name: case
+        for name, case in CASES.items()
+        if adds_dq(case[0], 2**20, 2**20, *case[1][5:]) or (case[0].documents and not case[0].alibi)
+    },
+    "wide heads": (CAUSAL, (2, 301, 430, 2, 1, 128, 128)),
+    "padded wide heads in a window": (AttentionSpec(causal=False, window=Window(70, 9)), (1, 333, 300, 4, 2, 96, 96)),
+    "wide heads, documents": (AttentionSpec(causal=True, documents=True), (2, 300, 300, 2, 1, 128, 128)),
+    "learned sinks": (AttentionSpec(causal=True, learned_sink=True), (1, 200, 200, 2, 2, 128, 128)),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_dq_on_the_way_is_the_same(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    spec, shape = FUSED[name]
+    tiles = choose_backward(shape[5], documents=spec.documents)
+    for seed, stages in enumerate((tiles.query_stages, 3)):
+        run(
+            monkeypatch, spec, shape, queries=tiles.queries, stages=stages, documents=seed == 0, seed=seed,
+            kernels=("fused",),
+        )  # fmt: skip
+
+
+def test_dq_is_added_on_the_way_where_queries_see_enough() -> None:
+    assert adds_dq(CAUSAL, 4096, 4096, 128, 128)
+    assert not adds_dq(CAUSAL, 4094, 4094, 128, 128)
+    assert adds_dq(CAUSAL, 128, 2112, 64, 40)
+    assert adds_dq(FULL, 2048, 2048, 128, 96)
+    assert not adds_dq(FULL, 2**20, 2047, 128, 128)
+    assert not adds_dq(AttentionSpec(causal=True, window=Window(left=2046)), 2**20, 2**20, 128, 128)
+    assert adds_dq(AttentionSpec(causal=True, window=Window(left=2047)), 2**20, 2**20, 128, 128)
+    assert not adds_dq(AttentionSpec(causal=False, window=Window.symmetric(1023)), 2**20, 2**20, 128, 128)
+    assert adds_dq(AttentionSpec(causal=False, window=Window.symmetric(1024)), 2**20, 2**20, 128, 128)
+    assert adds_dq(AttentionSpec(causal=False, window=Window(right=9)), 4096, 4096, 64, 64)
+    for spec in (
+        AttentionSpec(causal=True, documents=True),
+        AttentionSpec(causal=True, alibi=True),
+        AttentionSpec(causal=True, softcap=5.0),
+    ):
+        assert not adds_dq(spec, 2**20, 2**20, 128, 128)
+    assert not adds_dq(CAUSAL, 2**20, 2**20, 128, 64)
+
+
+def test_dq_on_the_way_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for D in HEAD_DIMS:
+        shape = (1, 300, 300, 4, 2, D, D)
+        run(monkeypatch, CAUSAL, shape, queries=choose_backward(D).queries, kernels=("fused",), dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        # nobody waits for the other's part
+        ("            mbarrier.wait(ds_full.index(slot), (at // 2) & 1)\n", ""),
+        # one slot
+        ("        slot = at % 2\n", "        slot = 0\n"),
+        # the other's keys are written over while they are read
+        ("        mbarrier.wait(read.index(0), 0)\n", ""),
+        # the buffer is written to while it is copied
+        ("    tma.store_wait(0)  # the last one", "    # the last one"),
+        # the same half twice
+        (
+            "ds_c = ds_s.index((slot * CONSUMERS + CID) * CONSUMERS + c)",
+            "ds_c = ds_s.index(slot * CONSUMERS * CONSUMERS + c)",
+        ),
+        ("            k_c = k_c.slice(CID * ROWS, ROWS, dim=1)", "            k_c = k_c.slice(0, ROWS, dim=1)"),
+        # the heads of a group are one head
+        ("row - (M - W), g * R + r, CID", "row - (M - W), g * R, CID"),
+        # the second half's place
+        ("row - (M - W), g", "row, g"),
+    ],
+    ids=["unwaited", "one slot", "keys gone", "buffer", "half of queries", "half of columns", "one head", "place"],
+)
+def test_the_interpreter_notices_what_is_wrong_with_dq(monkeypatch: pytest.MonkeyPatch, was: str, becomes: str) -> None:
+    monkeypatch.setattr(gluon, "PATIENCE", 0.5)
+    source = gluon.SOURCE.with_name("backward_dkdv.py")
+    found = gluon.text(source)
+    assert was in found
+    texts = {x: gluon.text(x) for x in (gluon.SOURCE, *gluon.BACKWARD)} | {source: found.replace(was, becomes)}
+    monkeypatch.setattr(gluon, "text", texts.__getitem__)
+
+    def several() -> None:
+        for seed in range(6):
+            for D in HEAD_DIMS:
+                shape = (1, 500, 500, 2, 1, D, D)
+                run(monkeypatch, WIDE, shape, queries=choose_backward(D).queries, kernels=("fused",), seed=seed)
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        several()
 
 
 @pytest.mark.parametrize("D", HEAD_DIMS)

@@ -1,5 +1,11 @@
-"""dk and dv: programs of 128 keys of a key/value head, whose consumers pass the tiles of queries that see them, of one
-query head of the group after the other. `backward.py` has the legend."""
+"""dk and dv, and dq on the way: programs of 128 keys of a key/value head, whose consumers pass the tiles of queries
+that see them, of one query head of the group after the other. `backward.py` has the legend.
+
+dq (FUSED) wants the gradients of scores by query, of all keys of the program, while each consumer has those of its own
+keys: they leave them in shared memory for each other, and each computes half of the tile's dq (half of its queries, or
+of its columns), which TMA adds to what other programs have added. In which order is up to the hardware, so that dq,
+other than dk and dv, is not the same in every bit from run to run.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .. import ranges
 from .backward import CONSUMERS, place, scores
 from .forward import LOG2E, PRODUCER_REGISTERS, ROWS, key_tile, of_documents, tile_range
+from .reduce import async_add_shared_to_global
 
 query_range = gluon.jit(ranges.query_range)
 
@@ -85,25 +92,43 @@ def produce_queries(
 
 
 @gluon.jit
+def add(dq, dq_s, desc_dq, b, row, h, CID: gl.constexpr, M: gl.constexpr):
+    """A consumer's half of a tile's dq to what other programs have added: half of M queries, or of the columns."""
+    tma.store_wait(0)  # the last one has left the buffer
+    dq_s.index(CID).reshape([ROWS, ROWS]).store(dq)
+    fence_async_shared()
+    if M == ROWS:
+        async_add_shared_to_global(desc_dq, [b, row, h, CID * ROWS], dq_s.index(CID))
+    else:
+        async_add_shared_to_global(desc_dq, [b, row + CID * ROWS, h, 0], dq_s.index(CID))
+
+
+@gluon.jit
 def consume_queries(
-    q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, full, empty, desc_dk, desc_dv, Q_DOC, K_DOC,
-    SLOPES, T, S, R, scale, softcap, left, right, tile, b, g, first, n_before, first_full, end_full, n_partial, n,
+    q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, full, empty, ds_full, read, desc_dq, desc_dk, desc_dv,
+    Q_DOC, K_DOC, SLOPES, T, S, R, scale, softcap, left, right, tile, b, g, first, n_before, first_full, end_full,
+    n_partial, n,
     CID: gl.constexpr, M: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr,
-    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, FUSED: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = desc_dk.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16])
+    # Queries of a tile that are multiplied at a time: with dq, no more than leave room for it in registers.
+    W: gl.constexpr = ROWS if FUSED else M
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, W, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, E, 16])
     ds_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dk_layout, k_width=2)
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dv_layout, k_width=2)
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16]
+    )
     cols_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
 
     key = (tile * CONSUMERS + CID) * ROWS
     keys = key + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-    cols = gl.arange(0, M, cols_layout)
-    nothing = gl.zeros([ROWS, M], gl.float32, s_layout)
+    cols = gl.arange(0, W, cols_layout)
+    nothing = gl.zeros([ROWS, W], gl.float32, s_layout)
     unit = scale * LOG2E
     if SOFTCAP or ALIBI:
         unit = 1.0
@@ -132,40 +157,70 @@ def consume_queries(
     r = 0
     for at in range(R * n):
         stage = at % STAGES
-        phase = (at // STAGES) & 1
-        q = q_s.index(stage).reshape([M, D])
-        d_out = do_s.index(stage).reshape([M, E])
-        mbarrier.wait(full.index(stage), phase)
-        s = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        dp = warpgroup_mma(v, d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        row = key_tile(it, first, n_before, first_full, end_full, n_partial) * M
-        s = warpgroup_mma_wait(1, deps=(s,))
-        s, steep = scores(s, keys, row + (S - T) + cols, scale, softcap, slope, SOFTCAP, ALIBI)
-        if it < n_partial:
-            s = unseen(s, row, low, high, k_doc, cols, Q_DOC, b, T, CAUSAL or HAS_RIGHT, HAS_LEFT, DOCUMENTS)
-        lse_2 = lse_s.index(stage).load(cols_layout)
-        p = gl.exp2(s * unit - lse_2[None, :])
-        p_half = gl.convert_layout(p.to(dtype), p_layout)
-        # Long since true: a branch, across which ptxas does not move the exponentials behind the wait that follows.
-        mbarrier.wait(full.index(stage), phase)
-        dp = warpgroup_mma_wait(0, deps=(dp,))
-        dv = warpgroup_mma(p_half, d_out, dv, is_async=True)
-        delta = delta_s.index(stage).load(cols_layout)
-        ds = p * (dp + delta[None, :])
-        if SOFTCAP:
-            ds = ds * steep
-        ds_half = gl.convert_layout(ds.to(dtype), ds_layout)
-        dk = warpgroup_mma(ds_half, q, dk, is_async=True)
+        slot = at % 2
+        mbarrier.wait(full.index(stage), (at // STAGES) & 1)
+        for part in gl.static_range(M // W):
+            q = q_s.index(stage).reshape([M, D]).slice(part * W, W)
+            d_out = do_s.index(stage).reshape([M, E]).slice(part * W, W)
+            s = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            dp = warpgroup_mma(v, d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            row = key_tile(it, first, n_before, first_full, end_full, n_partial) * M + part * W
+            # What wgmma still reads stays in its registers until it is done.
+            if part == 0:
+                s = warpgroup_mma_wait(1, deps=(s,))
+            else:
+                s, dv, p_half, dk, ds_half = warpgroup_mma_wait(1, deps=(s, dv, p_half, dk, ds_half))  # noqa: F821
+            s, steep = scores(s, keys, row + (S - T) + cols, scale, softcap, slope, SOFTCAP, ALIBI)
+            if it < n_partial:
+                s = unseen(s, row, low, high, k_doc, cols, Q_DOC, b, T, CAUSAL or HAS_RIGHT, HAS_LEFT, DOCUMENTS)
+            lse_2 = lse_s.index(stage).slice(part * W, W).load(cols_layout)
+            p = gl.exp2(s * unit - lse_2[None, :])
+            p_half = gl.convert_layout(p.to(dtype), p_layout)
+            dv = warpgroup_mma(p_half, d_out, dv, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=(dp,))
+            delta = delta_s.index(stage).slice(part * W, W).load(cols_layout)
+            ds = p * (dp + delta[None, :])
+            if SOFTCAP:
+                ds = ds * steep
+            ds_16 = ds.to(dtype)
+            ds_half = gl.convert_layout(ds_16, ds_layout)
+            if FUSED:
+                # Two slots: who writes to one again has seen the other consumer's arrival at the second, by when that
+                # had read the first.
+                ds_s.index((slot * (M // W) + part) * CONSUMERS + CID).store(ds_16)
+                fence_async_shared()
+            if part + 1 < M // W:
+                dk = warpgroup_mma(ds_half, q, dk, is_async=True)
+        if FUSED:
+            mbarrier.arrive(ds_full.index(slot), count=1)
+            mbarrier.wait(ds_full.index(slot), (at // 2) & 1)
+            dq = gl.zeros([ROWS, ROWS], gl.float32, dq_layout)
+            for c in gl.static_range(CONSUMERS):
+                k_c = k_s.index(c).reshape([ROWS, D])
+                if M == W:  # a consumer has half of the columns
+                    ds_c = ds_s.index(slot * CONSUMERS + c)
+                    k_c = k_c.slice(CID * ROWS, ROWS, dim=1)
+                else:  # half of the queries
+                    ds_c = ds_s.index((slot * CONSUMERS + CID) * CONSUMERS + c)
+                dq = warpgroup_mma(ds_c.permute((1, 0)), k_c, dq, use_acc=c > 0, is_async=True)
+            dk = warpgroup_mma(ds_half, q, dk, is_async=True)
+            dv, p_half, dq = warpgroup_mma_wait(1, deps=(dv, p_half, dq))
+            add(dq, dq_s, desc_dq, b, row - (M - W), g * R + r, CID, M)
+            dk, ds_half = warpgroup_mma_wait(0, deps=(dk, ds_half))
+        else:
+            dk = warpgroup_mma(ds_half, q, dk, is_async=True)
+            dv, p_half, dk, ds_half = warpgroup_mma_wait(0, deps=(dv, p_half, dk, ds_half))
+        mbarrier.arrive(empty.index(stage), count=1)
         it += 1
         if it == n:
             it = 0
             r += 1
             if ALIBI:
                 slope = gl.load(SLOPES + g * R + gl.minimum(r, R - 1)).to(gl.float32)
-        # What wgmma still reads stays in its registers until it is done.
-        dv, p_half, dk, ds_half = warpgroup_mma_wait(0, deps=(dv, p_half, dk, ds_half))
-        mbarrier.arrive(empty.index(stage), count=1)
 
+    if FUSED:  # each has read the other's keys
+        mbarrier.arrive(read.index(0), count=1)
+        mbarrier.wait(read.index(0), 0)
     # The keys and values have been read: their place takes the gradients.
     k.store((dk * scale).to(dtype))
     v.store(dv.to(dtype))
@@ -178,13 +233,16 @@ def consume_queries(
 # Sizes are not compiled in, nor whether 16 divides them: one kernel serves all lengths and numbers of heads.
 @gluon.jit(do_not_specialize=["T", "S", "H", "G", "R", "left", "right", "n_tiles", "n_heads", "group", "rounded"])
 def dkdv_kernel(
-    desc_q, desc_k, desc_v, desc_do, desc_stats, desc_dk, desc_dv, SPANS, Q_DOC, K_DOC, SLOPES, T, S, H, G, R, scale,
-    softcap, left, right, n_tiles, n_heads, group, rounded,
+    desc_q, desc_k, desc_v, desc_do, desc_stats, desc_dk, desc_dv, desc_dq, SPANS, Q_DOC, K_DOC, SLOPES, T, S, H, G, R,
+    scale, softcap, left, right, n_tiles, n_heads, group, rounded,
     M: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
     CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr,
-    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
+    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, FUSED: gl.constexpr,
 ):  # fmt: skip
-    """A program has CONSUMERS · ROWS keys of one key/value head; `n_heads` is B · G."""
+    """A program has CONSUMERS · ROWS keys of one key/value head; `n_heads` is B · G.
+
+    FUSED: to `desc_dq`, an fp32 tensor [B, T, H, D], dq is added, without the scale; M · D = 128 · ROWS. Otherwise it
+    is None."""
     tile, head = place(n_tiles, n_heads, group, False)
     b = head // G
     g = head % G
@@ -197,11 +255,22 @@ def dkdv_kernel(
     v_s = gl.allocate_shared_memory(desc_v.dtype, [CONSUMERS, 1, ROWS, 1, E], desc_v.layout)
     lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, M], desc_stats.layout)
     delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, M], desc_stats.layout)
+    ds_s = q_s
+    dq_s = q_s
+    if FUSED:
+        ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], desc_q.dtype)
+        ds_s = gl.allocate_shared_memory(desc_q.dtype, [2 * CONSUMERS * M // ROWS, ROWS, ROWS], ds_layout)
+        dq_s = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, ROWS, 1, ROWS], desc_dq.layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    read = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for c in gl.static_range(CONSUMERS):
         mbarrier.init(kv_full.index(c), count=1)
+    for slot in gl.static_range(2):
+        mbarrier.init(ds_full.index(slot), count=CONSUMERS)
+    mbarrier.init(read.index(0), count=CONSUMERS)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
@@ -209,14 +278,16 @@ def dkdv_kernel(
     gl.warp_specialize(
         [
             (consume_queries, (
-                q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, full, empty, desc_dk, desc_dv,
-                Q_DOC, K_DOC, SLOPES, T, S, R, scale, softcap, left, right, tile, b, g, first, n_before, first_full,
-                end_full, n_partial, n, 0, M, D, E, STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI,
+                q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, full, empty, ds_full, read, desc_dq, desc_dk,
+                desc_dv, Q_DOC, K_DOC, SLOPES, T, S, R, scale, softcap, left, right, tile, b, g, first, n_before,
+                first_full, end_full, n_partial, n, 0, M, D, E, STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
+                ALIBI, FUSED,
             )),
             (consume_queries, (
-                q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, full, empty, desc_dk, desc_dv,
-                Q_DOC, K_DOC, SLOPES, T, S, R, scale, softcap, left, right, tile, b, g, first, n_before, first_full,
-                end_full, n_partial, n, 1, M, D, E, STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI,
+                q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, full, empty, ds_full, read, desc_dq, desc_dk,
+                desc_dv, Q_DOC, K_DOC, SLOPES, T, S, R, scale, softcap, left, right, tile, b, g, first, n_before,
+                first_full, end_full, n_partial, n, 1, M, D, E, STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
+                ALIBI, FUSED,
             )),
             (produce_queries, (
                 desc_q, desc_k, desc_v, desc_do, desc_stats, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, full, empty,

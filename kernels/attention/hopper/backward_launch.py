@@ -17,9 +17,9 @@ from ..triton.launch import parse_spec
 from .backward import STATS_ROWS, stats_kernel
 from .backward_dkdv import dkdv_kernel
 from .backward_dq import dq_kernel
-from .launch import FURTHEST, descriptor, loadable, per_batch
+from .launch import FURTHEST, descriptor, loadable, per_batch, strides_of
 from .plan import Launch, Plans, alike, first
-from .tiles import BACKWARD_L2_BYTES, ROWS, BackwardTiles, choose_backward, heads_at_a_time, padded
+from .tiles import BACKWARD_L2_BYTES, ROWS, BackwardTiles, adds_dq, choose_backward, heads_at_a_time, padded
 
 
 def backward(
@@ -56,20 +56,26 @@ def backward(
     if slopes is not None:
         slopes, row_slopes = slopes.contiguous(), q.new_empty(B, H, T, dtype=torch.float32)
 
-    key = spec, alike(q, k, v, d_out, out, lse, d_lse, slopes, q_doc, k_doc, q_spans, k_spans)
+    parsed = parse_spec(spec)
+    fused = adds_dq(parsed, T, S, D, E) and not torch.are_deterministic_algorithms_enabled()
+    sums = q.new_zeros(B, T, H, D, dtype=torch.float32) if fused else None
+    key = spec, alike(q, k, v, d_out, out, lse, d_lse, sums, slopes, q_doc, k_doc, q_spans, k_spans)
     plan = _plans.get(key)
     if plan is not None:
         plan.statistics(out, d_out, lse, d_lse, stats)
-        plan.dkdv(q, k, v, d_out, stats, dk, dv, k_spans, q_doc, k_doc, slopes)
-        plan.dq(q, k, v, d_out, dq, stats, row_slopes, q_spans, q_doc, k_doc, slopes)
+        plan.dkdv(q, k, v, d_out, stats, dk, dv, sums, k_spans, q_doc, k_doc, slopes)
+        if plan.dq is not None:
+            plan.dq(q, k, v, d_out, dq, stats, row_slopes, q_spans, q_doc, k_doc, slopes)
     else:
-        parsed = parse_spec(spec)
         curved = parsed.alibi or parsed.softcap is not None
         tiles = choose_backward(max(D, E), curved=curved, documents=parsed.documents)
         task = Task(parsed, tiles, q, k, v, d_out, stats, slopes, q_doc, k_doc, q_spans, k_spans)
-        statistics, dkdv, dq_launch = task.statistics(out, lse, d_lse), task.dkdv(dk, dv), task.dq(dq, row_slopes)
-        if statistics is not None and dkdv is not None and dq_launch is not None:
+        statistics, dkdv = task.statistics(out, lse, d_lse), task.dkdv(dk, dv, sums)
+        dq_launch = task.dq(dq, row_slopes) if sums is None else None
+        if statistics is not None and dkdv is not None and (sums is not None or dq_launch is not None):
             _plans.put(key, _Plan(statistics, dkdv, dq_launch))
+    if sums is not None:
+        torch.mul(sums, parsed.softmax_scale(D), out=dq)
     if row_slopes is not None:
         d_slopes = row_slopes.sum(dim=(0, 2))
     if sinks is not None:
@@ -80,9 +86,11 @@ def backward(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
+    """dq: None where the kernel of dk and dv adds it up."""
+
     statistics: Launch
     dkdv: Launch
-    dq: Launch
+    dq: Launch | None
 
 
 _plans: Plans[_Plan] = Plans()
@@ -131,16 +139,17 @@ class Task:
         )  # fmt: skip
         return first(stats_kernel, B * H * (rounded // STATS_ROWS.value), given, {"num_warps": 4})
 
-    def dkdv(self, dk: Tensor, dv: Tensor) -> Launch | None:
+    def dkdv(self, dk: Tensor, dv: Tensor, sums: Tensor | None) -> Launch | None:
+        """`sums` [B, T, H, D] fp32: to be added to by unscaled gradients of q, where these are wanted."""
         tiles, (B, T, H, D), (S, G), E = self.tiles, self.q.shape, self.k.shape[1:3], self.v.shape[3]
         n_tiles = -(-S // tiles.rows)
         group = heads_at_a_time(B * G, 1, T * (H // G), D + E, BACKWARD_L2_BYTES)
         given = (
             descriptor(self.q, tiles.queries), descriptor(self.k, ROWS), descriptor(self.v, ROWS),
             descriptor(self.d_out, tiles.queries), _numbers(self.stats, tiles.queries), descriptor(dk, ROWS),
-            descriptor(dv, ROWS), self.k_spans, self.q_doc, self.k_doc, self.slopes, T, S, H, G, H // G, *self.scalars,
-            n_tiles, B * G, group, self.stats.shape[3],
-            tiles.queries, padded(D), padded(E), tiles.query_stages, tiles.registers, *self.masks,
+            descriptor(dv, ROWS), None if sums is None else _squares(sums), self.k_spans, self.q_doc, self.k_doc,
+            self.slopes, T, S, H, G, H // G, *self.scalars, n_tiles, B * G, group, self.stats.shape[3],
+            tiles.queries, padded(D), padded(E), tiles.query_stages, tiles.registers, *self.masks, sums is not None,
         )  # fmt: skip
         return first(dkdv_kernel, n_tiles * B * G, given, self.options)
 
@@ -156,6 +165,13 @@ class Task:
             tiles.keys, padded(D), padded(E), tiles.key_stages, tiles.registers, *self.masks,
         )  # fmt: skip
         return first(dq_kernel, n_tiles * B * H, given, self.options)
+
+
+def _squares(x: Tensor) -> TensorDescriptor:
+    """x in fp32, in blocks of ROWS rows and as many columns."""
+    block = [1, ROWS, 1, ROWS]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float32)
+    return TensorDescriptor(x, list(x.shape), strides_of(x), block, layout)
 
 
 def _numbers(x: Tensor, length: int) -> TensorDescriptor:

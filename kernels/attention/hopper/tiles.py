@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..spec import AttentionSpec
+
 ROWS = 64  # of queries, that a consumer owns
 HEAD_DIMS = (64, 128)  # in shared memory; head dims between are read as if zeros followed
 LARGEST = HEAD_DIMS[-1]
@@ -80,6 +82,24 @@ def choose_backward(head_dim: int, *, curved: bool = False, documents: bool = Fa
     score in registers than its weight; `documents`: a mask that compares ids."""
     table = _CURVED if curved else _DOCUMENTS if documents else _BACKWARD
     return table[padded(head_dim)]
+
+
+# One H100, causal, ms of the whole backward pass with dq on the way / in a pass of its own (docs/log.md): d128 16,384
+# tokens 5.21 / 5.65, 4,096 tokens 1.71 / 1.74; d64 6.62 / 6.90, 2.03 / 1.86. The fp32 sums are set to zero, added to
+# and rounded, which takes time by rows; what is saved is by pairs.
+_WORTH_IT = 2048  # keys that a query sees
+
+
+def adds_dq(spec: AttentionSpec, n_queries: int, n_keys: int, head_dim: int, value_dim: int) -> bool:
+    """Whether dq comes from the kernel of dk and dv, added up in whatever order: five products of a tile instead of
+    seven, for fp32 sums in memory. Not where softcap or ALiBi need the registers, nor between documents, of which
+    nobody knows here how long they are; half a tile's dq is a square, so both head dims must have the same width."""
+    if spec.softcap is not None or spec.alibi or spec.documents or padded(head_dim) != padded(value_dim):
+        return False
+    window, half = spec.window, n_queries // 2
+    before = n_keys - half if window.left is None else window.left + 1
+    behind = 0 if spec.causal else half if window.right is None else window.right
+    return min(before + behind, n_keys) >= _WORTH_IT
 
 
 # One H100 (docs/results.md), ms for dk and dv, then for dq: 16,384 tokens causal, full, and causal in groups of four;

@@ -27,7 +27,7 @@ from ..flash import interpreted
 from .gate_decode import DecodeCase
 from .gate_figures import Figures, compile_for, versions
 from .gate_hopper import problems
-from .gate_variants import CASES, JOINS, Case, full_product, requests
+from .gate_variants import CASES, FUSED, JOINS, Case, full_product, requests
 
 TABLE = Path(__file__).with_name("compiled.csv")
 UPDATE = "python -m longspan.kernels.attention.triton.gate --update"
@@ -219,7 +219,7 @@ def run(job: Job) -> Result:
     spills = None if job.any_spills else spill_budget(variant, job.arch)
     failures = over_budget(row, tensor_cores=tensor_cores(job.case, job.kernel, job.arch), spills=spills)
     if isinstance(job.case, Case) and job.case.hopper and job.kernel not in JOINS:
-        columns = request.queries if job.kernel == "dkdv" else request.keys
+        columns = request.queries if job.kernel in ("dkdv", FUSED) else request.keys
         found = problems(sass, columns, forward=job.kernel == "forward")
         failures += [f"{variant} on sm_{job.arch} ({request.tile}): {problem}" for problem in found]
     return Result(row, failures, _cpu_seconds() - before)

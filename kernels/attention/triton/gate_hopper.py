@@ -28,11 +28,11 @@ def problems(sass: str, columns: int = 128, *, forward: bool = True) -> list[str
     # 128 threads share 64 × `columns` scores of a consumer's round: half of their exponentials are enough.
     least = columns // 4
     beside = _beside_a_product(code)
-    # Each consumer leaves a product running in its loop and, in the forward pass, while it writes an item's rows.
-    expected = -(-len(beside) // 2) if forward else len(beside)
-    if not beside or sum(n >= least for n in beside) < expected:
-        which = "every second" if forward else "every one"
-        found.append(f"exponentials beside products: {beside}, at least {least} beside {which} is expected")
+    # Each consumer leaves a product running in its loop and, in the forward pass, while it writes an item's rows; in
+    # the backward pass it also does between the exponentials and the end of a round.
+    expected = max(1, -(-len(beside) // 2)) if forward else 2
+    if sum(n >= least for n in beside) < expected:
+        found.append(f"exponentials beside products: {beside}, at least {least} beside {expected} of them are expected")
     return found
 
 
@@ -61,15 +61,13 @@ def _overwritten(code: list[tuple[str, str, str]]) -> list[str]:
 
 
 def _beside_a_product(code: list[tuple[str, str, str]]) -> list[int]:
-    """For every wait that leaves one product running: exponentials between it and the next wait for all."""
+    """For every wait that leaves one product running: exponentials between it and the next wait."""
     found, running = [], None
     for name, modifiers, operands in code:
         if _is_wait(name, modifiers):
-            if operands.strip().endswith("0x1"):
-                running = 0
-            elif running is not None:
+            if running is not None:
                 found.append(running)
-                running = None
+            running = 0 if operands.strip().endswith("0x1") else None
         elif running is not None and name == "MUFU" and modifiers.startswith(".EX2"):
             running += 1
     return found
