@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from longspan.kernels.attention.hopper import tiles as hopper_tiles
+from longspan.kernels.attention.hopper.tiles import Tiles
 from longspan.kernels.attention.triton import gate
 from longspan.kernels.attention.triton.gate import Row, Table, compare, over_budget, read_table, write_table
 from longspan.kernels.attention.triton.gate_figures import Figures, Spills, spills_of, unasked_copies
@@ -288,6 +290,12 @@ def test_exponentials_that_run_beside_a_product_are_what_the_gate_wants() -> Non
     assert [line.split(":")[0] for line in problems(code(*late))] == ["exponentials beside products"]
 
 
+def test_exponentials_that_are_polynomials_are_not_looked_for() -> None:
+    loop = [LOAD, *[SCORES] * 8, *[SUMS] * 8, ONE_LEFT, *EXPONENTIALS[:24], ALL]
+    assert problems(code(*loop), emulated=2) == []
+    assert "at least 28 beside" in problems(code(*loop), emulated=1)[0]
+
+
 def test_every_consumer_of_the_backward_pass_has_exponentials_beside_a_product_of_its_own() -> None:
     both = [LOAD, *[SCORES] * 16, ONE_LEFT, *EXPONENTIALS[:32], ALL, *[SUMS] * 8, ONE_LEFT, *EXPONENTIALS[:32], ALL]
     assert problems(code(*both), 64, forward=False) == []
@@ -320,6 +328,35 @@ def test_a_call_of_the_hopper_backend_compiles_its_whole_training_step() -> None
     assert [gate.tensor_cores(case, kernel, 90) for kernel in ("dkdv", "dq", "stats")] == ["wgmma", "wgmma", None]
     assert found["dq"].tile == "128x64 w4 s3"
     assert found["dkdv"].maxnreg == 168
+
+
+WAYS = {
+    "three consumers, a quarter emulated": (64, Tiles(3, 128, 4, False, 160, halves=True, emulated=2)),
+    "three consumers": (64, Tiles(3, 128, 4, False, 160)),
+    "three consumers in halves": (64, Tiles(3, 128, 4, False, 160, halves=True)),
+    "three consumers in turns, an eighth emulated": (64, Tiles(3, 128, 4, True, 160, halves=True, emulated=1)),
+    "halves": (64, Tiles(2, 128, 4, False, 240, halves=True)),
+    "halves at d128": (128, Tiles(2, 128, 2, False, 240, halves=True)),
+    "an eighth emulated at d128": (128, Tiles(2, 128, 2, False, 240, halves=True, emulated=1)),
+}
+
+
+@needs_triton
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("way", [next(iter(WAYS)), *(pytest.param(x, marks=pytest.mark.slow) for x in [*WAYS][1:])])
+def test_every_way_that_tiles_can_ask_for_compiles_without_spills(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    head_dim, tiles = WAYS[way]
+    case = next(case for case in HOPPER if case.name == f"hopper d{head_dim} causal")
+    monkeypatch.setitem(hopper_tiles._TILES, head_dim, tiles)
+    requests.cache_clear()
+    try:
+        result = gate.run(gate.Job(case, "forward", 90, False))
+    finally:
+        requests.cache_clear()
+    assert result.failures == []
+    assert result.row is not None
+    assert result.row.figures.spilled == 0
+    assert result.row.tile == f"{tiles.rows}x128 w4 s{tiles.stages}"
 
 
 def test_registers_that_wgmma_reads_are_left_alone_until_it_is_done() -> None:

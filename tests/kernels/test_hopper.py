@@ -24,6 +24,7 @@ from longspan.kernels.attention import (
 )
 from longspan.kernels.attention.backend import Feature
 from longspan.kernels.attention.hopper import backend as hopper
+from longspan.kernels.attention.hopper.exponential import GROUP, MOST, power_ptx
 from longspan.kernels.attention.hopper.order import schedule, visits
 from longspan.kernels.attention.hopper.tiles import (
     BACKWARD_L2_BYTES,
@@ -47,6 +48,7 @@ _file.loader.exec_module(gluon)
 CAUSAL, FULL = AttentionSpec(causal=True), AttentionSpec(causal=False)
 N = 128
 WIDE = AttentionSpec(causal=True, window=Window(left=300))
+POLYNOMIAL = 1.02e-4  # at most, relative
 
 
 # -- the kernel's text -------------------------------------------------------------------------------------------------
@@ -60,6 +62,8 @@ def run(
     consumers: int = 2,
     stages: int = 2,
     turns: bool = False,
+    halves: bool = False,
+    emulated: int = 0,
     programs: int = 3,
     documents: bool = False,
     seed: int = 0,
@@ -105,7 +109,7 @@ def run(
         *map(gluon.Int, (window.left or 0, window.right or 0, n_tiles, order.shape[1])),
         *(consumers, N, padded(D), padded(E), stages, turns, 240, spec.causal, window.left is not None),
         window.right is not None and not spec.causal,
-        *(spec.documents, spec.softcap is not None, spec.alibi, spec.learned_sink),
+        *(spec.documents, spec.softcap is not None, spec.alibi, spec.learned_sink, halves, emulated),
     )
     true = attend(
         *(torch.from_numpy(x).double() for x in (q, k, v)),
@@ -116,8 +120,9 @@ def run(
         return_lse=True,
     )
     assert true.lse is not None
-    np.testing.assert_allclose(out, true.out.numpy(), atol=5e-6)
-    np.testing.assert_allclose(lse.reshape(B, H, T), true.lse.numpy(), atol=5e-6)
+    off = 5e-6 + (POLYNOMIAL if emulated else 0.0)  # of a weight, and so of their sum
+    np.testing.assert_allclose(out, true.out.numpy(), atol=off * (2 * float(np.abs(v).max()) if emulated else 1.0))
+    np.testing.assert_allclose(lse.reshape(B, H, T), true.lse.numpy(), atol=off)
 
 
 CASES = {
@@ -144,8 +149,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernels_text_computes_attention(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     spec, shape = CASES[name]
-    for seed, (consumers, stages, turns) in enumerate(((2, 2, False), (2, 2, True), (3, 4, True))):
-        run(monkeypatch, spec, shape, consumers=consumers, stages=stages, turns=turns, documents=seed == 0, seed=seed)
+    ways = ((2, 2, False, False, 0), (2, 2, True, True, 0), (3, 4, True, True, 3), (2, 3, False, False, 1))
+    for seed, (consumers, stages, turns, halves, emulated) in enumerate(ways):
+        run(
+            monkeypatch, spec, shape, consumers=consumers, stages=stages, turns=turns, halves=halves,
+            emulated=emulated, documents=seed == 0, seed=seed,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -168,8 +177,23 @@ def test_the_kernels_text_computes_attention(monkeypatch: pytest.MonkeyPatch, na
         ("            acc = acc * gl.convert_layout(shrink, out_rows)[:, None]\n", ""),
         # no mask
         ("            if it < n_partial:\n", "            if it < 0:\n"),
+        # the right half has no sums
+        ("total += gl.convert_layout(lane_sums(rest,", "gl.convert_layout(lane_sums(rest,"),
+        # weighs half as much
+        ("rest = powers(rest, EMULATED)", "rest = powers(rest - 1.0, EMULATED)"),
+        # it is taken for the left one
+        ("p = joined(p, rest, N, s_layout)", "p = joined(rest, p, N, s_layout)"),
+        # keys are given away when their product may not have been multiplied yet
+        (
+            "            s = warpgroup_mma_wait(1, deps=(s,))\n            if EARLY:\n",
+            "            if not EARLY:\n                mbarrier.arrive(k_empty.index(stage), count=1)\n"
+            "            s = warpgroup_mma_wait(1, deps=(s,))\n            if EARLY:\n",
+        ),
     ],
-    ids=["values early", "queries unwaited", "queries kept", "values kept", "no rescaling", "no mask"],
+    ids=[
+        "values early", "queries unwaited", "queries kept", "values kept", "no rescaling", "no mask", "half the sums",
+        "half the weights", "halves swapped", "keys early",
+    ],
 )  # fmt: skip
 def test_the_interpreter_notices(monkeypatch: pytest.MonkeyPatch, was: str, becomes: str) -> None:
     monkeypatch.setattr(gluon, "PATIENCE", 0.5)
@@ -179,10 +203,43 @@ def test_the_interpreter_notices(monkeypatch: pytest.MonkeyPatch, was: str, beco
 
     def several() -> None:
         for seed in range(5):
-            run(monkeypatch, WIDE, (1, 900, 900, 2, 1, 64, 64), seed=seed)
+            run(
+                monkeypatch, WIDE, (1, 900, 900, 2, 1, 64, 64), halves=bool(seed % 2), stages=2 + seed % 2, seed=seed
+            )  # fmt: skip
 
     with pytest.raises((AssertionError, RuntimeError)):
         several()
+
+
+# -- powers of two -----------------------------------------------------------------------------------------------------
+
+
+def powers(x: np.ndarray, emulated: int) -> np.ndarray:
+    with np.errstate(invalid="ignore", over="ignore"):
+        return gluon.ptx(power_ptx(emulated), x.astype(np.float32), GROUP)
+
+
+@pytest.mark.parametrize("emulated", range(1, MOST + 1))
+def test_emulated_powers_are_within_their_error_and_as_many_as_asked_for(emulated: int) -> None:
+    x = np.linspace(-126.0, 0.0, 2**16, dtype=np.float32)
+    groups = np.repeat(x[:, None], GROUP, axis=1)
+    off = np.abs(powers(groups, emulated) / np.exp2(groups.astype(np.float64)) - 1)
+    assert off.max() <= POLYNOMIAL
+    assert (off.max(axis=0) > 1e-6).sum() == emulated
+    text = power_ptx(emulated)
+    assert (text.count("ex2.approx.ftz.f32"), text.count("max.NaN")) == (GROUP - emulated, emulated)
+    assert text.count(": ") == 0  # no labels: a text is pasted many times
+
+
+def test_what_is_masked_weighs_nothing_and_the_maximum_one() -> None:
+    hidden = np.array([-np.inf, -1e30, -5000.0, -127.0, -127.0, -128.5, -np.inf, -200.0])
+    assert (powers(hidden, MOST) == 0).all()
+    assert (powers(np.zeros(GROUP), MOST) == 1).all()
+    tiny = powers(np.linspace(-127.0, -126.0, 64), MOST)  # between the smallest normal number and 0
+    assert ((tiny >= 0) & (tiny <= 2.0**-126)).all()
+    assert (powers(np.full(GROUP, 1e-5), MOST) > 1).all()  # rounding may leave the maximum a little above 0
+    lost = powers(np.full(GROUP, np.nan), MOST)
+    assert (~(np.abs(lost) < 1e38)).all()  # too large for any weight, or NaN: never taken for a small one
 
 
 # -- who works on what -------------------------------------------------------------------------------------------------

@@ -25,11 +25,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .. import ranges
+from .exponential import CONSTRAINTS, GROUP, MOST, power_ptx
 
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
+GROUP_OF_POWERS: gl.constexpr = gl.constexpr(GROUP)
+POWERS: gl.constexpr = gl.constexpr(tuple(power_ptx(n) for n in range(MOST + 1)))
+REGISTERS_OF_POWERS: gl.constexpr = gl.constexpr(CONSTRAINTS)
 ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer: what one wgmma of four warps multiplies
 PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
+LANES: gl.constexpr = gl.constexpr(6)  # bits of a score's column that tell its lane apart; the others its register
 
 # The pure functions as the kernel calls them: compiled.
 key_range = gluon.jit(ranges.key_range)
@@ -137,9 +142,11 @@ def shaped(s, key, q_pos, cols, scale, softcap, slope, SOFTCAP: gl.constexpr, AL
 @gluon.jit
 def hidden(s, key, low, high, q_doc, cols, K_DOC, b, S, HAS_LOW: gl.constexpr, DOCUMENTS: gl.constexpr):
     """-inf where a row does not see a key: low <= key < high of the row, and of its document."""
-    ok = cols[None, :] < (high - key)[:, None]
+    # Columns are compared as a constant and a lane's offset: as themselves they would fill 32 registers in every round.
+    offset = (cols & LANES)[None, :]
+    ok = (cols & ~LANES)[None, :] < (high - key)[:, None] - offset
     if HAS_LOW:
-        ok = ok & (cols[None, :] >= (low - key)[:, None])
+        ok = ok & ((cols & ~LANES)[None, :] >= (low - key)[:, None] - offset)
     if DOCUMENTS:
         k_doc = gl.load(K_DOC + b * S + key + cols, mask=key + cols < S, other=-1)
         ok = ok & (q_doc[:, None] == k_doc[None, :])
@@ -153,12 +160,47 @@ def finite(top):
 
 
 @gluon.jit
+def powers(x, EMULATED: gl.constexpr):
+    """2 to the power of x <= 0, of which `exponential` computes EMULATED in a group."""
+    if EMULATED == 0:
+        return gl.exp2(x)
+    return gl.inline_asm_elementwise(
+        POWERS[EMULATED], REGISTERS_OF_POWERS, [x], dtype=gl.float32, is_pure=True, pack=GROUP_OF_POWERS
+    )
+
+
+@gluon.jit
+def row_max(s, N: gl.constexpr, layout: gl.constexpr):
+    """Neighbours first: no chain of 32 maxima, each of which waits for the last."""
+    pairs = gl.max(s.reshape([ROWS, N // 8, 4, 2]), 3)
+    return gl.convert_layout(gl.max(gl.max(pairs, 1), 1), layout)
+
+
+@gluon.jit
+def lane_sums(p, N: gl.constexpr):
+    """[ROWS, 4]: what each of the four lanes that share a row holds of its sum, until the item ends."""
+    return gl.sum(gl.sum(p.reshape([ROWS, N // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def halves(x, N: gl.constexpr):
+    """The left and the right columns."""
+    return gl.split(gl.permute(x.reshape([ROWS, 2, N // 2]), (0, 2, 1)))
+
+
+@gluon.jit
+def joined(left, right, N: gl.constexpr, layout: gl.constexpr):
+    return gl.convert_layout(gl.permute(gl.join(left, right), (0, 2, 1)).reshape([ROWS, N]), layout)
+
+
+@gluon.jit
 def consume(
     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn, desc_o, LSE, ORDER, SPANS, Q_DOC,
     K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right, n_tiles, width,
     CID: gl.constexpr, C: gl.constexpr, N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     TURNS: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     DOCUMENTS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINK: gl.constexpr,
+    HALVES: gl.constexpr, EMULATED: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = desc_o.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
@@ -170,6 +212,9 @@ def consume(
     lanes = gl.arange(0, ROWS, rows_layout)
     cols = gl.arange(0, N, gl.SliceLayout(0, s_layout))
     nothing = gl.zeros([ROWS, N], gl.float32, s_layout)
+    # An arrival waits for the consumer's four warps: beside exponentials that costs less. Not with two stages: there
+    # the producer waits for the keys' slot.
+    EARLY: gl.constexpr = not HALVES or STAGES == 2
     unit = scale * LOG2E
     if SOFTCAP or ALIBI:
         unit = 1.0
@@ -219,9 +264,10 @@ def consume(
         key = key_tile(0, first, n_before, first_full, end_full, n_partial) * N
         s = shaped(s, key, q_pos, cols, scale, softcap, slope, SOFTCAP, ALIBI)
         s = hidden(s, key, low, high, q_doc, cols, K_DOC, b, S, HAS_LEFT, DOCUMENTS)
-        top = gl.max(s, 1) * unit
-        p = gl.exp2(s * unit - finite(top)[:, None])
-        total = gl.sum(p, 1)
+        top = row_max(s, N, rows_layout) * unit
+        p = powers(s * unit - finite(top)[:, None], EMULATED)
+        total = lane_sums(p, N)
+        lanes_layout: gl.constexpr = total.type.layout
         p_half = gl.convert_layout(p.to(dtype), p_layout)
         acc = gl.zeros([ROWS, E], gl.float32, o_layout)
 
@@ -241,24 +287,36 @@ def consume(
             if TURNS:
                 mbarrier.arrive(on_turn.index((CID + 1) % C), count=1)
             s = warpgroup_mma_wait(1, deps=(s,))
-            mbarrier.arrive(k_empty.index(stage), count=1)
+            if EARLY:
+                mbarrier.arrive(k_empty.index(stage), count=1)
             key = key_tile(it, first, n_before, first_full, end_full, n_partial) * N
             s = shaped(s, key, q_pos, cols, scale, softcap, slope, SOFTCAP, ALIBI)
             if it < n_partial:
                 s = hidden(s, key, low, high, q_doc, cols, K_DOC, b, S, HAS_LEFT, DOCUMENTS)
-            new_top = gl.maximum(top, gl.max(s, 1) * unit)
+            new_top = gl.maximum(top, row_max(s, N, rows_layout) * unit)
             shift = finite(new_top)
-            p = gl.exp2(s * unit - shift[:, None])
             shrink = gl.exp2(top - shift)
-            total = total * shrink + gl.sum(p, 1)
+            total = total * gl.convert_layout(shrink, gl.SliceLayout(1, lanes_layout))[:, None]
             top = new_top
+            x = s * unit - shift[:, None]
+            if HALVES:
+                x, rest = halves(x, N)
+            p = powers(x, EMULATED)
+            total += gl.convert_layout(lane_sums(p, N // 2 if HALVES else N), lanes_layout)
             # Long since true: a branch, across which ptxas does not move the exponentials. Without it they all come
-            # after the wait, where no product runs beside them.
-            mbarrier.wait(v_full.index(before), ((at + it - 1) // STAGES) & 1)
+            # after the wait, where no product runs beside them. (Triton synchronises the four warps before they wait
+            # for the same array of barriers again: the queries' has not been waited for in this round.)
+            mbarrier.wait(q_full.index(slot), (turn >> 1) & 1)
             # The weights that wgmma still reads stay in their registers until it is done.
             acc, p_half = warpgroup_mma_wait(0, deps=(acc, p_half))
             mbarrier.arrive(v_empty.index(before), count=1)
             acc = acc * gl.convert_layout(shrink, out_rows)[:, None]
+            if not EARLY:
+                mbarrier.arrive(k_empty.index(stage), count=1)
+            if HALVES:
+                rest = powers(rest, EMULATED)
+                total += gl.convert_layout(lane_sums(rest, N // 2), lanes_layout)
+                p = joined(p, rest, N, s_layout)
             p_half = gl.convert_layout(p.to(dtype), p_layout)
 
         mbarrier.arrive(q_empty.index(slot), count=1)
@@ -277,6 +335,7 @@ def consume(
             use_acc=False, is_async=True,
         )  # fmt: skip
 
+        total = gl.convert_layout(gl.sum(total, 1), rows_layout)
         empty = top == -float("inf")
         if SINK:  # a logit without a value: it enlarges the denominator of rows that see a key
             sink_2 = gl.load(SINKS + h).to(gl.float32) * LOG2E
@@ -312,6 +371,7 @@ def forward_kernel(
     C: gl.constexpr, N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     TURNS: gl.constexpr, REGISTERS: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINK: gl.constexpr,
+    HALVES: gl.constexpr, EMULATED: gl.constexpr,
 ):  # fmt: skip
     q_s = gl.allocate_shared_memory(desc_q.dtype, [2 * C, 1, ROWS, 1, D], desc_q.layout)
     k_s = gl.allocate_shared_memory(desc_k.dtype, [STAGES, 1, N, 1, D], desc_k.layout)
@@ -342,13 +402,13 @@ def forward_kernel(
                     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right,
                     n_tiles, width, 0, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
-                    ALIBI, SINK,
+                    ALIBI, SINK, HALVES, EMULATED,
                 )),
                 (consume, (
                     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right,
                     n_tiles, width, 1, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
-                    ALIBI, SINK,
+                    ALIBI, SINK, HALVES, EMULATED,
                 )),
                 (produce, (
                     desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, ORDER,
@@ -366,19 +426,19 @@ def forward_kernel(
                     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right,
                     n_tiles, width, 0, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
-                    ALIBI, SINK,
+                    ALIBI, SINK, HALVES, EMULATED,
                 )),
                 (consume, (
                     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right,
                     n_tiles, width, 1, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
-                    ALIBI, SINK,
+                    ALIBI, SINK, HALVES, EMULATED,
                 )),
                 (consume, (
                     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right,
                     n_tiles, width, 2, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
-                    ALIBI, SINK,
+                    ALIBI, SINK, HALVES, EMULATED,
                 )),
                 (produce, (
                     desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, ORDER,

@@ -116,7 +116,7 @@ def arguments(
     constants = (
         tiles.consumers, tiles.columns, padded(D), padded(E), tiles.stages, tiles.turns, tiles.registers,
         spec.causal, window.left is not None, has_right, spec.documents, spec.softcap is not None, spec.alibi,
-        spec.learned_sink,
+        spec.learned_sink, tiles.halves, tiles.emulated,
     )  # fmt: skip
     options = {"num_warps": 4, "maxnreg": tiles.compiled_registers}
     return programs, order, (*scalars, *constants), options

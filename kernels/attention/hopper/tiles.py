@@ -18,6 +18,9 @@ class Tiles:
     stages     tiles of keys, and as many of values, that shared memory holds
     turns      consumers take turns on the tensor cores: one multiplies while another exponentiates
     registers  of a consumer's thread; the producer gives away its own
+    halves     the exponentials of a tile's right half come after the wait for the product that runs beside those of
+               its left half: what follows the wait runs beside them
+    emulated   of eight exponentials how many are polynomials (`exponential`)
     """
 
     consumers: int
@@ -25,6 +28,8 @@ class Tiles:
     stages: int
     turns: bool
     registers: int
+    halves: bool = False
+    emulated: int = 0
 
     @property
     def rows(self) -> int:

@@ -220,7 +220,10 @@ def run(job: Job) -> Result:
     failures = over_budget(row, tensor_cores=tensor_cores(job.case, job.kernel, job.arch), spills=spills)
     if isinstance(job.case, Case) and job.case.hopper and job.kernel not in JOINS:
         columns = request.queries if job.kernel in ("dkdv", FUSED) else request.keys
-        found = problems(sass, columns, forward=job.kernel == "forward")
+        emulated = request.constant("EMULATED")
+        found = problems(
+            sass, columns, forward=job.kernel == "forward", emulated=emulated if isinstance(emulated, int) else 0
+        )
         failures += [f"{variant} on sm_{job.arch} ({request.tile}): {problem}" for problem in found]
     return Result(row, failures, _cpu_seconds() - before)
 
