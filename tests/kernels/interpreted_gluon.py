@@ -350,6 +350,13 @@ def language(machine: Machine) -> types.SimpleNamespace:
             return block(np.where(condition, x, y))
         return x if condition else y
 
+    def assembly(text: str, constraints: str, given: Sequence[Block], *, dtype: str, is_pure: bool, pack: int) -> Block:
+        if dtype == "fp32":
+            return ptx(text, given[0], pack)
+        # Pairs of 16 bits into a register and back: here every number has a place of its own.
+        assert all(line.split()[0] == "mov.b32" for line in text.strip(";").split(";"))
+        return given[0]
+
     def allocate(dtype: object, shape: Sequence[int], layout: object) -> Shared:
         if layout == "barriers":
             barriers = np.array([Barrier() for _ in range(math.prod(shape))], dtype=object)
@@ -359,6 +366,9 @@ def language(machine: Machine) -> types.SimpleNamespace:
     return types.SimpleNamespace(
         constexpr=lambda x: x,
         float32="fp32",
+        float16="fp16",
+        bfloat16="bf16",
+        int32="i32",
         int64="i64",
         NVMMADistributedLayout=lambda **_: None,
         NVMMASharedLayout=types.SimpleNamespace(get_default_for=lambda *_: None),
@@ -382,7 +392,7 @@ def language(machine: Machine) -> types.SimpleNamespace:
         permute=lambda x, axes: block(np.transpose(x, axes)),
         split=lambda x: (block(x[..., 0]), block(x[..., 1])),
         join=lambda x, y: block(np.stack([x, y], axis=-1)),
-        inline_asm_elementwise=lambda text, constraints, given, *, dtype, is_pure, pack: ptx(text, given[0], pack),
+        inline_asm_elementwise=assembly,
         load=load,
         store=store,
         program_id=lambda axis: Int(machine.program),

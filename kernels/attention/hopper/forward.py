@@ -160,6 +160,23 @@ def finite(top):
 
 
 @gluon.jit
+def packed(p):
+    """Pairs of 16 bits as one register of 32, in the place of their first; nobody reads the second's. Passed from round
+    to round as they are they would be registers of 16 bits, whose halves ptxas may swap and swap back."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $2; mov.b32 $1, 0;", "=r,=r,r", [p], dtype=gl.int32, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def unpacked(x, dtype: gl.constexpr):
+    if dtype == gl.float16:
+        return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [x], dtype=gl.float16, is_pure=True, pack=2)
+    else:  # after a return it would be compiled, too
+        return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2)
+
+
+@gluon.jit
 def powers(x, EMULATED: gl.constexpr):
     """2 to the power of x <= 0, of which `exponential` computes EMULATED in a group."""
     if EMULATED == 0:
@@ -268,12 +285,13 @@ def consume(
         p = powers(s * unit - finite(top)[:, None], EMULATED)
         total = lane_sums(p, N)
         lanes_layout: gl.constexpr = total.type.layout
-        p_half = gl.convert_layout(p.to(dtype), p_layout)
+        carried = packed(gl.convert_layout(p.to(dtype), p_layout))
         acc = gl.zeros([ROWS, E], gl.float32, o_layout)
 
         # Each round: products with tile `it` of K and tile `it - 1` of V, then the softmax of `it` while the latter
         # still runs.
         for it in range(1, n):
+            p_half = unpacked(carried, dtype)
             stage = (at + it) % STAGES
             before = (at + it - 1) % STAGES
             mbarrier.wait(k_full.index(stage), ((at + it) // STAGES) & 1)
@@ -317,9 +335,10 @@ def consume(
                 rest = powers(rest, EMULATED)
                 total += gl.convert_layout(lane_sums(rest, N // 2), lanes_layout)
                 p = joined(p, rest, N, s_layout)
-            p_half = gl.convert_layout(p.to(dtype), p_layout)
+            carried = packed(gl.convert_layout(p.to(dtype), p_layout))
 
         mbarrier.arrive(q_empty.index(slot), count=1)
+        p_half = unpacked(carried, dtype)
         at += n
         before = (at - 1) % STAGES
         stage = at % STAGES
