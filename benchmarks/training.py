@@ -1,9 +1,13 @@
-"""Throughput of one training step of GPT-2 124M against Hugging Face's, in one process on one GPU.
+"""Throughput of a whole training step of a decoder: ours under several attention backends, torch's cuDNN attention in
+the same model, and for the GPT-2 family Hugging Face's model; in one process on one GPU.
 
-    python -m longspan.benchmarks.training [length batch]      (default: 1024 32)
+    python -m longspan.benchmarks.training [model=gpt2-small] [length=1024] [batch=32] [recompute=false]
+        [contenders=auto,transformers] [steps=20] [output=DIR]
 
-Both train the same weights on the same random tokens: bf16 autocast, fused AdamW, `torch.compile`, no dropout. The
-timing is void unless both report the same first loss. Rounds are interleaved, so that clocks favour nobody.
+A contender is a backend (`auto`, `hopper`, `triton`, `flex`, `sdpa`), `sdpa-cudnn` (`sdpa` with nothing but cuDNN
+allowed) or `transformers` (GPT2LMHeadModel with SDPA, compiled as a whole). All train the same weights on the same
+random tokens: bf16 autocast, fused AdamW, compiled blocks, no dropout. The timing is void unless all report the same
+first loss. Rounds are interleaved, so that clocks favour nobody. `recompute=true` keeps a block's input only.
 MFU: causal-halved model FLOPs (`model.accounting`) over the GPU's dense bf16 peak; recomputation is not counted.
 """
 
@@ -11,36 +15,44 @@ from __future__ import annotations
 
 import datetime
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from longspan.kernels.attention.registry import available
 from longspan.kernels.cross_entropy import linear_cross_entropy
 from longspan.model import accounting, zoo
 from longspan.model.config import DecoderConfig
 from longspan.model.decoder import from_config
+from longspan.training.module import checkpoint_activations, compile_blocks
 
-from .environment import append, describe, quantiles
+from .arguments import read_arguments, refuse, whole
+from .environment import append, describe, output_directory, quantiles
 from .timing import DeviceClock
 
-WARMUP, ROUNDS, STEPS = 5, 3, 20
+WARMUP, ROUNDS = 5, 3
+KEYS = ("model", "length", "batch", "recompute", "contenders", "steps", "output")
+CUDNN, THEIRS = "sdpa-cudnn", "transformers"
 
 
 @dataclass
 class Contender:
-    """One implementation of the step, and what was measured of it."""
+    """One implementation of the step, and what was measured of it. `allowed` narrows torch's own choice of kernels."""
 
     name: str
     loss: Callable[[Tensor, Tensor], Tensor]
     optimizer: torch.optim.Optimizer
     milliseconds: list[float]
+    allowed: Callable[[], AbstractContextManager[object]] = nullcontext
     first_loss: float = float("nan")
     peak_bytes: int = 0
 
     def step(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16):
+        with self.allowed(), torch.autocast("cuda", torch.bfloat16):
             loss = self.loss(tokens_BT, targets_BT)
         loss.backward()
         self.optimizer.step()
@@ -48,37 +60,45 @@ class Contender:
         return loss.detach()
 
 
-def _config(length: int) -> DecoderConfig:
-    return replace(zoo.DECODERS["gpt2-small"], max_positions=length)
-
-
-def ours(length: int) -> tuple[torch.nn.Module, Contender]:
-    model = from_config(_config(length), seed=0).cuda()
-    for block in model.blocks:
-        block.compile()
+def ours(config: DecoderConfig, backend: str, *, recompute: bool) -> Contender:
+    model = from_config(config, seed=0).cuda()
+    model.set_backends(train="sdpa" if backend == CUDNN else backend)
+    compile_blocks(model)
+    if recompute:
+        checkpoint_activations(model)
 
     def loss(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         hidden_ND = model.hidden(tokens_BT).flatten(0, 1)
         return linear_cross_entropy(hidden_ND, model.head_weight, targets_BT.flatten()) / targets_BT.numel()
 
-    return model, Contender("longspan", loss, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), [])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    allowed = (lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)) if backend == CUDNN else nullcontext
+    return Contender(f"longspan {backend}", loss, optimizer, [], allowed)
 
 
-def hugging_face(weights: torch.nn.Module, length: int) -> Contender:
+def hugging_face(config: DecoderConfig) -> Contender:
     """GPT2LMHeadModel with the same weights, SDPA attention, compiled as a whole with its loss."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(n_positions=length, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # SDPA is its default
+    theirs = GPT2Config(
+        n_positions=config.max_positions,
+        n_embd=config.d_model,
+        n_layer=config.n_layers,
+        n_head=config.n_heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )  # SDPA is its default
     with torch.device("cuda"):
-        peer = GPT2LMHeadModel(config)
-    peer.load_state_dict(_as_gpt2(weights.state_dict(), config.n_layer), strict=False)
+        peer = GPT2LMHeadModel(theirs)
+    peer.load_state_dict(_as_gpt2(from_config(config, seed=0).state_dict(), config.n_layers), strict=False)
 
     @torch.compile
     def loss(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         logits_BTV = peer(tokens_BT, use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
 
-    return Contender("transformers", loss, torch.optim.AdamW(peer.parameters(), lr=1e-4, fused=True), [])
+    return Contender(THEIRS, loss, torch.optim.AdamW(peer.parameters(), lr=1e-4, fused=True), [])
 
 
 def _as_gpt2(state: dict[str, Tensor], n_layers: int) -> dict[str, Tensor]:
@@ -107,7 +127,7 @@ def _as_gpt2(state: dict[str, Tensor], n_layers: int) -> dict[str, Tensor]:
     return named
 
 
-def measure(contenders: list[Contender], vocab_size: int, length: int, batch: int) -> None:
+def measure(contenders: Sequence[Contender], vocab_size: int, length: int, batch: int, steps: int) -> None:
     """Fill in each contender's step times. Raises RuntimeError when their first losses differ."""
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -116,6 +136,7 @@ def measure(contenders: list[Contender], vocab_size: int, length: int, batch: in
 
     tokens_BT, targets_BT = random_tokens(), random_tokens()
     for contender in contenders:
+        torch.cuda.reset_peak_memory_stats()
         contender.first_loss = float(contender.step(tokens_BT, targets_BT))
         for _ in range(WARMUP):
             contender.step(tokens_BT, targets_BT)
@@ -126,19 +147,45 @@ def measure(contenders: list[Contender], vocab_size: int, length: int, batch: in
     for _ in range(ROUNDS):
         for contender in contenders:
             torch.cuda.reset_peak_memory_stats()
-            for _ in range(STEPS):
+            # Weights and optimizer states of the others lie there too.
+            others = torch.cuda.memory_allocated() - _state_bytes(contender)
+            for _ in range(steps):
                 _, took = clock.time(lambda contender=contender: contender.step(tokens_BT, targets_BT))
                 clock.synchronize()
                 contender.milliseconds.append(took())
-            contender.peak_bytes = max(contender.peak_bytes, torch.cuda.max_memory_allocated())
+            contender.peak_bytes = max(contender.peak_bytes, torch.cuda.max_memory_allocated() - others)
 
 
-def main(length: int, batch: int) -> None:
+def _state_bytes(contender: Contender) -> int:
+    """Of weights, and of what the optimizer keeps for each."""
+    weights = [x for group in contender.optimizer.param_groups for x in group["params"]]
+    kept = [x for state in contender.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    return sum(x.numel() * x.element_size() for x in (*weights, *kept))
+
+
+def main(arguments: Sequence[str]) -> None:
+    given = read_arguments(arguments, KEYS)
+    name, recompute = given.get("model", "gpt2-small"), given.get("recompute", "false")
+    if name not in zoo.DECODERS:
+        refuse(f"model={name}: expected one of {', '.join(zoo.DECODERS)}")
+    if recompute not in ("true", "false"):
+        refuse(f"recompute={recompute}: expected true or false")
+    length, batch = whole(given, "length", 1024, least=2), whole(given, "batch", 32, least=1)
+    steps = whole(given, "steps", 20, least=1)
+    wanted = given.get("contenders", f"auto,{THEIRS}" if name.startswith("gpt2") else f"auto,{CUDNN}").split(",")
+    known = ("auto", *available(), CUDNN, *((THEIRS,) if name.startswith("gpt2") else ()))
+    for each in wanted:
+        if each not in known:
+            refuse(f"contenders={each}: with model={name} they are {', '.join(known)}")
+    if not torch.cuda.is_available():
+        refuse("no GPU: a training step is timed on one")
+
     torch.set_float32_matmul_precision("high")
-    model, contender = ours(length)
-    config = _config(length)
-    contenders = [contender, hugging_face(model, length)]
-    measure(contenders, config.vocab_size, length, batch)
+    config = replace(zoo.DECODERS[name], max_positions=length)
+    contenders = [
+        hugging_face(config) if each == THEIRS else ours(config, each, recompute=recompute == "true") for each in wanted
+    ]
+    measure(contenders, config.vocab_size, length, batch, steps)
 
     facts = describe()
     flops = accounting.training_flops_per_token(config, length=length) * batch * length
@@ -150,9 +197,9 @@ def main(length: int, batch: int) -> None:
         rows.append(
             {
                 "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                "command": f"python -m longspan.benchmarks.training {length} {batch}",
+                "command": " ".join(("python -m longspan.benchmarks.training", *arguments)),
                 "provider": one.name,
-                "model": "gpt2-small",
+                "model": name,
                 "length": length,
                 "batch": batch,
                 "n": len(one.milliseconds),
@@ -168,9 +215,11 @@ def main(length: int, batch: int) -> None:
             }
         )
         print(", ".join(f"{key}={value}" for key, value in rows[-1].items()))
-    print(f"longspan / transformers: {rows[0]['tokens_per_second'] / rows[1]['tokens_per_second']:.3f}")
-    print(f"appended to {append('training_step.csv', rows)}")
+    for row in rows[1:]:
+        ratio = rows[0]["tokens_per_second"] / row["tokens_per_second"]
+        print(f"{rows[0]['provider']} / {row['provider']}: {ratio:.3f}")
+    print(f"appended to {append('training_step.csv', rows, output_directory(given.get('output'), smoke=False))}")
 
 
 if __name__ == "__main__":
-    main(*(int(argument) for argument in sys.argv[1:3] or ("1024", "32")))
+    main(sys.argv[1:])
