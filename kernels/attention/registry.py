@@ -143,8 +143,9 @@ def preference(spec: AttentionSpec, call: AttentionCall) -> tuple[str, ...]:
     """What "auto" tries, in order: a pure function of the device, the spec and the call.
 
     CPU            sdpa, decode, reference; decode first over heads that sdpa would repeat
-    CUDA           decode in generation and over keys in pages or eight bits; else triton, which skips what is masked
-                   and was ahead of torch's FlashAttention wherever both were measured (docs/results.md); flex where
+    CUDA           decode in generation and over keys in pages or eight bits; else hopper, on the GPUs that it is for,
+                   and triton, which skip what is masked and were ahead of torch's FlashAttention wherever they were
+                   measured beside it, hopper ahead of triton (docs/results.md); flex where
                    positions are explicit, over which triton skips nothing;
                    sdpa first, without gradients, wherever a dense mask is small: there every new kind of call would
                    cost more in compilation than it saves
@@ -154,16 +155,15 @@ def preference(spec: AttentionSpec, call: AttentionCall) -> tuple[str, ...]:
         repeats = call.phase == Phase.DECODE and call.n_kv_heads not in (None, call.n_heads)
         return ("decode", "sdpa", "reference") if repeats else ("sdpa", "decode", "reference")
     if call.device == "cuda":
-        # The place of "hopper" is before triton, as soon as its speed is measured (docs/kernels.md).
         if call.phase == Phase.DECODE or call.paged or call.kv_dtype is not None:
             return ("decode", "sdpa", "triton", "flex", "reference")
         pairs = None if call.n_queries is None or call.n_keys is None else call.n_queries * call.n_keys
         small = pairs is not None and pairs <= _SMALL_MASK and not call.needs_grad
         if small:
-            return ("sdpa", "triton", "flex", "reference")
+            return ("sdpa", "hopper", "triton", "flex", "reference")
         if call.positions:
             return ("flex", "triton", "sdpa", "reference")
-        return ("triton", "flex", "sdpa", "reference")
+        return ("hopper", "triton", "flex", "sdpa", "reference")
     return ("reference",)
 
 

@@ -23,9 +23,11 @@ from longspan.kernels.attention import (
     attend,
     available,
     explain,
+    flash,
     register,
     registry,
 )
+from longspan.kernels.attention.hopper import backend as hopper
 from longspan.kernels.attention.reference import Reference
 from longspan.kernels.attention.registry import get, preference, prepare, resolve
 from longspan.kernels.attention.sdpa import MASK_LIMIT, Mask, mask_kind
@@ -168,19 +170,27 @@ def test_an_empty_choice_is_an_error() -> None:
     [
         (CAUSAL, AttentionCall(), "sdpa"),
         (LOCAL, AttentionCall(), "sdpa"),
-        (CAUSAL, AttentionCall(device="cuda"), "triton"),
-        (LOCAL, AttentionCall(device="cuda"), "triton"),
+        (CAUSAL, AttentionCall(device="cuda"), "hopper"),
+        (LOCAL, AttentionCall(device="cuda"), "hopper"),
         (LOCAL, AttentionCall(device="cuda", phase=Phase.DECODE), "decode"),
-        (CAUSAL, AttentionCall(device="cuda", kv_lengths=True), "triton"),
+        (CAUSAL, AttentionCall(device="cuda", kv_lengths=True), "hopper"),
         (CAUSAL, AttentionCall(device="cuda", positions=True), "flex"),
         (LOCAL, AttentionCall(device="cuda", n_queries=2048, n_keys=2048), "sdpa"),
-        (LOCAL, AttentionCall(device="cuda", n_queries=2048, n_keys=2049), "triton"),
-        (LOCAL, AttentionCall(device="cuda", n_queries=8, n_keys=8, needs_grad=True), "triton"),
+        (LOCAL, AttentionCall(device="cuda", n_queries=2048, n_keys=2049), "hopper"),
+        (LOCAL, AttentionCall(device="cuda", n_queries=8, n_keys=8, needs_grad=True), "hopper"),
         (CAUSAL, AttentionCall(device="mps"), "reference"),
     ],
 )
 def test_auto_prefers(spec: AttentionSpec, call: AttentionCall, first: str) -> None:
     assert preference(spec, call)[0] == first
+
+
+def test_off_hopper_auto_takes_triton_where_it_prefers_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "oldest_capability", lambda: (8, 0))
+    monkeypatch.setattr(hopper, "oldest_capability", lambda: (8, 0))
+    call = AttentionCall(device="cuda", dtype=torch.bfloat16, needs_grad=True)
+    assert preference(CAUSAL, call)[:2] == ("hopper", "triton")
+    assert resolve("auto", CAUSAL, call).name == "triton"
 
 
 def test_auto_takes_the_next_that_can_and_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
