@@ -71,7 +71,7 @@ class Triton:
         from .triton.launch import cached_spec_text, spec_text
         from .triton.operator import flash_attention
 
-        plan = _plan(context, spec, q_BTHD.shape[1], k_BSGD.shape[1], q_BTHD.device)
+        plan = plan_of(context, spec, q_BTHD.shape[1], k_BSGD.shape[1], q_BTHD.device)
         seed = params.dropout_seed
         if spec.dropout > 0 and seed is None:
             seed = torch.randint(2**62, (), device=q_BTHD.device)
@@ -103,7 +103,7 @@ class Triton:
     def prepare(
         self, context: AttentionContext, spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.device
     ) -> None:
-        _plan(context, spec, n_queries, n_keys, device)
+        plan_of(context, spec, n_queries, n_keys, device)
 
 
 def interpreted() -> bool:
@@ -128,7 +128,8 @@ def _oldest_gpu() -> tuple[int, int] | None:
     return min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
 
 
-def _plan(context: AttentionContext, spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.device) -> Plan:
+def plan_of(context: AttentionContext, spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.device) -> Plan:
+    """`make_plan`, once for a context."""
     key = ("flash", spec, n_queries, n_keys)
     if key not in context.derived:
         context.derived[key] = make_plan(context, spec, n_queries, n_keys, device)

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from longspan.kernels.attention import hopper
+from longspan.kernels.attention import AttentionContext, AttentionSpec, hopper
 
 SOURCE = Path(hopper.__file__).with_name("forward.py")
 BACKWARD = tuple(SOURCE.with_name(name) for name in ("backward.py", "backward_dkdv.py", "backward_dq.py"))
@@ -400,6 +401,29 @@ def language(machine: Machine) -> types.SimpleNamespace:
         allocate_shared_memory=allocate,
         warp_specialize=machine.specialize,
     )
+
+
+def context_of(
+    spec: AttentionSpec, shape: tuple[int, ...], generator: np.random.Generator, *, sorted_ids: bool
+) -> AttentionContext:
+    """Three documents, in one piece each or scattered; global tokens in all but the last of several sequences."""
+    B, T, S = shape[:3]
+    ids = is_global = None
+    if spec.documents:
+        drawn = generator.integers(0, 3, (B, max(T, S)))
+        ids = torch.from_numpy(np.sort(drawn) if sorted_ids else drawn)
+    if spec.global_tokens:
+        share = 0.05 * np.arange(B, 0, -1)[:, None] - 0.05 * (B > 1)
+        is_global = torch.from_numpy(generator.random((B, S)) < share)
+    return AttentionContext(
+        q_documents=None if ids is None else ids[:, ids.shape[1] - T :],
+        kv_documents=None if ids is None else ids[:, ids.shape[1] - S :],
+        is_global=is_global,
+    )
+
+
+def pointer(x: torch.Tensor | None, B: int) -> Pointer | None:
+    return None if x is None else Pointer(x.expand(B, *x.shape[1:]).numpy().reshape(-1))
 
 
 def text(source: Path = SOURCE) -> str:

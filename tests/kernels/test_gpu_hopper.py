@@ -42,6 +42,20 @@ SPECS = {
     "alibi": AttentionSpec(causal=True, alibi=True),
     "softcap": AttentionSpec(causal=True, softcap=3.0),
     "learned sink": AttentionSpec(causal=True, window=Window(left=40), learned_sink=True),
+    "sinks": AttentionSpec(causal=True, window=Window(left=40), sink_tokens=5),
+    "sinks of documents": AttentionSpec(causal=True, documents=True, window=Window(left=20), sink_tokens=3),
+    "globals": AttentionSpec(causal=False, window=Window.symmetric(50), global_tokens=True),
+    "causal globals": AttentionSpec(causal=True, window=Window(left=60), global_tokens=True, sink_tokens=150),
+    "everything and globals": AttentionSpec(
+        causal=True,
+        documents=True,
+        window=Window(left=50),
+        alibi=True,
+        softcap=5.0,
+        learned_sink=True,
+        global_tokens=True,
+        sink_tokens=3,
+    ),
     "all at once": AttentionSpec(
         causal=True, documents=True, window=Window(left=200), alibi=True, softcap=5.0, learned_sink=True
     ),
@@ -71,9 +85,12 @@ def make(
     n = max(T, S)
     ids = torch.randint(0, 3, (B, n), generator=generator)
     ids = ids.sort(dim=1).values if seed % 2 == 0 else ids
+    # In all but the last of several sequences.
+    is_global = torch.rand(B, S, generator=generator) < 0.05 * torch.arange(B, 0, -1)[:, None] - 0.05 * (B > 1)
     context = AttentionContext(
         q_documents=ids[:, n - T :].to(CUDA) if spec.documents else None,
         kv_documents=ids[:, n - S :].to(CUDA) if spec.documents else None,
+        is_global=is_global.to(CUDA) if spec.global_tokens else None,
     )
     params = AttentionParams(
         alibi_slopes=torch.rand(H, generator=generator).to(CUDA),
@@ -238,6 +255,8 @@ def test_over_long_texts_gradients_agree_with_tritons(G: int, D: int) -> None:
         ("two-sided window", 64, torch.bfloat16),
         ("documents", 128, torch.bfloat16),
         ("all at once", 128, torch.bfloat16),
+        ("globals", 128, torch.bfloat16),
+        ("causal globals", 64, torch.bfloat16),
     ],
 )
 def test_200_runs_agree_in_every_bit(name: str, D: int, dtype: torch.dtype, deterministic: bool) -> None:
@@ -376,6 +395,46 @@ def test_compiled_gradients_are_the_eager_ones(dtype: torch.dtype) -> None:
     torch.testing.assert_close(eager_dq, compiled_dq, atol=1e-6, rtol=2 * torch.finfo(dtype).eps)  # added in any order
     for x, y in zip(eager, compiled, strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["sinks", "globals", "everything and globals"])
+def test_compiled_and_recorded_global_tokens_are_the_eager_ones(name: str) -> None:
+    spec = SPECS[name]
+    tensors, context, params = make(spec, (2, 300, 300, 4, 2, 64, 64), torch.bfloat16)
+    fresh = AttentionContext(
+        q_documents=context.q_documents, kv_documents=context.kv_documents, is_global=context.is_global
+    )
+
+    def call(context: AttentionContext, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, spec=spec, context=context, params=params, backend="hopper").out
+
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    eager = call(context, *leaves)
+    expected = [eager, *torch.autograd.grad(eager, leaves, torch.ones_like(eager))]
+    # A context that was used tells how many tokens are global; one that was not leaves it to the device.
+    for known in (context, fresh):
+        torch.compiler.reset()
+        out = torch.compile(call, fullgraph=True)(known, *leaves)
+        found = [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, atol=2e-2, rtol=2e-2)  # other slices of dense rows
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = call(context, *tensors)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, eager)
+
+
+def test_sequences_of_a_batch_do_not_know_of_each_others_global_tokens() -> None:
+    spec = SPECS["globals"]
+    (q, k, v), context, _ = make(spec, (3, 300, 300, 4, 2, 64, 64), torch.bfloat16)
+    assert context.is_global is not None
+    together = attend(q, k, v, spec=spec, context=context, backend="hopper").out
+    for i in range(3):
+        one = AttentionContext(is_global=context.is_global[i : i + 1])
+        alone = attend(*(x[i : i + 1] for x in (q, k, v)), spec=spec, context=one, backend="hopper").out
+        torch.testing.assert_close(alone, together[i : i + 1], atol=2e-2, rtol=2e-2)
 
 
 def test_conformance() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from longspan.kernels.attention import (
     AttentionContext,
     AttentionParams,
     AttentionSpec,
+    BlockLayout,
     UnsupportedAttention,
     Window,
     attend,
@@ -25,6 +28,7 @@ from longspan.kernels.attention import (
 from longspan.kernels.attention.backend import Feature
 from longspan.kernels.attention.hopper import backend as hopper
 from longspan.kernels.attention.hopper.exponential import GROUP, MOST, power_ptx
+from longspan.kernels.attention.hopper.gathered import gathered, outside_of_windows
 from longspan.kernels.attention.hopper.order import schedule, visits
 from longspan.kernels.attention.hopper.tiles import (
     BACKWARD_L2_BYTES,
@@ -78,19 +82,15 @@ def run(
     q, k, v = normal(B, T, H, D), normal(B, S, G, D), normal(B, S, G, E)
     out, lse = np.full((B, T, H, E), np.nan, np.float32), np.full(B * H * T, np.nan, np.float32)
     slopes, sinks = generator.random(H).astype(np.float32), normal(H)
-    context, pointers = AttentionContext(), [None, None, None]
-    if spec.documents:
-        n = max(T, S)
-        ids = generator.integers(0, 3, (B, n))
-        ids = torch.from_numpy(np.sort(ids) if documents else ids)
-        context = AttentionContext(q_documents=ids[:, n - T :], kv_documents=ids[:, n - S :])
-        plan = make_plan(context, spec, T, S, torch.device("cpu"))
-        assert plan.q_span is not None
-        tensors = (hopper.spans_of_tiles(plan.q_span, consumers * ROWS), plan.q_doc, plan.k_doc)
-        pointers = [gluon.Pointer(x.numpy().reshape(-1)) for x in tensors if x is not None]
+    context = gluon.context_of(spec, shape, generator, sorted_ids=documents)
+    plan = make_plan(context, spec, T, S, torch.device("cpu"))
+    masks = hopper.masks_of(plan, spec, T, S, consumers * ROWS)
+    q_doc, k_doc, spans, _, _, always, n_always, outside, always_doc, *_, most_always, _ = masks
+    keys = gathered(torch.from_numpy(k), torch.from_numpy(v), always, n_always, most_always, outside, always_doc)
+    far = (None,) * 6 if keys is None else keys.tensors
     n_tiles = -(-T // (consumers * ROWS))
     programs = min(programs, n_tiles * B * H)
-    order = schedule(spec, T, S, B * H, max(1, H // 2), programs, consumers * ROWS, N)
+    order = schedule(spec, T, S, B * H, max(1, H // 2), programs, consumers * ROWS, N, -(-most_always // N))
     machine = gluon.Machine(programs, seed)
     window = spec.window
     gluon.kernel(monkeypatch, machine)(
@@ -100,9 +100,11 @@ def run(
         gluon.Descriptor(out, ROWS, padded(E)),
         gluon.Pointer(lse),
         gluon.Pointer(order.reshape(-1)),
-        *pointers,
+        *(gluon.pointer(x, B) for x in (spans, q_doc, k_doc)),
         gluon.Pointer(slopes),
         gluon.Pointer(sinks),
+        *(None if x is None else gluon.Descriptor(x.numpy(), N, padded(x.shape[3])) for x in far[:2]),
+        *(gluon.pointer(x, B) for x in far[2:]),
         *map(gluon.Int, (T, S, H, H // G)),
         spec.softmax_scale(D),
         spec.softcap or 1.0,
@@ -120,9 +122,12 @@ def run(
         return_lse=True,
     )
     assert true.lse is not None
+    ordinary = np.ones((B, T), bool) if plan.is_global is None else plan.is_global.numpy() == 0  # others are dense.py's
     off = 5e-6 + (POLYNOMIAL if emulated else 0.0)  # of a weight, and so of their sum
-    np.testing.assert_allclose(out, true.out.numpy(), atol=off * (2 * float(np.abs(v).max()) if emulated else 1.0))
-    np.testing.assert_allclose(lse.reshape(B, H, T), true.lse.numpy(), atol=off)
+    most = off * (2 * float(np.abs(v).max()) if emulated else 1.0)
+    np.testing.assert_allclose(out[ordinary], true.out.numpy()[ordinary], atol=most)
+    found, expected = (x.transpose(0, 2, 1)[ordinary] for x in (lse.reshape(B, H, T), true.lse.numpy()))
+    np.testing.assert_allclose(found, expected, atol=off)
 
 
 CASES = {
@@ -138,6 +143,44 @@ CASES = {
     "documents in a window": (
         AttentionSpec(causal=False, documents=True, window=Window.symmetric(100)),
         (2, 300, 420, 2, 1, 64, 64),
+    ),
+    "sinks": (AttentionSpec(causal=True, window=Window(left=129), sink_tokens=5), (2, 400, 400, 4, 2, 64, 64)),
+    "sinks in two tiles": (
+        AttentionSpec(causal=True, window=Window(left=20), sink_tokens=200),
+        (1, 500, 500, 1, 1, 64, 64),
+    ),
+    "sinks of documents": (
+        AttentionSpec(causal=True, documents=True, window=Window(left=40), sink_tokens=3),
+        (2, 300, 301, 2, 1, 64, 64),
+    ),
+    "sinks, rows before the first key": (
+        AttentionSpec(causal=False, window=Window(30, 0), sink_tokens=2),
+        (1, 300, 100, 2, 1, 64, 64),
+    ),
+    "globals": (
+        AttentionSpec(causal=False, window=Window.symmetric(50), global_tokens=True),
+        (3, 301, 301, 2, 1, 64, 64),
+    ),
+    "causal globals": (
+        AttentionSpec(causal=True, window=Window(left=60), global_tokens=True, sink_tokens=2),
+        (2, 400, 400, 2, 1, 64, 64),
+    ),
+    "globals of documents, one-sided window": (
+        AttentionSpec(causal=False, documents=True, window=Window(right=9), global_tokens=True),
+        (2, 250, 420, 2, 1, 40, 64),
+    ),
+    "everything and globals": (
+        AttentionSpec(
+            causal=True,
+            documents=True,
+            window=Window(left=50),
+            alibi=True,
+            softcap=3.0,
+            learned_sink=True,
+            global_tokens=True,
+            sink_tokens=3,
+        ),
+        (2, 500, 500, 2, 1, 64, 64),
     ),
     "all at once": (
         AttentionSpec(causal=True, documents=True, window=Window(left=200), alibi=True, softcap=3.0, learned_sink=True),
@@ -209,6 +252,57 @@ def test_the_interpreter_notices(monkeypatch: pytest.MonkeyPatch, was: str, beco
 
     with pytest.raises((AssertionError, RuntimeError)):
         several()
+
+
+FAR = AttentionSpec(causal=False, documents=True, window=Window(20, 30), alibi=True, sink_tokens=60, global_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        ("if desc_far is None or far < 0:", "if desc_far is None or far < 2**30:"),
+        ("    return (gl.load(N_FAR + b) + N - 1) // N\n", "    return gl.load(N_FAR + b) // N\n"),
+        # what lies in the window counts twice
+        ("ok = cols[None, :] < (gl.load(OUTSIDE", "ok = cols[None, :] < (S + gl.load(OUTSIDE"),
+        # behind it nothing is seen, or too much
+        ("    if HAS_RIGHT:\n        after", "    if not HAS_RIGHT:\n        after"),
+        ("(cols < gl.load(N_FAR + b) - begin)", "(cols < S)"),
+        ("        k_doc = gl.load(FAR_DOC + b * S + begin + cols", "        k_doc = gl.load(FAR_DOC + b * S + cols"),
+        ("                    k_pos = far_places(", "                    far_places("),
+    ],
+    ids=["near for far", "tiles", "window", "right", "too many", "documents", "positions"],
+)
+def test_the_interpreter_notices_what_is_wrong_with_keys_from_everywhere(
+    monkeypatch: pytest.MonkeyPatch, was: str, becomes: str
+) -> None:
+    monkeypatch.setattr(gluon, "PATIENCE", 0.5)
+    text = gluon.SOURCE.read_text(encoding="utf-8")
+    assert text.count(was) == 1
+    monkeypatch.setattr(gluon, "text", lambda _: text.replace(was, becomes))
+
+    def several() -> None:
+        for seed in range(2):
+            spec = replace(FAR, alibi=seed == 0)
+            run(monkeypatch, spec, (2, 400, 400, 1, 1, 64, 64), documents=True, seed=seed)
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        several()
+
+
+def test_whole_calls_with_global_tokens_agree_with_fp64() -> None:
+    """The launches, the kernels here and the dense ones together, gradients included."""
+    pytest.importorskip("triton.experimental.gluon")
+    file = Path(__file__).with_name("interpreted_hopper.py")
+    done = subprocess.run(
+        [sys.executable, str(file)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=file.parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "4 calls agree" in done.stdout
 
 
 # -- powers of two -----------------------------------------------------------------------------------------------------
@@ -325,12 +419,54 @@ def test_spans_of_tiles_are_derived_once_for_a_context() -> None:
     plan = make_plan(context, spec, 300, 300, cpu)
     assert plan.q_span is not None
     assert plan.k_span is not None
-    found = hopper._documents(context, spec, 300, 300, cpu, 192)
+    found = hopper._masks(context, spec, 300, 300, cpu, 192)
     of_rows = ((plan.q_span, 192), (plan.q_span, BackwardTiles.rows), (plan.k_span, BackwardTiles.rows))
     expected = (plan.q_doc, plan.k_doc, *(hopper.spans_of_tiles(x, rows) for x, rows in of_rows))
-    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True) if x is not None and y is not None)
-    assert hopper._documents(context, spec, 300, 300, cpu, 192) is found
-    assert hopper._documents(context, spec, 300, 300, cpu, BackwardTiles.rows)[2].shape[1] == 3
+    for x, y in zip(found, expected):
+        assert isinstance(x, torch.Tensor)
+        assert y is not None
+        assert torch.equal(x, y)
+    assert found[5:] == (*(None,) * 9, 0, 0)
+    assert hopper._masks(context, spec, 300, 300, cpu, 192) is found
+    _, _, spans, *_ = hopper._masks(context, spec, 300, 300, cpu, BackwardTiles.rows)
+    assert isinstance(spans, torch.Tensor)
+    assert spans.shape[1] == 3
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AttentionSpec(causal=True, window=Window(left=5), sink_tokens=3, documents=True),
+        AttentionSpec(causal=False, window=Window(4, 2), sink_tokens=20),
+        AttentionSpec(causal=False, window=Window(right=3), global_tokens=True),
+        AttentionSpec(causal=True, window=Window(left=0), global_tokens=True, sink_tokens=2),
+    ],
+)
+@pytest.mark.parametrize(("T", "S"), [(40, 40), (20, 50), (50, 20)])
+def test_what_lies_outside_of_a_window_is_told_by_numbers(spec: AttentionSpec, T: int, S: int) -> None:
+    generator = np.random.default_rng(T)
+    context = gluon.context_of(spec, (3, T, S), generator, sorted_ids=False)
+    plan = make_plan(context, spec, T, S, torch.device("cpu"))
+    outside = outside_of_windows(plan, spec, T, S)
+    assert outside is not None
+    assert plan.always is not None
+    assert plan.n_always is not None
+    at, pos = torch.arange(S), torch.arange(T) + S - T
+    for index, count, bounds in zip(plan.always, plan.n_always, outside, strict=True):
+        found = ((at < bounds[:, :1]) | (at >= bounds[:, 1:])) & (at < count)
+        left, right = spec.window.span
+        expected = torch.zeros(T, S, dtype=torch.bool)
+        if left is not None:
+            expected |= index < pos[:, None] - left
+        if right is not None and not spec.causal:
+            expected |= index > pos[:, None] + right
+        assert torch.equal(found, expected & (at < count))
+    assert outside_of_windows(make_plan(context, FULL, T, S, torch.device("cpu")), FULL, T, S) is None
+
+
+def test_tiles_that_all_items_share_count_for_the_order() -> None:
+    order = schedule(WIDE, 1000, 1000, 4, 4, 3, 128, N, 50)  # so long that items weigh nearly the same
+    assert {row[0] for row in order} == {10, 11}
 
 
 # -- the backend -------------------------------------------------------------------------------------------------------
@@ -360,8 +496,7 @@ def test_off_hopper_it_refuses_with_its_reasons(monkeypatch: pytest.MonkeyPatch)
     [
         (AttentionSpec(causal=True, dropout=0.1), Feature.DROPOUT),
         (AttentionSpec(causal=True, window=Window(left=4, dilation=2)), Feature.DILATION),
-        (AttentionSpec(causal=True, window=Window(left=4), global_tokens=True), Feature.GLOBAL_TOKENS),
-        (AttentionSpec(causal=True, window=Window(left=4), sink_tokens=1), Feature.SINK_TOKENS),
+        (AttentionSpec(causal=True, block_sparse=BlockLayout.from_rows([[True]])), Feature.BLOCK_SPARSE),
     ],
 )
 def test_what_it_lacks_is_refused_by_name(spec: AttentionSpec, feature: Feature) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.kernels.attention import AttentionContext, AttentionParams, AttentionSpec, Window, attend
+from longspan.kernels.attention import AttentionParams, AttentionSpec, Window, attend
 from longspan.kernels.attention.hopper import backend as hopper
+from longspan.kernels.attention.hopper.gathered import gathered, statistics_of_rows
 from longspan.kernels.attention.hopper.tiles import HEAD_DIMS, ROWS, adds_dq, choose_backward, padded
 from longspan.kernels.attention.plan import make_plan
 from longspan.kernels.testing import judge, twin
@@ -62,18 +63,29 @@ def run(
         for x in (normal(B, T, H, D), normal(B, S, G, D), normal(B, S, G, E), loudness * normal(B, T, H, E))
     )
     slopes, sinks, d_lse = generator.random(H).astype(np.float32), normal(H), loudness * lse_used * normal(B, H, T)
-    context, spans = AttentionContext(), [None] * 4
-    if spec.documents:
-        n = max(T, S)
-        ids = generator.integers(0, 3, (B, n))
-        ids = torch.from_numpy(np.sort(ids) if documents else ids)
-        context = AttentionContext(q_documents=ids[:, n - T :], kv_documents=ids[:, n - S :])
-        plan = make_plan(context, spec, T, S, torch.device("cpu"))
-        assert plan.q_span is not None
-        assert plan.k_span is not None
-        tensors = (hopper.spans_of_tiles(plan.k_span, TALL), hopper.spans_of_tiles(plan.q_span, TALL))
-        spans = [gluon.Pointer(x.numpy().reshape(-1)) for x in (*tensors, plan.q_doc, plan.k_doc) if x is not None]
-    k_spans, q_spans, q_doc, k_doc = spans
+    context = gluon.context_of(spec, shape, generator, sorted_ids=documents)
+    plan = make_plan(context, spec, T, S, torch.device("cpu"))
+    (
+        q_doc,
+        k_doc,
+        _,
+        q_spans,
+        k_spans,
+        always,
+        n_always,
+        *more,
+        is_global,
+        rows,
+        n_rows,
+        seen,
+        row_doc,
+        most_always,
+        most_rows,
+    ) = hopper.masks_of(plan, spec, T, S, TALL)
+    q_doc, k_doc, q_spans, k_spans = (gluon.pointer(x, B) for x in (q_doc, k_doc, q_spans, k_spans))
+    tensors = [torch.from_numpy(x) for x in (q, k, v, d_out)]
+    far_keys = gathered(tensors[1], tensors[2], always, n_always, most_always, *more)
+    far_rows = gathered(tensors[0], tensors[3], rows, n_rows, most_rows, seen, row_doc)
 
     leaves = [torch.from_numpy(x).double().requires_grad_() for x in (q, k, v, slopes, sinks)]
     true = attend(
@@ -99,26 +111,45 @@ def run(
         assert same.lse is not None
         plain = torch.autograd.grad((same.out, same.lse), twins, (torch.from_numpy(d_out), torch.from_numpy(d_lse)))
 
+    ordinary_rows = torch.ones(B, T, dtype=torch.bool) if is_global is None else is_global.expand(B, -1) == 0
+    ordinary_keys = torch.ones(B, S, dtype=torch.bool)
+    if always is not None and n_always is not None:  # `always` begins with them
+        ordinary_keys.scatter_(1, always.expand(B, -1).long(), torch.arange(S) >= n_always.expand(B)[:, None])
+
     def close(found: np.ndarray, which: int) -> None:
+        """Where the gradient is not one of `dense.py`'s."""
+        chosen = ordinary_keys if which else ordinary_rows
+        assert np.isfinite(found).all()
         if half:
-            ours, exact, theirs = (x / loudness for x in (torch.from_numpy(found), expected[which], plain[which]))
+            trio = (torch.from_numpy(found), expected[which], plain[which])
+            ours, exact, theirs = (x[chosen] / loudness for x in trio)
             verdict = judge(ours, exact, theirs, score=8.0)
             assert not verdict.problem, (which, verdict.problem)
         else:
-            _close(found, expected[which])
+            _close(found[chosen], expected[which][chosen])
 
     rounded = -(-T // TALL) * TALL
     stats = np.full(B * H * 2 * rounded, np.nan, np.float32)
+    ordinary_lse = true.lse.masked_fill(~ordinary_rows[:, None], -torch.inf)
     pointer, number = gluon.Pointer, gluon.Int
     machine = gluon.Machine(B * H * rounded // STATS_ROWS, seed)
     gluon.kernel(monkeypatch, machine, "stats_kernel")(
-        *(pointer(_numpy(x).reshape(-1)) for x in (true.out.to(dtype), torch.from_numpy(d_out), true.lse)),
+        *(pointer(_numpy(x).reshape(-1)) for x in (true.out.to(dtype), torch.from_numpy(d_out), ordinary_lse)),
         pointer(d_lse.reshape(-1)) if lse_used else None,
         pointer(stats),
         *map(number, (T * H * E, H * E, E) * 2),
         *map(number, (T, H, E, rounded)),
         padded(E),
     )
+    row_stats, far_q, far_k = None, (None,) * 7, (None,) * 6
+    if far_rows is not None:
+        shaped = torch.from_numpy(stats).view(B, H, 2, rounded)
+        row_stats = statistics_of_rows(shaped, true.lse.detach().float(), far_rows, TALL)
+        tiles = (gluon.Descriptor(x.numpy(), queries, padded(x.shape[3])) for x in (far_rows.x, far_rows.y))
+        far_q = (*tiles, gluon.Vector(row_stats.reshape(-1).numpy(), queries), *_pointers(far_rows.tensors[2:], B))
+    if far_keys is not None:
+        tiles = (gluon.Descriptor(x.numpy(), keys, padded(x.shape[3])) for x in (far_keys.x, far_keys.y))
+        far_k = (*tiles, *_pointers(far_keys.tensors[2:], B))
     window = spec.window
     scales = (spec.softmax_scale(D), spec.softcap or 1.0, number(window.left or 0), number(window.right or 0))
     masks = (
@@ -140,10 +171,10 @@ def run(
             gluon.Descriptor(dk, ROWS, padded(D)),
             gluon.Descriptor(dv, ROWS, padded(E)),
             None if sums is None else gluon.Descriptor(sums, ROWS, ROWS),
-            *(k_spans, q_doc, k_doc, pointer(slopes)),
+            *(k_spans, q_doc, k_doc, pointer(slopes), *far_q),
             *map(number, (T, S, H, G, H // G)),
             *scales,
-            *map(number, (n_tiles, B * G, group, rounded)),
+            *map(number, (n_tiles, B * G, group, rounded, 0 if row_stats is None else row_stats.shape[3])),
             *(queries, padded(D), padded(E), stages, 240, *masks, sums is not None),
         )
         close(dk, 1)
@@ -160,19 +191,24 @@ def run(
             gluon.Descriptor(v, keys, padded(E)),
             gluon.Descriptor(d_out, ROWS, padded(E)),
             gluon.Descriptor(dq, ROWS, padded(D)),
-            *(pointer(stats), pointer(d_slopes), q_spans, q_doc, k_doc, pointer(slopes)),
+            *(pointer(stats), pointer(d_slopes), q_spans, q_doc, k_doc, pointer(slopes), *far_k),
             *map(number, (T, S, H, H // G)),
             *scales,
             *map(number, (n_tiles, B * H, group, rounded)),
             *(keys, padded(D), padded(E), stages, 240, *masks),
         )
         close(dq, 0)
-        if spec.alibi and not half:
+        assert not dq[~ordinary_rows.numpy()].any()
+        if spec.alibi and not half and is_global is None:
             _close(d_slopes.reshape(B, H, T).sum(axis=(0, 2)), expected[3])
     if spec.learned_sink and not half:
         lse, minus_delta = true.lse.detach(), torch.from_numpy(stats).view(B, H, 2, rounded)[:, :, 1, :T]
         weight = torch.where(lse == -torch.inf, 0.0, torch.exp(leaves[4].detach()[:, None] - lse))
         _close((weight * minus_delta).sum(dim=(0, 2)).numpy(), expected[4])
+
+
+def _pointers(tensors: tuple[Tensor | None, ...], B: int) -> list[object]:
+    return [gluon.pointer(x, B) for x in tensors]
 
 
 def _numpy(x: Tensor) -> np.ndarray:
@@ -201,6 +237,40 @@ CASES = {
     ),
     "alibi": (AttentionSpec(causal=True, alibi=True), (1, 300, 300, 4, 2, 64, 64)),
     "softcap": (AttentionSpec(causal=False, softcap=2.0), (1, 150, 300, 2, 1, 64, 64)),
+    "sinks": (AttentionSpec(causal=True, window=Window(left=129), sink_tokens=5), (2, 400, 400, 4, 2, 64, 64)),
+    "sinks in several tiles": (
+        AttentionSpec(causal=False, window=Window(20, 30), sink_tokens=200, alibi=True),
+        (1, 500, 500, 2, 1, 64, 64),
+    ),
+    "sinks of documents": (
+        AttentionSpec(causal=True, documents=True, window=Window(left=40), sink_tokens=3, softcap=2.0),
+        (2, 300, 301, 2, 1, 64, 64),
+    ),
+    "globals": (
+        AttentionSpec(causal=False, window=Window.symmetric(50), global_tokens=True),
+        (3, 301, 301, 4, 2, 64, 64),
+    ),
+    "causal globals": (
+        AttentionSpec(causal=True, window=Window(left=60), global_tokens=True, sink_tokens=2),
+        (2, 800, 800, 2, 1, 64, 64),
+    ),
+    "globals of documents, one-sided window": (
+        AttentionSpec(causal=False, documents=True, window=Window(right=9), global_tokens=True),
+        (2, 250, 420, 2, 1, 40, 64),
+    ),
+    "everything and globals": (
+        AttentionSpec(
+            causal=True,
+            documents=True,
+            window=Window(left=50),
+            alibi=True,
+            softcap=3.0,
+            learned_sink=True,
+            global_tokens=True,
+            sink_tokens=3,
+        ),
+        (2, 500, 500, 4, 2, 64, 64),
+    ),
     "all at once": (
         AttentionSpec(causal=True, documents=True, window=Window(left=200), alibi=True, softcap=3.0, learned_sink=True),
         (1, 500, 500, 4, 2, 64, 64),
@@ -222,7 +292,8 @@ FUSED = {
     **{
         name: case
         for name, case in CASES.items()
-        if adds_dq(case[0], 2**20, 2**20, *case[1][5:]) or (case[0].documents and not case[0].alibi)
+        if (adds_dq(case[0], 2**20, 2**20, *case[1][5:]) or (case[0].documents and not case[0].alibi))
+        and not (case[0].global_tokens or case[0].sink_tokens)  # of which dk and dv's kernel does not know all keys
     },
     "wide heads": (CAUSAL, (2, 301, 430, 2, 1, 128, 128)),
     "padded wide heads in a window": (AttentionSpec(causal=False, window=Window(70, 9)), (1, 333, 300, 4, 2, 96, 96)),
@@ -391,6 +462,50 @@ def test_the_interpreter_notices(monkeypatch: pytest.MonkeyPatch, was: str, beco
         several()
 
 
+FAR = AttentionSpec(causal=True, documents=True, window=Window(left=20), alibi=True, sink_tokens=60, global_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        # of the kernel of dq: keys that may be seen from everywhere
+        ("            s = beyond(", "            beyond("),
+        ("                k_pos = far_places(", "                far_places("),
+        ("        n += far_tiles(N_ALWAYS, b, N)\n", "        n += 0\n"),
+        # of the kernel of dk and dv: queries that may see everything
+        ("            s = unpermitted(", "            unpermitted("),
+        ("                rows = far_places(", "                far_places("),
+        ("FAR_DOC + b * T + begin + cols", "FAR_DOC + b * T + begin + 0 * cols"),
+        (">= seen_from[:, None]", ">= -seen_from[:, None]"),
+        ("far_stats + far_rounded + far,", "far_stats + far,"),
+        ("        far_stats = (b * H + h) * 2 * far_rounded\n", "        far_stats = b * H * 2 * far_rounded\n"),
+        ("        n += far_tiles(N_FAR_ROWS, b, M)\n", "        n += 0\n"),
+    ],
+    ids=[
+        "mask of keys",
+        "positions",
+        "tiles of keys",
+        "mask of rows",
+        "places",
+        "documents",
+        "causality",
+        "delta",
+        "head",
+        "tiles of rows",
+    ],
+)
+def test_the_interpreter_notices_what_is_wrong_with_global_tokens(
+    monkeypatch: pytest.MonkeyPatch, was: str, becomes: str
+) -> None:
+    monkeypatch.setattr(gluon, "PATIENCE", 0.5)
+    texts = {source: gluon.text(source) for source in gluon.BACKWARD}
+    assert sum(text.count(was) for text in texts.values()) == 1
+    broken = {gluon.SOURCE: gluon.text(gluon.SOURCE)} | {x: text.replace(was, becomes) for x, text in texts.items()}
+    monkeypatch.setattr(gluon, "text", broken.__getitem__)
+    with pytest.raises((AssertionError, RuntimeError, RuntimeWarning)):
+        run(monkeypatch, FAR, (2, 400, 400, 2, 1, 64, 64), keys=64, documents=True)
+
+
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize("curved", [True, False])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -409,9 +524,9 @@ def test_the_operator_hands_on_what_the_kernels_found(monkeypatch: pytest.Monkey
     pytest.importorskip("triton.experimental.gluon")
     from longspan.kernels.attention.hopper import operator
 
-    q, k, v, out, *rest = (torch.zeros(1, 8, 2, 64) for _ in range(9))
+    q, k, v, out, *rest = (torch.zeros(1, 8, 2, 64) for _ in range(18))
     sinks = torch.zeros(2, dtype=torch.bfloat16)
-    inputs = (q, k, v, None, sinks, *rest, "spec")
+    inputs = (q, k, v, None, sinks, *rest, 16, 32, "spec")
     ctx = SimpleNamespace(save_for_backward=lambda *tensors: setattr(ctx, "saved_tensors", tensors))
     operator._save(ctx, inputs, (out, torch.zeros(1, 2, 8)))
     named = dict(zip(signature(operator.forward).parameters, inputs, strict=True)) | {"out": out}
@@ -426,7 +541,7 @@ def test_the_operator_hands_on_what_the_kernels_found(monkeypatch: pytest.Monkey
         assert all(x is named[name] for name, x in found.items())
         return gradients
 
-    found = operator._gradients(backward, ctx.saved_tensors, ctx.spec, d_out, d_lse)
+    found = operator._gradients(backward, ctx.saved_tensors, ctx.rest, d_out, d_lse)
     dq, dk, dv, d_slopes, d_sinks = found
     assert (dq, dk, dv, d_slopes) == (*gradients[:3], None)
     assert d_sinks is not None

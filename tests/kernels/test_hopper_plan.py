@@ -250,8 +250,10 @@ class Call:
     slopes: torch.dtype = torch.float32
     ids: torch.dtype = torch.int32
     lse_used: bool = True
+    most: int = 16  # global tokens and sinks, where the spec has them
 
 
+GLOBALS = AttentionSpec(causal=False, window=Window.symmetric(5), global_tokens=True)
 DOCUMENTS, ALIBI, SINKS = (
     AttentionSpec(causal=True, documents=True),
     AttentionSpec(causal=True, alibi=True),
@@ -281,6 +283,9 @@ CALLS = [
     Call(ALIBI, slopes=torch.bfloat16),
     Call(ALIBI, shifted="s"),
     Call(SINKS),
+    Call(GLOBALS),
+    Call(GLOBALS, most=32),
+    Call(replace(GLOBALS, global_tokens=False, sink_tokens=2)),
 ]
 OTHER_SINKS = [Call(SINKS, slopes=torch.bfloat16), Call(SINKS, shifted="i")]
 CALLS += OTHER_SINKS
@@ -294,8 +299,8 @@ def place(x: Tensor, shifted: bool) -> Tensor:
     return room[8 // x.element_size() :].view(x.shape).copy_(x)
 
 
-def inputs(call: Call) -> tuple[tuple[Any, Any, Any, Any, Any], tuple[Any, Any, Any, Any, Any]]:
-    """(q, k, v, slopes, sinks), (q_doc, k_doc, and the spans of tiles)."""
+def inputs(call: Call) -> tuple[tuple[Any, Any, Any, Any, Any], tuple[Any, ...]]:
+    """(q, k, v, slopes, sinks), and what `masks_of` makes."""
     B, T, S, H, G, D, E = call.sizes
     made = {}
     for name, size in (("q", (B, T, H, D)), ("k", (B, S, G, D)), ("v", (B, S, G, E))):
@@ -303,11 +308,18 @@ def inputs(call: Call) -> tuple[tuple[Any, Any, Any, Any, Any], tuple[Any, Any, 
         made[name] = x.transpose(1, 2).contiguous().transpose(1, 2) if name in call.heads_first else x
     slopes = place(torch.ones(H, dtype=call.slopes), "s" in call.shifted) if call.spec.alibi else None
     sinks = place(torch.ones(H, dtype=call.slopes), "i" in call.shifted) if call.spec.learned_sink else None
-    documents = (None, None, None, None, None)
+    documents, always, rows = (None,) * 5, (None,) * 4, (None,) * 5
     if call.spec.documents:
         spans = [torch.zeros(B, -(-n // 128), 4, dtype=torch.int32) for n in (T, T, S)]
-        documents = torch.zeros(B, T, dtype=call.ids), torch.zeros(B, S, dtype=call.ids), spans[0], spans[1], spans[2]
-    return (made["q"], made["k"], made["v"], slopes, sinks), documents
+        documents = torch.zeros(B, T, dtype=call.ids), torch.zeros(B, S, dtype=call.ids), *spans
+    if call.spec.global_tokens or call.spec.sink_tokens:
+        sizes = ((1, S), (1,), (1, T, 2))
+        always = *(torch.zeros(size, dtype=torch.int32) for size in sizes), None
+    if call.spec.global_tokens:
+        sizes = ((1, T), (1, T), (1,))
+        rows = *(torch.zeros(size, dtype=torch.int32) for size in sizes), None, None
+    mosts = tuple(call.most if x[0] is not None else 0 for x in (always, rows))
+    return (made["q"], made["k"], made["v"], slopes, sinks), (*documents, *always, *rows, *mosts)
 
 
 class Known:
@@ -327,6 +339,10 @@ class Known:
         return 0
 
 
+def ignore(*_: object) -> None:
+    """In place of dense kernels."""
+
+
 def test_plans_serve_the_same_call_again_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Known] = []
 
@@ -334,19 +350,21 @@ def test_plans_serve_the_same_call_again_and_no_other(monkeypatch: pytest.Monkey
         made.append(Known(arguments))
         return made[-1]
 
+    dense = SimpleNamespace(global_rows=ignore, global_rows_dq=ignore, always_keys_dkdv=ignore)
     for module in (launch, backward_launch):
+        monkeypatch.setattr(module, "dense_of", lambda *_: (dense, None))
         monkeypatch.setattr(module, "first", first)
         monkeypatch.setattr(module, "_plans", plan.Plans())
     monkeypatch.setattr(plan.driver, "_active", SimpleNamespace(get_current_stream=lambda device: 0))
     new = 0
     for again in (False, True):
         for call in CALLS:
-            (q, k, v, slopes, sinks), (q_doc, k_doc, spans, q_spans, k_spans) = inputs(call)
-            text = spec_text(call.spec)
-            out, lse = launch.forward(q, k, v, slopes, sinks, q_doc, k_doc, spans, q_spans, k_spans, text)
+            (q, k, v, slopes, sinks), (q_doc, k_doc, spans, *masks) = inputs(call)
+            rest: Any = (*masks, spec_text(call.spec))
+            out, lse = launch.forward(q, k, v, slopes, sinks, q_doc, k_doc, spans, *rest)
             d_lse = torch.zeros_like(lse) if call.lse_used else None
-            saved = (out, lse, q, k, v, slopes, sinks, q_doc, k_doc, q_spans, k_spans)
-            backward_launch.backward(torch.zeros_like(out), d_lse, *saved, text)
+            saved = (out, lse, q, k, v, slopes, sinks, q_doc, k_doc)
+            backward_launch.backward(torch.zeros_like(out), d_lse, *saved, *rest)
             # The forward pass does not read the lse's gradient, nor the backward pass sinks.
             new += 0 if again else 3 if not call.lse_used else 1 if call in OTHER_SINKS else 4
             assert len(made) == new, call
@@ -358,6 +376,7 @@ def test_a_gradient_that_tma_cannot_read_is_copied_and_shares_the_plan(monkeypat
     monkeypatch.setattr(backward_launch, "first", lambda *x: made.append(Known(x[2])) or made[-1])
     monkeypatch.setattr(backward_launch, "_plans", plan.Plans())
     q, lse = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16), torch.zeros(1, 2, 8)
+    rest: Any = (*(None,) * 15, 0, 0, spec_text(CAUSAL))
     for d_out in (torch.zeros_like(q), q.new_zeros(1, 1, 1, 1).expand_as(q)):
         backward_launch.backward(
             d_out,
@@ -367,13 +386,7 @@ def test_a_gradient_that_tma_cannot_read_is_copied_and_shares_the_plan(monkeypat
             q,
             q,
             q,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-            spec_text(CAUSAL),
+            *rest,
         )
     assert [known.served for known in made] == [1, 1, 1]
 

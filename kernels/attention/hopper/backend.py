@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..backend import AttentionCall, AttentionOutput, AttentionParams, Capabilities, Feature, Reason, check
 from ..context import AttentionContext
-from ..flash import interpreted, oldest_capability
-from ..plan import make_plan
+from ..flash import interpreted, oldest_capability, plan_of
+from ..plan import Plan
 from ..spec import AttentionSpec
+from .gathered import outside_of_windows, seen_from
 from .tiles import LARGEST, BackwardTiles, Tiles, choose
 
 _CAPABILITY = (9, 0)
@@ -35,9 +36,11 @@ class Hopper:
             {
                 Feature.CAUSAL,
                 Feature.WINDOW,
+                Feature.GLOBAL_TOKENS,
                 Feature.DOCUMENTS,
                 Feature.ALIBI,
                 Feature.SOFTCAP,
+                Feature.SINK_TOKENS,
                 Feature.LEARNED_SINK,
                 Feature.GQA,
                 Feature.CROSS_LENGTH,
@@ -84,23 +87,34 @@ class Hopper:
     ) -> AttentionOutput:
         from .operator import hopper_attention
 
-        documents = _NONE
-        if spec.documents:
+        masks = _NONE
+        if _masked(spec):
             rows = tiles_of(spec, max(q_BTHD.shape[3], v_BSGE.shape[3])).rows
-            documents = _documents(context, spec, q_BTHD.shape[1], k_BSGD.shape[1], q_BTHD.device, rows)
+            masks = _masks(context, spec, q_BTHD.shape[1], k_BSGD.shape[1], q_BTHD.device, rows)
         out_BTHE, lse_BHT = hopper_attention(
             q_BTHD,
             k_BSGD,
             v_BSGE,
             params.alibi_slopes if spec.alibi else None,
             params.sink_logits if spec.learned_sink else None,
-            *documents,
+            *masks,
             spec=spec,
         )
         return AttentionOutput(out_BTHE, lse_BHT if return_lse else None)
 
+    def prepare(
+        self, context: AttentionContext, spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.device
+    ) -> None:
+        if _masked(spec):
+            plan_of(context, spec, n_queries, n_keys, device)
 
-_NONE = (None, None, None, None, None)
+
+_Masks = tuple[*tuple[Tensor | None, ...], int, int]
+_NONE: _Masks = (*(None,) * 14, 0, 0)
+
+
+def _masked(spec: AttentionSpec) -> bool:
+    return spec.documents or spec.global_tokens or spec.sink_tokens > 0
 
 
 def tiles_of(spec: AttentionSpec, head_dim: int) -> Tiles:
@@ -116,21 +130,33 @@ def _missing() -> str:
     return ""
 
 
-def _documents(
+def _masks(
     context: AttentionContext, spec: AttentionSpec, n_queries: int, n_keys: int, device: torch.device, rows: int
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]:
-    """Ids of queries and of keys, and the spans of tiles: of `rows` queries, and of the backward pass's queries and
-    keys."""
+) -> _Masks:
     key = ("hopper", spec, n_queries, n_keys, rows)
     if key not in context.derived:
-        plan = make_plan(context, spec, n_queries, n_keys, device)
-        if plan.q_span is None or plan.k_span is None:
-            raise ValueError("hopper: a plan of documents has no spans")
-        forward = spans_of_tiles(plan.q_span, rows)
-        tall = BackwardTiles.rows
-        queries = forward if rows == tall else spans_of_tiles(plan.q_span, tall)
-        context.derived[key] = plan.q_doc, plan.k_doc, forward, queries, spans_of_tiles(plan.k_span, tall)
+        plan = plan_of(context, spec, n_queries, n_keys, device)
+        context.derived[key] = masks_of(plan, spec, n_queries, n_keys, rows)
     return context.derived[key]  # pyright: ignore[reportReturnType]  # `derived` is untyped: each backend knows its keys
+
+
+def masks_of(plan: Plan, spec: AttentionSpec, n_queries: int, n_keys: int, rows: int) -> _Masks:
+    """What `launch.forward` takes after q, k, v, slopes and sinks: ids of queries and of keys, and the spans of tiles,
+    of `rows` queries and of the backward pass's queries and keys; then global tokens and sinks, and how many at most.
+    """
+    forward = queries = keys = always_doc = row_doc = None
+    if plan.q_span is not None and plan.k_span is not None:
+        tall = BackwardTiles.rows
+        forward, keys = spans_of_tiles(plan.q_span, rows), spans_of_tiles(plan.k_span, tall)
+        queries = forward if rows == tall else spans_of_tiles(plan.q_span, tall)
+    if plan.always is not None and plan.k_doc is not None:
+        always_doc = plan.k_doc.gather(1, plan.always.expand(plan.k_doc.shape[0], -1).long())
+    if plan.rows is not None and plan.q_doc is not None:
+        row_doc = plan.q_doc.gather(1, plan.rows.expand(plan.q_doc.shape[0], -1).long())
+    documents = (plan.q_doc, plan.k_doc, forward, queries, keys)
+    always = (plan.always, plan.n_always, outside_of_windows(plan, spec, n_queries, n_keys), always_doc)
+    rows_of = (plan.is_global, plan.rows, plan.n_rows, seen_from(plan, spec, n_queries, n_keys), row_doc)
+    return (*documents, *always, *rows_of, plan.most_always, plan.most_rows)
 
 
 def spans_of_tiles(q_span_BT4: Tensor, rows: int) -> Tensor:

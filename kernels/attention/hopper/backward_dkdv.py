@@ -21,7 +21,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .. import ranges
 from .backward import CONSUMERS, place, scores
-from .forward import LOG2E, PRODUCER_REGISTERS, ROWS, key_tile, of_documents, tile_range
+from .forward import (
+    LOG2E,
+    PRODUCER_REGISTERS,
+    ROWS,
+    copy_tile,
+    far_places,
+    far_tiles,
+    key_tile,
+    of_documents,
+    tile_range,
+)
 from .reduce import async_add_shared_to_global
 
 query_range = gluon.jit(ranges.query_range)
@@ -59,9 +69,34 @@ def unseen(
 
 
 @gluon.jit
+def copy_numbers(desc, desc_far, at, far, far_at, full, to):
+    """A tile's statistics by TMA, as `copy_tile` copies its rows."""
+    if desc_far is None or far < 0:
+        tma.async_copy_global_to_shared(desc, [at], full, to)
+    else:
+        tma.async_copy_global_to_shared(desc_far, [far_at], full, to)
+
+
+@gluon.jit
+def unpermitted(
+    s, begin, keys, k_doc, cols, SEEN_FROM, FAR_DOC, b, T, S, CAUSAL: gl.constexpr, DOCUMENTS: gl.constexpr
+):  # fmt: skip
+    """-inf where a key is not seen by one of the rows that may see everything, numbers `begin + cols`. They are in
+    order: by causality those from SEEN_FROM[b, key] on see it. (Those that are not there have an lse of +inf.)"""
+    if CAUSAL:
+        seen_from = gl.load(SEEN_FROM + b * S + keys, mask=keys < S, other=0) - begin
+        s = gl.where(cols[None, :] >= seen_from[:, None], s, -float("inf"))
+    if DOCUMENTS:
+        q_doc = gl.load(FAR_DOC + b * T + begin + cols, mask=cols < T - begin, other=-1)
+        s = gl.where(k_doc[:, None] == q_doc[None, :], s, -float("inf"))
+    return s
+
+
+@gluon.jit
 def produce_queries(
     desc_q, desc_k, desc_v, desc_do, desc_stats, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, full, empty,
-    tile, b, g, H, R, rounded, first, n_before, first_full, end_full, n_partial, n,
+    desc_far_q, desc_far_do, desc_far_stats, far_rounded,
+    tile, b, g, H, R, rounded, first, n_before, first_full, end_full, n_partial, n_near, n,
     M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     for c in gl.static_range(CONSUMERS):
@@ -73,21 +108,26 @@ def produce_queries(
     for r in range(R):
         h = g * R + r
         stats = (b * H + h) * 2 * rounded
+        far_stats = (b * H + h) * 2 * far_rounded
         for it in range(n):
             stage = at % STAGES
             free = ((at // STAGES) & 1) ^ 1
             row = key_tile(it, first, n_before, first_full, end_full, n_partial) * M
+            far = (it - n_near) * M
             mbarrier.wait(empty.index(stage), free)
             mbarrier.expect(
                 full.index(stage),
                 desc_q.block_type.nbytes + desc_do.block_type.nbytes + 2 * desc_stats.block_type.nbytes,
             )
-            tma.async_copy_global_to_shared(desc_q, [b, row, h, 0], full.index(stage), q_s.index(stage))
-            tma.async_copy_global_to_shared(desc_do, [b, row, h, 0], full.index(stage), do_s.index(stage))
-            tma.async_copy_global_to_shared(desc_stats, [stats + row], full.index(stage), lse_s.index(stage))
-            tma.async_copy_global_to_shared(
-                desc_stats, [stats + rounded + row], full.index(stage), delta_s.index(stage)
+            copy_tile(desc_q, desc_far_q, b, row, far, h, full.index(stage), q_s.index(stage))
+            copy_tile(desc_do, desc_far_do, b, row, far, h, full.index(stage), do_s.index(stage))
+            copy_numbers(
+                desc_stats, desc_far_stats, stats + row, far, far_stats + far, full.index(stage), lse_s.index(stage)
             )
+            copy_numbers(
+                desc_stats, desc_far_stats, stats + rounded + row, far, far_stats + far_rounded + far,
+                full.index(stage), delta_s.index(stage),
+            )  # fmt: skip
             at += 1
 
 
@@ -106,8 +146,8 @@ def add(dq, dq_s, desc_dq, b, row, h, CID: gl.constexpr, M: gl.constexpr):
 @gluon.jit
 def consume_queries(
     q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, full, empty, ds_full, read, desc_dq, desc_dk, desc_dv,
-    Q_DOC, K_DOC, SLOPES, T, S, R, scale, softcap, left, right, tile, b, g, first, n_before, first_full, end_full,
-    n_partial, n,
+    Q_DOC, K_DOC, SLOPES, FAR_ROWS, N_FAR_ROWS, SEEN_FROM, FAR_DOC, T, S, R, scale, softcap, left, right, tile, b, g,
+    first, n_before, first_full, end_full, n_partial, n_near, n,
     CID: gl.constexpr, M: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, FUSED: gl.constexpr,
@@ -170,7 +210,15 @@ def consume_queries(
                 s = warpgroup_mma_wait(1, deps=(s,))
             else:
                 s, dv, p_half, dk, ds_half = warpgroup_mma_wait(1, deps=(s, dv, p_half, dk, ds_half))  # noqa: F821
-            s, steep = scores(s, keys, row + (S - T) + cols, scale, softcap, slope, SOFTCAP, ALIBI)
+            if FAR_ROWS is None or it < n_near:
+                s, steep = scores(s, keys, row + (S - T) + cols, scale, softcap, slope, SOFTCAP, ALIBI)
+            else:
+                begin = (it - n_near) * M + part * W
+                rows = cols
+                if ALIBI:
+                    rows = far_places(FAR_ROWS, N_FAR_ROWS, b, begin, cols, T)
+                s, steep = scores(s, keys, rows + (S - T), scale, softcap, slope, SOFTCAP, ALIBI)
+                s = unpermitted(s, begin, keys, k_doc, cols, SEEN_FROM, FAR_DOC, b, T, S, CAUSAL, DOCUMENTS)
             if it < n_partial:
                 s = unseen(s, row, low, high, k_doc, cols, Q_DOC, b, T, CAUSAL or HAS_RIGHT, HAS_LEFT, DOCUMENTS)
             lse_2 = lse_s.index(stage).slice(part * W, W).load(cols_layout)
@@ -231,10 +279,12 @@ def consume_queries(
 
 
 # Sizes are not compiled in, nor whether 16 divides them: one kernel serves all lengths and numbers of heads.
-@gluon.jit(do_not_specialize=["T", "S", "H", "G", "R", "left", "right", "n_tiles", "n_heads", "group", "rounded"])
+@gluon.jit(do_not_specialize=["T", "S", "H", "G", "R", "left", "right", "n_tiles", "n_heads", "group", "rounded",
+                               "far_rounded"])  # fmt: skip
 def dkdv_kernel(
-    desc_q, desc_k, desc_v, desc_do, desc_stats, desc_dk, desc_dv, desc_dq, SPANS, Q_DOC, K_DOC, SLOPES, T, S, H, G, R,
-    scale, softcap, left, right, n_tiles, n_heads, group, rounded,
+    desc_q, desc_k, desc_v, desc_do, desc_stats, desc_dk, desc_dv, desc_dq, SPANS, Q_DOC, K_DOC, SLOPES, desc_far_q,
+    desc_far_do, desc_far_stats, FAR_ROWS, N_FAR_ROWS, SEEN_FROM, FAR_DOC, T, S, H, G, R, scale, softcap, left, right,
+    n_tiles, n_heads, group, rounded, far_rounded,
     M: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
     CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, FUSED: gl.constexpr,
@@ -249,6 +299,9 @@ def dkdv_kernel(
     first, n_before, first_full, end_full, n_partial, n = visitors(
         tile, b, SPANS, n_tiles, T, S, left, right, CONSUMERS * ROWS, M, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS
     )
+    n_near = n
+    if FAR_ROWS is not None:
+        n += far_tiles(N_FAR_ROWS, b, M)
     q_s = gl.allocate_shared_memory(desc_q.dtype, [STAGES, 1, M, 1, D], desc_q.layout)
     do_s = gl.allocate_shared_memory(desc_do.dtype, [STAGES, 1, M, 1, E], desc_do.layout)
     k_s = gl.allocate_shared_memory(desc_k.dtype, [CONSUMERS, 1, ROWS, 1, D], desc_k.layout)
@@ -279,20 +332,20 @@ def dkdv_kernel(
         [
             (consume_queries, (
                 q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, full, empty, ds_full, read, desc_dq, desc_dk,
-                desc_dv, Q_DOC, K_DOC, SLOPES, T, S, R, scale, softcap, left, right, tile, b, g, first, n_before,
-                first_full, end_full, n_partial, n, 0, M, D, E, STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
-                ALIBI, FUSED,
+                desc_dv, Q_DOC, K_DOC, SLOPES, FAR_ROWS, N_FAR_ROWS, SEEN_FROM, FAR_DOC, T, S, R, scale, softcap, left,
+                right, tile, b, g, first, n_before, first_full, end_full, n_partial, n_near, n, 0, M, D, E, STAGES,
+                CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, FUSED,
             )),
             (consume_queries, (
                 q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, full, empty, ds_full, read, desc_dq, desc_dk,
-                desc_dv, Q_DOC, K_DOC, SLOPES, T, S, R, scale, softcap, left, right, tile, b, g, first, n_before,
-                first_full, end_full, n_partial, n, 1, M, D, E, STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
-                ALIBI, FUSED,
+                desc_dv, Q_DOC, K_DOC, SLOPES, FAR_ROWS, N_FAR_ROWS, SEEN_FROM, FAR_DOC, T, S, R, scale, softcap, left,
+                right, tile, b, g, first, n_before, first_full, end_full, n_partial, n_near, n, 1, M, D, E, STAGES,
+                CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, FUSED,
             )),
             (produce_queries, (
                 desc_q, desc_k, desc_v, desc_do, desc_stats, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, full, empty,
-                tile, b, g, H, R, rounded, first, n_before, first_full, end_full,
-                n_partial, n, M, STAGES,
+                desc_far_q, desc_far_do, desc_far_stats, far_rounded, tile, b, g, H, R, rounded, first, n_before,
+                first_full, end_full, n_partial, n_near, n, M, STAGES,
             )),
         ],
         [4, 1],

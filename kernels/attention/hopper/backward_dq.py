@@ -14,13 +14,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .backward import CONSUMERS, place, scores
-from .forward import LOG2E, PRODUCER_REGISTERS, ROWS, hidden, key_tile, visits
+from .forward import (
+    LOG2E,
+    PRODUCER_REGISTERS,
+    ROWS,
+    beyond,
+    copy_tile,
+    far_places,
+    far_tiles,
+    hidden,
+    key_tile,
+    visits,
+)
 
 
 @gluon.jit
 def produce_keys(
-    desc_q, desc_k, desc_v, desc_do, q_s, do_s, k_s, v_s, q_full, full, empty,
-    tile, b, h, g, first, n_before, first_full, end_full, n_partial, n, N: gl.constexpr, STAGES: gl.constexpr,
+    desc_q, desc_k, desc_v, desc_do, q_s, do_s, k_s, v_s, q_full, full, empty, desc_far_k, desc_far_v,
+    tile, b, h, g, first, n_before, first_full, end_full, n_partial, n_near, n,
+    N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     for c in gl.static_range(CONSUMERS):
         row = (tile * CONSUMERS + c) * ROWS
@@ -31,16 +43,18 @@ def produce_keys(
         stage = it % STAGES
         free = ((it // STAGES) & 1) ^ 1
         key = key_tile(it, first, n_before, first_full, end_full, n_partial) * N
+        far = (it - n_near) * N
         mbarrier.wait(empty.index(stage), free)
         mbarrier.expect(full.index(stage), desc_k.block_type.nbytes + desc_v.block_type.nbytes)
-        tma.async_copy_global_to_shared(desc_k, [b, key, g, 0], full.index(stage), k_s.index(stage))
-        tma.async_copy_global_to_shared(desc_v, [b, key, g, 0], full.index(stage), v_s.index(stage))
+        copy_tile(desc_k, desc_far_k, b, key, far, g, full.index(stage), k_s.index(stage))
+        copy_tile(desc_v, desc_far_v, b, key, far, g, full.index(stage), v_s.index(stage))
 
 
 @gluon.jit
 def consume_keys(
-    q_s, do_s, k_s, v_s, q_full, full, empty, desc_dq, STATS, D_SLOPE, Q_DOC, K_DOC, SLOPES,
-    T, S, H, scale, softcap, left, right, rounded, tile, b, h, first, n_before, first_full, end_full, n_partial, n,
+    q_s, do_s, k_s, v_s, q_full, full, empty, desc_dq, STATS, D_SLOPE, Q_DOC, K_DOC, SLOPES, ALWAYS, N_ALWAYS,
+    OUTSIDE, FAR_DOC, T, S, H, scale, softcap, left, right, rounded, tile, b, h, first, n_before, first_full, end_full,
+    n_partial, n_near, n,
     CID: gl.constexpr, N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
@@ -92,7 +106,15 @@ def consume_keys(
         dp = warpgroup_mma(d_out, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
         key = key_tile(it, first, n_before, first_full, end_full, n_partial) * N
         s = warpgroup_mma_wait(1, deps=(s,))
-        s, steep = scores(s, q_pos, key + cols, scale, softcap, slope, SOFTCAP, ALIBI)
+        k_pos = key + cols
+        if ALWAYS is None or it < n_near:
+            s, steep = scores(s, q_pos, k_pos, scale, softcap, slope, SOFTCAP, ALIBI)
+        else:
+            begin = (it - n_near) * N
+            if ALIBI:
+                k_pos = far_places(ALWAYS, N_ALWAYS, b, begin, cols, S)
+            s, steep = scores(s, q_pos, k_pos, scale, softcap, slope, SOFTCAP, ALIBI)
+            s = beyond(s, begin, rows, q_doc, cols, OUTSIDE, N_ALWAYS, FAR_DOC, b, T, S, HAS_RIGHT, DOCUMENTS)
         if it < n_partial:
             s = hidden(s, key, low, high, q_doc, cols, K_DOC, b, S, HAS_LEFT, DOCUMENTS)
         p = gl.exp2(s * unit - lse_2[:, None])
@@ -101,7 +123,7 @@ def consume_keys(
         dp = warpgroup_mma_wait(0, deps=(dp,))
         ds = p * (dp + delta[:, None])
         if ALIBI:
-            away = gl.abs(q_pos[:, None] - (key + cols)[None, :]).to(gl.float32)
+            away = gl.abs(q_pos[:, None] - k_pos[None, :]).to(gl.float32)
             d_slope -= gl.sum(ds * away, 1)
         if SOFTCAP:
             ds = ds * steep
@@ -122,8 +144,8 @@ def consume_keys(
 
 @gluon.jit(do_not_specialize=["T", "S", "H", "R", "left", "right", "n_tiles", "n_heads", "group", "rounded"])
 def dq_kernel(
-    desc_q, desc_k, desc_v, desc_do, desc_dq, STATS, D_SLOPE, SPANS, Q_DOC, K_DOC, SLOPES, T, S, H, R, scale, softcap,
-    left, right, n_tiles, n_heads, group, rounded,
+    desc_q, desc_k, desc_v, desc_do, desc_dq, STATS, D_SLOPE, SPANS, Q_DOC, K_DOC, SLOPES, desc_far_k, desc_far_v,
+    ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H, R, scale, softcap, left, right, n_tiles, n_heads, group, rounded,
     N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
     CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr,
     SOFTCAP: gl.constexpr, ALIBI: gl.constexpr,
@@ -136,6 +158,9 @@ def dq_kernel(
     first, n_before, first_full, end_full, n_partial, n = visits(
         tile, b, SPANS, n_tiles, T, S, left, right, CONSUMERS * ROWS, N, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS
     )
+    n_near = n
+    if ALWAYS is not None:
+        n += far_tiles(N_ALWAYS, b, N)
     q_s = gl.allocate_shared_memory(desc_q.dtype, [CONSUMERS, 1, ROWS, 1, D], desc_q.layout)
     do_s = gl.allocate_shared_memory(desc_do.dtype, [CONSUMERS, 1, ROWS, 1, E], desc_do.layout)
     k_s = gl.allocate_shared_memory(desc_k.dtype, [STAGES, 1, N, 1, D], desc_k.layout)
@@ -152,17 +177,19 @@ def dq_kernel(
         [
             (consume_keys, (
                 q_s, do_s, k_s, v_s, q_full, full, empty, desc_dq, STATS, D_SLOPE, Q_DOC, K_DOC,
-                SLOPES, T, S, H, scale, softcap, left, right, rounded, tile, b, h, first, n_before, first_full,
-                end_full, n_partial, n, 0, N, D, E, STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI,
+                SLOPES, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H, scale, softcap, left, right, rounded, tile, b, h,
+                first, n_before, first_full, end_full, n_partial, n_near, n, 0, N, D, E, STAGES, CAUSAL, HAS_LEFT,
+                HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI,
             )),
             (consume_keys, (
                 q_s, do_s, k_s, v_s, q_full, full, empty, desc_dq, STATS, D_SLOPE, Q_DOC, K_DOC,
-                SLOPES, T, S, H, scale, softcap, left, right, rounded, tile, b, h, first, n_before, first_full,
-                end_full, n_partial, n, 1, N, D, E, STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI,
+                SLOPES, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H, scale, softcap, left, right, rounded, tile, b, h,
+                first, n_before, first_full, end_full, n_partial, n_near, n, 1, N, D, E, STAGES, CAUSAL, HAS_LEFT,
+                HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI,
             )),
             (produce_keys, (
-                desc_q, desc_k, desc_v, desc_do, q_s, do_s, k_s, v_s, q_full, full, empty,
-                tile, b, h, h // R, first, n_before, first_full, end_full, n_partial, n, N, STAGES,
+                desc_q, desc_k, desc_v, desc_do, q_s, do_s, k_s, v_s, q_full, full, empty, desc_far_k, desc_far_v,
+                tile, b, h, h // R, first, n_before, first_full, end_full, n_partial, n_near, n, N, STAGES,
             )),
         ],
         [4, 1],

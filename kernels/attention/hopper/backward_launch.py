@@ -13,10 +13,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..spec import AttentionSpec
-from ..triton.launch import parse_spec
+from ..tiles import Pass
+from ..triton.launch import dense_of, parse_spec
 from .backward import STATS_ROWS, stats_kernel
 from .backward_dkdv import dkdv_kernel
 from .backward_dq import dq_kernel
+from .gathered import Gathered, gathered, statistics_of_rows
 from .launch import FURTHEST, descriptor, loadable, per_batch, strides_of
 from .plan import Launch, Plans, alike, first
 from .tiles import BACKWARD_L2_BYTES, ROWS, BackwardTiles, adds_dq, choose_backward, heads_at_a_time, padded
@@ -36,6 +38,17 @@ def backward(
     k_doc: Tensor | None,
     q_spans: Tensor | None,
     k_spans: Tensor | None,
+    always: Tensor | None,
+    n_always: Tensor | None,
+    outside: Tensor | None,
+    always_doc: Tensor | None,
+    is_global: Tensor | None,
+    rows: Tensor | None,
+    n_rows: Tensor | None,
+    seen_from: Tensor | None,
+    row_doc: Tensor | None,
+    most_always: int,
+    most_rows: int,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, slopes [H] and sinks [H] (fp32; empty where there are none). The spans are those of tiles
@@ -56,21 +69,34 @@ def backward(
     if slopes is not None:
         slopes, row_slopes = slopes.contiguous(), q.new_empty(B, H, T, dtype=torch.float32)
 
+    # The kernels leave global rows out, whose lse they do not learn, and dense ones add them afterwards; but the keys'
+    # gradients take them from where they lie gathered.
+    ordinary = lse if is_global is None else lse.masked_fill(is_global[:, None] != 0, -torch.inf)
+    far_keys = gathered(k, v, always, n_always, most_always, outside, always_doc)
+    far_rows = gathered(q, d_out, rows, n_rows, most_rows, seen_from, row_doc)
+    beside_keys = (None,) * 6 if far_keys is None else far_keys.tensors
+    beside_rows = (None,) * 6 if far_rows is None else far_rows.tensors
+
     parsed = parse_spec(spec)
-    fused = adds_dq(parsed, T, S, D, E) and not torch.are_deterministic_algorithms_enabled()
+    fused = far_keys is None and far_rows is None and adds_dq(parsed, T, S, D, E)
+    fused = fused and not torch.are_deterministic_algorithms_enabled()
     sums = q.new_zeros(B, T, H, D, dtype=torch.float32) if fused else None
-    key = spec, alike(q, k, v, d_out, out, lse, d_lse, sums, slopes, q_doc, k_doc, q_spans, k_spans)
+    masks = (q_doc, k_doc, q_spans, k_spans, *beside_keys, *beside_rows)
+    key = spec, alike(q, k, v, d_out, out, lse, d_lse, sums, slopes, *masks)
     plan = _plans.get(key)
     if plan is not None:
-        plan.statistics(out, d_out, lse, d_lse, stats)
-        plan.dkdv(q, k, v, d_out, stats, dk, dv, sums, k_spans, q_doc, k_doc, slopes)
+        plan.statistics(out, d_out, ordinary, d_lse, stats)
+        far_q, far_do, *far_index = beside_rows
+        far = (far_q, far_do, _row_stats(stats, lse, far_rows), *far_index)
+        plan.dkdv(q, k, v, d_out, stats, dk, dv, sums, k_spans, q_doc, k_doc, slopes, *far)
         if plan.dq is not None:
-            plan.dq(q, k, v, d_out, dq, stats, row_slopes, q_spans, q_doc, k_doc, slopes)
+            plan.dq(q, k, v, d_out, dq, stats, row_slopes, q_spans, q_doc, k_doc, slopes, *beside_keys)
     else:
         curved = parsed.alibi or parsed.softcap is not None
-        tiles = choose_backward(max(D, E), curved=curved, documents=parsed.documents)
-        task = Task(parsed, tiles, q, k, v, d_out, stats, slopes, q_doc, k_doc, q_spans, k_spans)
-        statistics, dkdv = task.statistics(out, lse, d_lse), task.dkdv(dk, dv, sums)
+        tiles = choose_backward(max(D, E), curved=curved, documents=parsed.documents or far_keys is not None)
+        task = Task(parsed, tiles, q, k, v, d_out, stats, slopes, q_doc, k_doc, q_spans, k_spans, far_keys, far_rows)
+        statistics = task.statistics(out, ordinary, d_lse)
+        dkdv = task.dkdv(dk, dv, sums, _row_stats(stats, lse, far_rows))
         dq_launch = task.dq(dq, row_slopes) if sums is None else None
         if statistics is not None and dkdv is not None and (sums is not None or dq_launch is not None):
             _plans.put(key, _Plan(statistics, dkdv, dq_launch))
@@ -78,10 +104,24 @@ def backward(
         torch.mul(sums, parsed.softmax_scale(D), out=dq)
     if row_slopes is not None:
         d_slopes = row_slopes.sum(dim=(0, 2))
+    if far_keys is not None or far_rows is not None:
+        delta = stats[:, :, 1, :T].neg().contiguous()
+        if far_rows is not None:
+            dense, tiles = dense_of(parsed, Pass.DQ, q, k, v, slopes, q_doc, k_doc)
+            more = dense.global_rows_dq(d_out, lse, delta, dq, far_rows.index, far_rows.count, most_rows, tiles)
+            d_slopes = d_slopes if more is None else d_slopes + more
+        if far_keys is not None:
+            dense, tiles = dense_of(parsed, Pass.DKDV, q, k, v, slopes, q_doc, k_doc)
+            index, count = far_keys.index, far_keys.count
+            dense.always_keys_dkdv(d_out, lse, delta, dk, dv, index, count, most_always, tiles)
     if sinks is not None:
         weight = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks.float()[:, None] - lse))
         d_sinks = (weight * stats[:, :, 1, :T]).sum(dim=(0, 2))
     return dq, dk, dv, d_slopes, d_sinks
+
+
+def _row_stats(stats: Tensor, lse: Tensor, rows: Gathered | None) -> Tensor | None:
+    return None if rows is None else statistics_of_rows(stats, lse, rows, BackwardTiles.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +139,8 @@ _plans: Plans[_Plan] = Plans()
 @dataclass(frozen=True, slots=True)
 class Task:
     """The first launches of the kernels, over tensors that TMA can read. `stats` [B, H, 2, T rounded up to tiles] fp32
-    is written by `statistics` (see `stats_kernel`) and read by the others; spans are those of tiles."""
+    is written by `statistics` (see `stats_kernel`) and read by the others; spans are those of tiles. `far_keys`: keys
+    and values that may be seen from everywhere; `far_rows`: queries that may see everything, and their d_out."""
 
     spec: AttentionSpec
     tiles: BackwardTiles
@@ -113,6 +154,8 @@ class Task:
     k_doc: Tensor | None
     q_spans: Tensor | None
     k_spans: Tensor | None
+    far_keys: Gathered | None = None
+    far_rows: Gathered | None = None
 
     @property
     def scalars(self) -> tuple[float, ...]:
@@ -139,16 +182,22 @@ class Task:
         )  # fmt: skip
         return first(stats_kernel, B * H * (rounded // STATS_ROWS.value), given, {"num_warps": 4})
 
-    def dkdv(self, dk: Tensor, dv: Tensor, sums: Tensor | None) -> Launch | None:
-        """`sums` [B, T, H, D] fp32: to be added to by unscaled gradients of q, where these are wanted."""
+    def dkdv(self, dk: Tensor, dv: Tensor, sums: Tensor | None, row_stats: Tensor | None = None) -> Launch | None:
+        """`sums` [B, T, H, D] fp32: to be added to by unscaled gradients of q, where these are wanted. `row_stats`:
+        `statistics_of_rows` where there are `far_rows`."""
         tiles, (B, T, H, D), (S, G), E = self.tiles, self.q.shape, self.k.shape[1:3], self.v.shape[3]
         n_tiles = -(-S // tiles.rows)
         group = heads_at_a_time(B * G, 1, T * (H // G), D + E, BACKWARD_L2_BYTES)
+        far, rows = (None,) * 7, self.far_rows
+        if rows is not None and row_stats is not None:
+            tensors = (*(descriptor(x, tiles.queries) for x in (rows.x, rows.y)), _numbers(row_stats, tiles.queries))
+            far = (*tensors, rows.index, rows.count, *rows.more)
         given = (
             descriptor(self.q, tiles.queries), descriptor(self.k, ROWS), descriptor(self.v, ROWS),
             descriptor(self.d_out, tiles.queries), _numbers(self.stats, tiles.queries), descriptor(dk, ROWS),
             descriptor(dv, ROWS), None if sums is None else _squares(sums), self.k_spans, self.q_doc, self.k_doc,
-            self.slopes, T, S, H, G, H // G, *self.scalars, n_tiles, B * G, group, self.stats.shape[3],
+            self.slopes, *far, T, S, H, G, H // G, *self.scalars, n_tiles, B * G, group, self.stats.shape[3],
+            0 if row_stats is None else row_stats.shape[3],
             tiles.queries, padded(D), padded(E), tiles.query_stages, tiles.registers, *self.masks, sums is not None,
         )  # fmt: skip
         return first(dkdv_kernel, n_tiles * B * G, given, self.options)
@@ -158,10 +207,13 @@ class Task:
         tiles, (B, T, H, D), (S, G), E = self.tiles, self.q.shape, self.k.shape[1:3], self.v.shape[3]
         n_tiles = -(-T // tiles.rows)
         group = heads_at_a_time(B * H, H // G, S, D + E, BACKWARD_L2_BYTES)
+        far, keys = (None,) * 6, self.far_keys
+        if keys is not None:
+            far = (*(descriptor(x, tiles.keys) for x in (keys.x, keys.y)), keys.index, keys.count, *keys.more)
         given = (
             descriptor(self.q, ROWS), descriptor(self.k, tiles.keys), descriptor(self.v, tiles.keys),
             descriptor(self.d_out, ROWS), descriptor(dq, ROWS), self.stats, row_slopes, self.q_spans, self.q_doc,
-            self.k_doc, self.slopes, T, S, H, H // G, *self.scalars, n_tiles, B * H, group, self.stats.shape[3],
+            self.k_doc, self.slopes, *far, T, S, H, H // G, *self.scalars, n_tiles, B * H, group, self.stats.shape[3],
             tiles.keys, padded(D), padded(E), tiles.key_stages, tiles.registers, *self.masks,
         )  # fmt: skip
         return first(dq_kernel, n_tiles * B * H, given, self.options)

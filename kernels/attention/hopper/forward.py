@@ -9,7 +9,9 @@ of queries, N keys of a tile of keys; `_2` in a name: in units of log 2.
 
 The grid is persistent: a program works through items (`order`), and the producer is ahead by as much as fits in shared
 memory, also across items. An item's tiles of keys are counted `it = 0 … n - 1`: first those in which something is
-hidden from somebody, then those that all its rows see whole, for which no mask is computed.
+hidden from somebody, then those that all its rows see whole, for which no mask is computed, and from `n_near` on those
+of the keys that may be seen from everywhere (global tokens, sinks), which lie gathered in tensors of their own; a row
+takes of these what lies outside of its window.
 """
 
 from __future__ import annotations
@@ -77,13 +79,34 @@ def key_tile(it, first, n_before, first_full, end_full, n_partial):
     return gl.where(it < n_partial, partial, first_full + it - n_partial)
 
 
+@gluon.jit
+def far_tiles(N_FAR, b, N: gl.constexpr):
+    """How many tiles of N a sequence's gathered rows fill."""
+    return (gl.load(N_FAR + b) + N - 1) // N
+
+
+@gluon.jit
+def far_places(FAR, N_FAR, b, begin, cols, n):
+    """Which of n rows were gathered as numbers `begin + cols`; n for none."""
+    return gl.load(FAR + b * n + begin + cols, mask=cols < gl.load(N_FAR + b) - begin, other=n)
+
+
 # -- the producer ------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def copy_tile(desc, desc_far, b, at, far, head, full, to):
+    """A tile by TMA: rows from `at` on or, where `far` is not negative, of the gathered ones those from `far` on."""
+    if desc_far is None or far < 0:
+        tma.async_copy_global_to_shared(desc, [b, at, head, 0], full, to)
+    else:
+        tma.async_copy_global_to_shared(desc_far, [b, far, head, 0], full, to)
 
 
 @gluon.jit
 def produce(
     desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    ORDER, SPANS, T, S, H, R, left, right, n_tiles, width,
+    ORDER, SPANS, desc_far_k, desc_far_v, N_ALWAYS, T, S, H, R, left, right, n_tiles, width,
     C: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
@@ -98,10 +121,14 @@ def produce(
         first, n_before, first_full, end_full, n_partial, n = visits(
             tile, b, SPANS, n_tiles, T, S, left, right, ROWS * C, N, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS
         )
+        n_near = n
+        if N_ALWAYS is not None:
+            n += far_tiles(N_ALWAYS, b, N)
         for it in range(n):
             stage = at % STAGES
             free = ((at // STAGES) & 1) ^ 1
             key = key_tile(it, first, n_before, first_full, end_full, n_partial) * N
+            far = (it - n_near) * N
             if it == 0:
                 for c in gl.static_range(C):
                     slot = (turn & 1) * C + c
@@ -112,10 +139,10 @@ def produce(
                     )
             mbarrier.wait(k_empty.index(stage), free)
             mbarrier.expect(k_full.index(stage), desc_k.block_type.nbytes)
-            tma.async_copy_global_to_shared(desc_k, [b, key, h // R, 0], k_full.index(stage), k_s.index(stage))
+            copy_tile(desc_k, desc_far_k, b, key, far, h // R, k_full.index(stage), k_s.index(stage))
             mbarrier.wait(v_empty.index(stage), free)
             mbarrier.expect(v_full.index(stage), desc_v.block_type.nbytes)
-            tma.async_copy_global_to_shared(desc_v, [b, key, h // R, 0], v_full.index(stage), v_s.index(stage))
+            copy_tile(desc_v, desc_far_v, b, key, far, h // R, v_full.index(stage), v_s.index(stage))
             at += 1
 
 
@@ -149,6 +176,24 @@ def hidden(s, key, low, high, q_doc, cols, K_DOC, b, S, HAS_LOW: gl.constexpr, D
         ok = ok & ((cols & ~LANES)[None, :] >= (low - key)[:, None] - offset)
     if DOCUMENTS:
         k_doc = gl.load(K_DOC + b * S + key + cols, mask=key + cols < S, other=-1)
+        ok = ok & (q_doc[:, None] == k_doc[None, :])
+    return gl.where(ok, s, -float("inf"))
+
+
+@gluon.jit
+def beyond(
+    s, begin, rows, q_doc, cols, OUTSIDE, N_FAR, FAR_DOC, b, T, S, HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr
+):  # fmt: skip
+    """-inf where a row does not see one of the keys that may be seen from everywhere, numbers `begin + cols`, or has it
+    in its window. They are in order: outside of it lie those before OUTSIDE[b, row, 0] and from OUTSIDE[b, row, 1] on.
+    """
+    there = rows < T
+    ok = cols[None, :] < (gl.load(OUTSIDE + (b * T + rows) * 2, mask=there, other=0) - begin)[:, None]
+    if HAS_RIGHT:
+        after = cols[None, :] >= (gl.load(OUTSIDE + (b * T + rows) * 2 + 1, mask=there, other=0) - begin)[:, None]
+        ok = ok | (after & (cols < gl.load(N_FAR + b) - begin)[None, :])
+    if DOCUMENTS:
+        k_doc = gl.load(FAR_DOC + b * S + begin + cols, mask=cols < S - begin, other=-1)
         ok = ok & (q_doc[:, None] == k_doc[None, :])
     return gl.where(ok, s, -float("inf"))
 
@@ -213,7 +258,7 @@ def joined(left, right, N: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def consume(
     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn, desc_o, LSE, ORDER, SPANS, Q_DOC,
-    K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right, n_tiles, width,
+    K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H, scale, softcap, left, right, n_tiles, width,
     CID: gl.constexpr, C: gl.constexpr, N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     TURNS: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     DOCUMENTS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINK: gl.constexpr,
@@ -256,6 +301,9 @@ def consume(
         first, n_before, first_full, end_full, n_partial, n = visits(
             tile, b, SPANS, n_tiles, T, S, left, right, ROWS * C, N, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS
         )
+        n_near = n
+        if ALWAYS is not None:
+            n += far_tiles(N_ALWAYS, b, N)
         row = tile * (ROWS * C) + CID * ROWS
         rows = row + lanes
         q_pos = rows + (S - T)
@@ -308,7 +356,15 @@ def consume(
             if EARLY:
                 mbarrier.arrive(k_empty.index(stage), count=1)
             key = key_tile(it, first, n_before, first_full, end_full, n_partial) * N
-            s = shaped(s, key, q_pos, cols, scale, softcap, slope, SOFTCAP, ALIBI)
+            if ALWAYS is None or it < n_near:
+                s = shaped(s, key, q_pos, cols, scale, softcap, slope, SOFTCAP, ALIBI)
+            else:
+                begin = (it - n_near) * N
+                k_pos = cols
+                if ALIBI:
+                    k_pos = far_places(ALWAYS, N_ALWAYS, b, begin, cols, S)
+                s = shaped(s, 0, q_pos, k_pos, scale, softcap, slope, SOFTCAP, ALIBI)
+                s = beyond(s, begin, rows, q_doc, cols, OUTSIDE, N_ALWAYS, FAR_DOC, b, T, S, HAS_RIGHT, DOCUMENTS)
             if it < n_partial:
                 s = hidden(s, key, low, high, q_doc, cols, K_DOC, b, S, HAS_LEFT, DOCUMENTS)
             new_top = gl.maximum(top, row_max(s, N, rows_layout) * unit)
@@ -385,8 +441,8 @@ def consume(
 # Sizes are not compiled in, nor whether 16 divides them: one kernel serves all lengths and numbers of heads.
 @gluon.jit(do_not_specialize=["T", "S", "H", "R", "left", "right", "n_tiles", "width"])
 def forward_kernel(
-    desc_q, desc_k, desc_v, desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, R, scale, softcap,
-    left, right, n_tiles, width,
+    desc_q, desc_k, desc_v, desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, desc_far_k, desc_far_v, ALWAYS,
+    N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H, R, scale, softcap, left, right, n_tiles, width,
     C: gl.constexpr, N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     TURNS: gl.constexpr, REGISTERS: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINK: gl.constexpr,
@@ -419,20 +475,20 @@ def forward_kernel(
             [
                 (consume, (
                     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
-                    desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right,
-                    n_tiles, width, 0, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
-                    ALIBI, SINK, HALVES, EMULATED,
+                    desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
+                    scale, softcap, left, right, n_tiles, width, 0, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT,
+                    HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
                 )),
                 (consume, (
                     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
-                    desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right,
-                    n_tiles, width, 1, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
-                    ALIBI, SINK, HALVES, EMULATED,
+                    desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
+                    scale, softcap, left, right, n_tiles, width, 1, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT,
+                    HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
                 )),
                 (produce, (
                     desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, ORDER,
-                    SPANS, T, S, H, R, left, right, n_tiles, width, C, N, STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT,
-                    DOCUMENTS,
+                    SPANS, desc_far_k, desc_far_v, N_ALWAYS, T, S, H, R, left, right, n_tiles, width, C, N, STAGES,
+                    CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS,
                 )),
             ],
             [4, 1],
@@ -443,26 +499,26 @@ def forward_kernel(
             [
                 (consume, (
                     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
-                    desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right,
-                    n_tiles, width, 0, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
-                    ALIBI, SINK, HALVES, EMULATED,
+                    desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
+                    scale, softcap, left, right, n_tiles, width, 0, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT,
+                    HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
                 )),
                 (consume, (
                     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
-                    desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right,
-                    n_tiles, width, 1, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
-                    ALIBI, SINK, HALVES, EMULATED,
+                    desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
+                    scale, softcap, left, right, n_tiles, width, 1, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT,
+                    HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
                 )),
                 (consume, (
                     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
-                    desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, T, S, H, scale, softcap, left, right,
-                    n_tiles, width, 2, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP,
-                    ALIBI, SINK, HALVES, EMULATED,
+                    desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
+                    scale, softcap, left, right, n_tiles, width, 2, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT,
+                    HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
                 )),
                 (produce, (
                     desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, ORDER,
-                    SPANS, T, S, H, R, left, right, n_tiles, width, C, N, STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT,
-                    DOCUMENTS,
+                    SPANS, desc_far_k, desc_far_v, N_ALWAYS, T, S, H, R, left, right, n_tiles, width, C, N, STAGES,
+                    CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS,
                 )),
             ],
             [4, 4, 1],

@@ -15,9 +15,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from ..spec import AttentionSpec
-from ..triton.launch import parse_spec
+from ..tiles import Pass
+from ..triton.launch import dense_of, parse_spec
 from .backend import tiles_of
 from .forward import forward_kernel
+from .gathered import gathered
 from .order import schedule
 from .plan import Launch, Plans, alike, first
 from .tiles import ROWS, Tiles, heads_at_a_time, padded
@@ -49,10 +51,23 @@ def forward(
     spans: Tensor | None,
     q_spans: Tensor | None,
     k_spans: Tensor | None,
+    always: Tensor | None,
+    n_always: Tensor | None,
+    outside: Tensor | None,
+    always_doc: Tensor | None,
+    is_global: Tensor | None,
+    rows: Tensor | None,
+    n_rows: Tensor | None,
+    seen_from: Tensor | None,
+    row_doc: Tensor | None,
+    most_always: int,
+    most_rows: int,
     spec: str,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, T, H, E] in q's dtype, lse [B, H, T] fp32). Of the documents `spans` [B, tiles of queries, 4]
-    (`spans_of_tiles`) are for this pass; `q_spans` and `k_spans` are for the backward pass."""
+    (`spans_of_tiles`) are for this pass; `q_spans` and `k_spans` are for the backward pass. `plan.Plan` tells of the
+    global tokens and sinks, from `always` on; `outside` is `outside_of_windows`, `always_doc` [B, S] the documents of
+    the keys in the order of `always`."""
     B, T, H, _ = q.shape
     out = q.new_empty(B, T, H, v.shape[3])
     lse = q.new_empty(B, H, T, dtype=torch.float32)
@@ -66,28 +81,38 @@ def forward(
         sinks = sinks.contiguous()
     if spans is not None:
         q_doc, k_doc, spans = (per_batch(x, B) for x in (q_doc, k_doc, spans))
+    far = (None,) * 6
+    if always is not None or rows is not None:
+        q, k, v = loadable(q), loadable(k), loadable(v)
+        keys = gathered(k, v, always, n_always, most_always, outside, always_doc)
+        far = far if keys is None else keys.tensors
 
-    key = spec, alike(q, k, v, spans, q_doc, k_doc, slopes, sinks)
+    key = spec, alike(q, k, v, spans, q_doc, k_doc, slopes, sinks, *far)
     plan = _plans.get(key)
     if plan is not None:
-        stream = plan.launch(q, k, v, out, lse, plan.order, spans, q_doc, k_doc, slopes, sinks)
+        stream = plan.launch(q, k, v, out, lse, plan.order, spans, q_doc, k_doc, slopes, sinks, *far)
         _keep(plan.order, stream)
-        return out, lse
-
-    read = [loadable(x) for x in (q, k, v)]
-    if any(x is not y for x, y in zip(read, (q, k, v))):
-        return forward(*read, slopes, sinks, q_doc, k_doc, spans, q_spans, k_spans, spec)
-    parsed = parse_spec(spec)
-    tiles = tiles_of(parsed, max(q.shape[3], v.shape[3]))
-    programs, order, rest, options = arguments(parsed, tiles, q, k, v)
-    rows = (ROWS, tiles.columns, tiles.columns, ROWS)
-    descriptors = [descriptor(x, n) for x, n in zip((q, k, v, out), rows)]
-    given = (*descriptors, lse, order, spans, q_doc, k_doc, slopes, sinks, *rest)
-    launch = first(forward_kernel, programs, given, options)
-    if launch is not None:
-        _plans.put(key, _Plan(launch, order))
-    if q.is_cuda:
-        _keep(order, driver.active.get_current_stream(q.device.index))
+    else:
+        read = [loadable(x) for x in (q, k, v)]
+        if any(x is not y for x, y in zip(read, (q, k, v))):
+            nobody = (*(None,) * 9, 0, 0)
+            return forward(*read, slopes, sinks, q_doc, k_doc, spans, q_spans, k_spans, *nobody, spec)
+        parsed = parse_spec(spec)
+        tiles = tiles_of(parsed, max(q.shape[3], v.shape[3]))
+        programs, order, rest, options = arguments(parsed, tiles, q, k, v, 0 if far[0] is None else far[0].shape[1])
+        blocks = (ROWS, tiles.columns, tiles.columns, ROWS)
+        descriptors = [descriptor(x, n) for x, n in zip((q, k, v, out), blocks)]
+        far_descriptors = (None if x is None else descriptor(x, tiles.columns) for x in far[:2])
+        given = (*descriptors, lse, order, spans, q_doc, k_doc, slopes, sinks, *far_descriptors, *far[2:], *rest)
+        launch = first(forward_kernel, programs, given, options)
+        if launch is not None:
+            _plans.put(key, _Plan(launch, order))
+        if q.is_cuda:
+            _keep(order, driver.active.get_current_stream(q.device.index))
+    if rows is not None and n_rows is not None:  # what the kernel wrote there is replaced
+        dense, dense_tiles = dense_of(parse_spec(spec), Pass.FORWARD, q, k, v, slopes, q_doc, k_doc)
+        rows, n_rows = rows.expand(B, -1).contiguous(), n_rows.expand(B).contiguous()
+        dense.global_rows(out, lse, sinks, rows, n_rows, most_rows, dense_tiles)
     return out, lse
 
 
@@ -101,16 +126,18 @@ def _keep(order: Tensor, stream: int) -> None:
 
 
 def arguments(
-    spec: AttentionSpec, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor
+    spec: AttentionSpec, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, n_far: int = 0
 ) -> tuple[int, Tensor, tuple[object, ...], dict[str, int]]:
-    """(programs, who does what, what the kernel takes after its pointers, compiler options)."""
+    """(programs, who does what, what the kernel takes after its pointers, compiler options). `n_far`: the most
+    keys of a sequence that may be seen from everywhere."""
     (B, T, H, D), (S, G), E = q.shape, k.shape[1:3], v.shape[3]
     window = spec.window
     has_right = window.right is not None and not spec.causal
     n_tiles = -(-T // tiles.rows)
     programs = min(n_tiles * B * H, _processors(q.device))
     group = heads_at_a_time(B * H, H // G, S, D + E)
-    order = _order(spec, T, S, B * H, group, programs, tiles.rows, tiles.columns, q.device)
+    far = -(-n_far // tiles.columns)
+    order = _order(spec, T, S, B * H, group, programs, tiles.rows, tiles.columns, far, q.device)
     left, right = min(window.left or 0, FURTHEST), min(window.right or 0, FURTHEST)
     scalars = (T, S, H, H // G, spec.softmax_scale(D), spec.softcap or 1.0, left, right, n_tiles, order.shape[1])
     constants = (
@@ -125,9 +152,9 @@ def arguments(
 @lru_cache(maxsize=256)
 def _order(
     spec: AttentionSpec, T: int, S: int, n_heads: int, group: int, programs: int, rows: int, columns: int,
-    device: torch.device,
+    far: int, device: torch.device,
 ) -> Tensor:  # fmt: skip
-    order = torch.from_numpy(schedule(spec, T, S, n_heads, group, programs, rows, columns))
+    order = torch.from_numpy(schedule(spec, T, S, n_heads, group, programs, rows, columns, far))
     with torch.cuda.stream(torch.cuda.default_stream(device) if device.type == "cuda" else None):
         return order.to(device)
 

@@ -16,26 +16,30 @@ _backward_op = torch.library.custom_op("longspan::hopper_attention_backward", ba
 
 
 @_forward_op.register_fake
-def _(q, k, v, slopes, sinks, q_doc, k_doc, spans, q_spans, k_spans, spec):
+def _(q, k, v, slopes, sinks, q_doc, k_doc, spans, q_spans, k_spans, always, n_always, outside, always_doc,
+      is_global, rows, n_rows, seen_from, row_doc, most_always, most_rows, spec):  # fmt: skip
     B, T, H = q.shape[:3]
     return q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, H, T, dtype=torch.float32)
 
 
 @_backward_op.register_fake
-def _(d_out, d_lse, out, lse, q, k, v, slopes, sinks, q_doc, k_doc, q_spans, k_spans, spec):
+def _(d_out, d_lse, out, lse, q, k, v, slopes, sinks, q_doc, k_doc, q_spans, k_spans, always, n_always, outside,
+      always_doc, is_global, rows, n_rows, seen_from, row_doc, most_always, most_rows, spec):  # fmt: skip
     per_head = (q.new_empty(0 if x is None else q.shape[2], dtype=torch.float32) for x in (slopes, sinks))
     return (*(x.new_empty(x.shape) for x in (q, k, v)), *per_head)
 
 
 def _save(ctx, inputs, output):
-    *tensors, _, q_spans, k_spans, ctx.spec = inputs
-    ctx.save_for_backward(*output, *tensors, q_spans, k_spans)
+    q, k, v, slopes, sinks, q_doc, k_doc, _, *masks = inputs
+    *masks, most_always, most_rows, spec = masks
+    ctx.save_for_backward(*output, q, k, v, slopes, sinks, q_doc, k_doc, *masks)
+    ctx.rest = most_always, most_rows, spec
 
 
-def _gradients(run, saved, spec, d_out, d_lse):
+def _gradients(run, saved, rest, d_out, d_lse):
     """Of q, k, v, slopes and sinks."""
-    out, lse, q, k, v, slopes, sinks, *documents = saved
-    dq, dk, dv, d_slopes, d_sinks = run(d_out, d_lse, out, lse, q, k, v, slopes, sinks, *documents, spec)
+    out, lse, q, k, v, slopes, sinks, *masks = saved
+    dq, dk, dv, d_slopes, d_sinks = run(d_out, d_lse, out, lse, q, k, v, slopes, sinks, *masks, *rest)
     return (
         dq,
         dk,
@@ -46,7 +50,7 @@ def _gradients(run, saved, spec, d_out, d_lse):
 
 
 def _traced_gradients(ctx, d_out, d_lse):
-    return *_gradients(_backward_op, ctx.saved_tensors, ctx.spec, d_out, d_lse), *(None for _ in range(6))
+    return *_gradients(_backward_op, ctx.saved_tensors, ctx.rest, d_out, d_lse), *(None for _ in range(17))
 
 
 _forward_op.register_autograd(_traced_gradients, setup_context=_save)
@@ -64,8 +68,8 @@ class _Eager(torch.autograd.Function):
     """The same without the dispatcher, which costs several times what the kernel's launch does."""
 
     @staticmethod
-    def forward(ctx, q, k, v, slopes, sinks, documents, spec):
-        inputs = (q, k, v, slopes, sinks, *documents, spec)
+    def forward(ctx, q, k, v, slopes, sinks, masks, spec):
+        inputs = (q, k, v, slopes, sinks, *masks, spec)
         output = _on_its_device(forward, q, inputs)
         _save(ctx, inputs, output)
         ctx.set_materialize_grads(False)  # zeros for an lse that nobody used would have to be written and read
@@ -77,7 +81,7 @@ class _Eager(torch.autograd.Function):
             raise RuntimeError("hopper attention has no second derivative; backend='reference' has")
         saved = ctx.saved_tensors
         d_out = torch.zeros_like(saved[0]) if d_out is None else d_out
-        return *_on_its_device(_gradients, saved[0], (backward, saved, ctx.spec, d_out, d_lse)), None, None
+        return *_on_its_device(_gradients, saved[0], (backward, saved, ctx.rest, d_out, d_lse)), None, None
 
 
 def hopper_attention(
@@ -86,12 +90,12 @@ def hopper_attention(
     v: Tensor,
     slopes: Tensor | None,
     sinks: Tensor | None,
-    *documents: Tensor | None,
+    *masks: Tensor | int | None,
     spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor]:
     """`forward`, differentiable: as an operator while torch.compile traces, directly otherwise."""
     if torch.compiler.is_compiling():
-        return _forward_op(q, k, v, slopes, sinks, *documents, spec_text(spec))
+        return _forward_op(q, k, v, slopes, sinks, *masks, spec_text(spec))
     text = cached_spec_text(spec)
     if torch.is_grad_enabled() and (
         q.requires_grad
@@ -100,5 +104,5 @@ def hopper_attention(
         or (slopes is not None and slopes.requires_grad)
         or (sinks is not None and sinks.requires_grad)
     ):
-        return _Eager.apply(q, k, v, slopes, sinks, documents, text)
-    return _on_its_device(forward, q, (q, k, v, slopes, sinks, *documents, text))
+        return _Eager.apply(q, k, v, slopes, sinks, masks, text)
+    return _on_its_device(forward, q, (q, k, v, slopes, sinks, *masks, text))

@@ -19,14 +19,14 @@ _PER_ITEM = 1  # what an item costs beside its tiles of keys, in tiles: its firs
 
 @lru_cache(maxsize=256)
 def schedule(spec: AttentionSpec, n_queries: int, n_keys: int, n_heads: int, group: int, programs: int,
-             rows: int, columns: int) -> np.ndarray:  # fmt: skip
+             rows: int, columns: int, far: int = 0) -> np.ndarray:  # fmt: skip
     """[programs, 1 + most] int32. A row: how many items the program has, then these, in order.
 
     `group` heads at a time, so that their keys and values stay in the L2 cache; of these the longest items first, each
     to whoever is done first (Graham 1969). That is what a counter in memory would come to, without the counter: what
-    still runs at the end is short.
+    still runs at the end is short. `far` tiles of keys that may be seen from everywhere come to each item's own.
     """
-    lengths = visits(spec, n_queries, n_keys, rows, columns)
+    lengths = [n + far for n in visits(spec, n_queries, n_keys, rows, columns)]
     tiles = sorted(range(len(lengths)), key=lambda tile: (-lengths[tile], -tile))
     found: list[list[int]] = [[] for _ in range(programs)]
     free = [(0, program) for program in range(programs)]  # (when, who); a heap

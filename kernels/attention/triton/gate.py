@@ -66,6 +66,9 @@ SPILL_BUDGETS: dict[str, dict[int, int]] = {
     "hopper d128 causal window 4:1 dkdv": {90: 20},
     "hopper d64 documents dkdv": {90: 28},
     "hopper d128 documents dkdv": {90: 20},
+    "hopper d128 globals dq": {90: 8},
+    "hopper d64 globals dkdv": {90: 28},
+    "hopper d128 globals dkdv": {90: 28},
 }
 
 

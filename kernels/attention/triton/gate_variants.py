@@ -68,6 +68,7 @@ _TWO_SIDED = AttentionSpec(causal=False, window=Window.symmetric(256))
 _DOCUMENTS = AttentionSpec(causal=True, documents=True)
 _FULL_DOCUMENTS = AttentionSpec(causal=False, documents=True)
 _LONGFORMER = AttentionSpec(causal=False, window=Window.symmetric(256), global_tokens=True)
+_WITH_SINKS = AttentionSpec(causal=True, window=Window.causal_keys(1024), sink_tokens=4)
 _DROPOUT = AttentionSpec(causal=True, dropout=0.1)
 _DILATED = AttentionSpec(causal=False, window=Window.symmetric(256, dilation=2))
 _BIASED = AttentionSpec(causal=True, softcap=30.0, alibi=True, learned_sink=True)
@@ -135,6 +136,9 @@ HOPPER = (
     Case(name="hopper d128 causal window 4:1", spec=_CAUSAL_WINDOW, head_dim=128, group=4, hopper=True),
     Case(name="hopper d64 documents", spec=_DOCUMENTS, head_dim=64, hopper=True),
     Case(name="hopper d128 documents", spec=_DOCUMENTS, head_dim=128, group=4, hopper=True),
+    Case(name="hopper d64 globals", spec=_LONGFORMER, head_dim=64, hopper=True),
+    Case(name="hopper d128 globals", spec=_LONGFORMER, head_dim=128, hopper=True),
+    Case(name="hopper d128 sinks 4:1", spec=_WITH_SINKS, head_dim=128, group=4, kernels=("forward", "dq"), hopper=True),
     Case(name="hopper d64 softcap alibi sink", spec=_BIASED, head_dim=64, kernels=("dq", "dkdv"), hopper=True),
     Case(name="hopper d128 softcap alibi sink", spec=_BIASED, head_dim=128, hopper=True),
 )
@@ -168,7 +172,7 @@ def full_product() -> tuple[Case, ...]:
         )
         for head_dim, dtype, (name, spec) in product((16, 32, 64, 96, 128, 256), dtypes, specs.items())
     )
-    served = ("causal", "full", "causal window", "two-sided window", "documents", "softcap alibi sink")
+    served = ("causal", "full", "causal window", "two-sided window", "documents", "globals", "softcap alibi sink")
     return portable + tuple(
         Case(
             name=f"hopper d{head_dim} {dtype} {name}",
@@ -306,19 +310,14 @@ def _training_step(case: Case) -> None:
 
 def _hopper_step(case: Case, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *per_head: Tensor | None) -> None:
     from ..hopper import backward_launch, launch
-    from ..hopper.backend import spans_of_tiles, tiles_of
+    from ..hopper.backend import masks_of, tiles_of
     from .launch import spec_text
 
-    of_rows = (
-        (plan.q_span, tiles_of(case.spec, case.head_dim).rows),
-        (plan.q_span, BackwardTiles.rows),
-        (plan.k_span, BackwardTiles.rows),
-    )
-    spans = (None if x is None else spans_of_tiles(x, rows) for x, rows in of_rows)
-    q_doc, k_doc, *spans = (None if x is None else x.to("meta") for x in (plan.q_doc, plan.k_doc, *spans))
+    masks = masks_of(plan, case.spec, T, T, tiles_of(case.spec, case.head_dim).rows)
+    q_doc, k_doc, spans, *rest = (x.to("meta") if isinstance(x, Tensor) else x for x in masks)
     spec = spec_text(case.spec)
-    out, lse = launch.forward(q, k, v, *per_head, q_doc, k_doc, *spans, spec)
-    given = (torch.empty_like(out), torch.empty_like(lse), out, lse, q, k, v, *per_head, q_doc, k_doc, *spans[1:], spec)
+    out, lse = launch.forward(q, k, v, *per_head, q_doc, k_doc, spans, *rest, spec)
+    given = (torch.empty_like(out), torch.empty_like(lse), out, lse, q, k, v, *per_head, q_doc, k_doc, *rest, spec)
     before = torch.are_deterministic_algorithms_enabled()
     for deterministic in (True, False):  # dq by a kernel of its own, and on the way where that is worth it
         torch.use_deterministic_algorithms(deterministic)

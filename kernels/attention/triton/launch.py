@@ -18,13 +18,7 @@ from ..spec import AttentionSpec, BlockLayout, Window
 from ..tiles import INTERPRETED as INTERPRETED_TILES
 from ..tiles import Pass, Tiles, choose
 from .backward import dkdv_kernel, dq_kernel
-from .dense import (
-    always_keys_dkdv_kernel,
-    global_rows_dq_kernel,
-    global_rows_kernel,
-    merge_rows_kernel,
-    sum_rows_kernel,
-)
+from .dense_launch import Dense
 from .forward import forward_kernel
 from .mask import INTERPRETED
 
@@ -172,21 +166,6 @@ def _pattern(layout: BlockLayout, device: torch.device) -> Tensor:
     return torch.tensor(layout.pattern, dtype=torch.int8, device=device)
 
 
-def _splits(n: int, tile: int, programs: int) -> tuple[int, int]:
-    """(how many slices of n keep the device busy, how long each is); a slice is at least four tiles long."""
-    n = max(n, 1)
-    slices = min(max(1, _BUSY // max(programs, 1)), max(1, n // (4 * tile)))
-    length = triton.cdiv(triton.cdiv(n, 2 if INTERPRETED else slices), tile) * tile
-    return triton.cdiv(n, length), length
-
-
-_BUSY = 528  # programs: four on each processor of an H100
-
-
-def _dense_tile(most: int, tile: int) -> int:
-    return min(tile, max(16, triton.next_power_of_2(most)))
-
-
 def unit_stride(x: Tensor) -> Tensor:
     """With the elements of the last axis side by side, as kernels read them."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -239,6 +218,19 @@ def _window(walk: _Walk, lists: Tensor | None) -> tuple[int, int, int, int, int,
     widest = 2**30 // window.dilation
     left, right = min(window.left or 0, widest), min(window.right or 0, widest)
     return left, right, window.dilation, *blocks, width
+
+
+def dense_of(
+    spec: AttentionSpec, which: Pass, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, q_doc: Tensor | None,
+    k_doc: Tensor | None,
+) -> tuple[Dense, Tiles]:  # fmt: skip
+    """What of a call without dropout, explicit positions and lengths is dense in one direction, for another backend's
+    kernels; and the tiles that one pass over it takes here."""
+    shape = _Shape.of(q, k, v)
+    walk = _Walk(spec, explicit=False, maskable=q_doc is not None)
+    given = (slopes, None, None, None, q_doc, k_doc, None)
+    dense = Dense(q, k, v, *given, _scalars(spec, shape), _static(spec, shape))
+    return dense, walk.tiles(which, shape, q.element_size(), q.device)
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
@@ -294,21 +286,9 @@ def forward(
         n_always, is_global, *strides, *out.stride()[:3], T, S, H, *scalars, *_window(walk, lists),
         M=tiles.rows, N=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages, **static, **_walking(walk),
     )  # fmt: skip
-    if rows is not None:
-        M = _dense_tile(most_rows, tiles.rows)
-        row_tiles = triton.cdiv(most_rows, M)
-        splits, length = _splits(S, tiles.columns, row_tiles * B * H)
-        part = q.new_empty(splits, B, most_rows, H, E, dtype=torch.float32)
-        part_lse = q.new_empty(splits, B, most_rows, H, dtype=torch.float32)
-        global_rows_kernel[row_tiles, splits, B * H](
-            q, k, v, part, part_lse, slopes, seed, q_pos, k_pos, q_doc, k_doc, lengths, rows, n_rows, *strides,
-            T, S, H, most_rows, length, *scalars,
-            M=M, N=tiles.columns, num_warps=4, num_stages=tiles.stages, **static,
-        )  # fmt: skip
-        merge_rows_kernel[most_rows, H, B](
-            part, part_lse, out, lse, sinks, rows, n_rows, *out.stride()[:3], B, T, H, most_rows, splits,
-            E=E, BLOCK_E=static["BLOCK_E"], num_warps=1,
-        )  # fmt: skip
+    if rows is not None and n_rows is not None:
+        dense = Dense(q, k, v, slopes, seed, q_pos, k_pos, q_doc, k_doc, lengths, scalars, static)
+        dense.global_rows(out, lse, sinks, rows, n_rows, most_rows, tiles)
     return out, lse
 
 
@@ -356,11 +336,12 @@ def backward(
     delta = q.new_empty(B, H, T, dtype=torch.float32)
     # One number for each row; the rows of global queries are counted apart.
     row_slopes = q.new_zeros(B, H, T, dtype=torch.float32) if parsed.alibi else q.new_empty(0, dtype=torch.float32)
-    global_slopes = q.new_empty(0, dtype=torch.float32)
     layout = None if parsed.block_sparse is None else _pattern(parsed.block_sparse, q.device)
     scalars, static = _scalars(parsed, shape), _static(parsed, shape)
     strides = [s for x in (q, k, v) for s in x.stride()[:3]]
     may_be_full = not walk.maskable
+    dense = Dense(q, k, v, slopes, seed, q_pos, k_pos, q_doc, k_doc, lengths, scalars, static)
+    global_slopes = None
 
     if q.numel():
         tiles = walk.tiles(Pass.DQ, shape, q.element_size(), q.device)
@@ -373,23 +354,9 @@ def backward(
             *dq.stride()[:3], T, S, H, *scalars, *_window(walk, lists),
             M=tiles.rows, N=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages, **static, **_walking(walk),
         )  # fmt: skip
-    if rows is not None:
+    if rows is not None and n_rows is not None:
         tiles = walk.tiles(Pass.DQ, shape, q.element_size(), q.device)
-        M = _dense_tile(most_rows, tiles.rows)
-        row_tiles = triton.cdiv(most_rows, M)
-        splits, length = _splits(S, tiles.columns, row_tiles * B * H)
-        part = q.new_empty(splits, B, most_rows, H, D, dtype=torch.float32)
-        if parsed.alibi:
-            global_slopes = q.new_zeros(splits, B, most_rows, H, dtype=torch.float32)
-        global_rows_dq_kernel[row_tiles, splits, B * H](
-            q, k, v, d_out, lse, delta, part, global_slopes, slopes, seed, q_pos, k_pos, q_doc, k_doc, lengths, rows,
-            n_rows, *strides, *d_out.stride()[:3], T, S, H, most_rows, length, *scalars,
-            M=M, N=tiles.columns, num_warps=4, num_stages=tiles.stages, **static,
-        )  # fmt: skip
-        sum_rows_kernel[most_rows, H, B](
-            part, dq, rows, n_rows, *dq.stride()[:3], B, T, H, most_rows, splits,
-            WIDTH=D, BLOCK=static["BLOCK_D"], num_warps=1,
-        )  # fmt: skip
+        global_slopes = dense.global_rows_dq(d_out, lse, delta, dq, rows, n_rows, most_rows, tiles)
 
     tiles = walk.tiles(Pass.DKDV, shape, q.element_size(), q.device)
     if k.numel() or v.numel():
@@ -403,26 +370,12 @@ def backward(
             *scalars, *_window(walk, lists),
             M=tiles.columns, N=tiles.rows, num_warps=tiles.warps, num_stages=tiles.stages, **static, **_walking(walk),
         )  # fmt: skip
-    if always is not None and q.numel():
-        N = _dense_tile(most_always, tiles.rows)
-        key_tiles = triton.cdiv(most_always, N)
-        splits, length = _splits(T, tiles.columns, key_tiles * B * G)
-        part_k = q.new_empty(splits, B, most_always, G, D, dtype=torch.float32)
-        part_v = q.new_empty(splits, B, most_always, G, E, dtype=torch.float32)
-        always_keys_dkdv_kernel[key_tiles, splits, B * G](
-            q, k, v, d_out, lse, delta, part_k, part_v, slopes, seed, q_pos, k_pos, q_doc, k_doc, always, n_always,
-            *strides, *d_out.stride()[:3], T, S, H, most_always, length, *scalars,
-            M=tiles.columns, N=N, num_warps=4, num_stages=tiles.stages, **static,
-        )  # fmt: skip
-        for part, gradient, block in ((part_k, dk, "BLOCK_D"), (part_v, dv, "BLOCK_E")):
-            sum_rows_kernel[most_always, G, B](
-                part, gradient, always, n_always, *gradient.stride()[:3], B, S, G, most_always, splits,
-                WIDTH=gradient.shape[3], BLOCK=static[block], num_warps=1,
-            )  # fmt: skip
+    if always is not None and n_always is not None and q.numel():
+        dense.always_keys_dkdv(d_out, lse, delta, dk, dv, always, n_always, most_always, tiles)
 
     d_slopes, d_sinks = q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
     if slopes is not None:
-        d_slopes = row_slopes.sum(dim=(0, 2)) + (global_slopes.sum(dim=(0, 1, 2)) if global_slopes.numel() else 0)
+        d_slopes = row_slopes.sum(dim=(0, 2)) + (0 if global_slopes is None else global_slopes)
     if sinks is not None:
         weight = torch.where(lse == -torch.inf, 0.0, torch.exp(sinks.float()[:, None] - lse))
         d_sinks = -(weight * delta).sum(dim=(0, 2))
