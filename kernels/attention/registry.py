@@ -145,8 +145,8 @@ def preference(spec: AttentionSpec, call: AttentionCall) -> tuple[str, ...]:
     CPU            sdpa, decode, reference; decode first over heads that sdpa would repeat
     CUDA           decode in generation and over keys in pages or eight bits; else hopper, on the GPUs that it is for,
                    and triton, which skip what is masked and were ahead of torch's FlashAttention wherever they were
-                   measured beside it, hopper ahead of triton (docs/results.md); flex where
-                   positions are explicit, over which triton skips nothing;
+                   measured beside it, hopper ahead of triton (docs/results.md) but for global tokens and sinks, which
+                   it has not run on a GPU yet; flex where positions are explicit, over which triton skips nothing;
                    sdpa first, without gradients, wherever a dense mask is small: there every new kind of call would
                    cost more in compilation than it saves
     another device reference
@@ -158,12 +158,13 @@ def preference(spec: AttentionSpec, call: AttentionCall) -> tuple[str, ...]:
         if call.phase == Phase.DECODE or call.paged or call.kv_dtype is not None:
             return ("decode", "sdpa", "triton", "flex", "reference")
         pairs = None if call.n_queries is None or call.n_keys is None else call.n_queries * call.n_keys
+        fused = ("triton", "hopper") if spec.global_tokens or spec.sink_tokens else ("hopper", "triton")
         small = pairs is not None and pairs <= _SMALL_MASK and not call.needs_grad
         if small:
-            return ("sdpa", "hopper", "triton", "flex", "reference")
+            return ("sdpa", *fused, "flex", "reference")
         if call.positions:
             return ("flex", "triton", "sdpa", "reference")
-        return ("hopper", "triton", "flex", "sdpa", "reference")
+        return (*fused, "flex", "sdpa", "reference")
     return ("reference",)
 
 

@@ -190,6 +190,8 @@ def test_off_hopper_auto_takes_triton_where_it_prefers_hopper(monkeypatch: pytes
     monkeypatch.setattr(hopper, "oldest_capability", lambda: (8, 0))
     call = AttentionCall(device="cuda", dtype=torch.bfloat16, needs_grad=True)
     assert preference(CAUSAL, call)[:2] == ("hopper", "triton")
+    sinks = AttentionSpec(causal=True, window=Window(left=9), sink_tokens=2)
+    assert preference(sinks, call)[:2] == ("triton", "hopper")  # not seen on a GPU yet
     assert resolve("auto", CAUSAL, call).name == "triton"
 
 
