@@ -136,6 +136,7 @@ def available() -> dict[str, Capabilities]:
 
 # -- choice ------------------------------------------------------------------------------------------------------------
 
+_HOPPER_HEADS = 128  # head dims up to which "auto" takes hopper: wider ones have not run on a GPU yet
 _SMALL_MASK = 2**22  # query-key pairs: a dense mask of 2,048 × 2,048
 
 
@@ -159,6 +160,8 @@ def preference(spec: AttentionSpec, call: AttentionCall) -> tuple[str, ...]:
             return ("decode", "sdpa", "triton", "flex", "reference")
         pairs = None if call.n_queries is None or call.n_keys is None else call.n_queries * call.n_keys
         fused = ("triton", "hopper") if spec.global_tokens or spec.sink_tokens else ("hopper", "triton")
+        if max(call.head_dim, call.value_dim or 0) > _HOPPER_HEADS:
+            fused = ("triton", "hopper")
         small = pairs is not None and pairs <= _SMALL_MASK and not call.needs_grad
         if small:
             return ("sdpa", *fused, "flex", "reference")

@@ -309,13 +309,16 @@ def test_every_consumer_of_the_backward_pass_has_exponentials_beside_a_product_o
 
 
 def test_hopper_kernels_are_named_by_tiles_of_queries_and_keys() -> None:
-    signature = {"desc_q": "tensordesc", "M": "constexpr", "N": "constexpr", "C": "constexpr", "STAGES": "constexpr"}
+    names = ("M", "N", "C", "OWNERS", "STAGES")
+    signature = {"desc_q": "tensordesc"} | dict.fromkeys(names, "constexpr")
 
     def request(names: dict[str, str], **constants: int) -> Request:
         return Request(None, names, {(list(names).index(name),): n for name, n in constants.items()}, {}, 4, 3)
 
     assert request(signature, C=3, N=128, STAGES=2).tile == "192x128 w4 s2"  # forward: consumers of 64 queries
     assert request(signature, M=64, STAGES=4).tile == "64x128 w4 s4"  # dk and dv own 128 keys
+    assert request(signature, M=64, STAGES=2, OWNERS=2).tile == "64x128 w4 s2"
+    assert request(signature, M=64, STAGES=2, OWNERS=1).tile == "64x64 w4 s2"  # both consumers have the same keys
     assert request(signature, N=32, STAGES=4).tile == "128x32 w4 s4"  # dq owns 128 queries
     assert request({"OUT": "*bf16"}).tile == "w4 s3"
 

@@ -61,7 +61,7 @@ SPECS = {
     ),
 }
 # (B, T, S, H, G, D, E): less than a tile, tiles exactly, odd lengths, one query, rows that see nothing, padded head
-# dims, groups, more items than processors, values that are wider than keys.
+# dims, groups, more items than processors, values that are wider than keys; wide heads, padded and unequal ones.
 SHAPES = (
     (1, 64, 64, 1, 1, 128, 128),
     (2, 256, 256, 4, 2, 128, 128),
@@ -73,6 +73,13 @@ SHAPES = (
     (2, 333, 333, 4, 2, 128, 64),
     (3, 640, 640, 40, 8, 64, 64),
     (1, 400, 401, 2, 1, 64, 128),
+    (2, 257, 257, 4, 2, 256, 256),
+    (1, 1, 300, 4, 1, 256, 256),
+    (2, 300, 130, 4, 2, 192, 192),
+    (1, 517, 900, 3, 3, 136, 136),
+    (2, 640, 640, 40, 8, 256, 256),
+    (2, 333, 333, 4, 2, 192, 128),
+    (1, 400, 401, 2, 1, 64, 256),
 )
 
 
@@ -140,7 +147,7 @@ def test_values_lse_and_gradients(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("edge", [63, 64, 65, 127, 128, 129, 191, 192, 193])
 def test_windows_end_on_either_side_of_every_boundary_of_tiles(edge: int) -> None:
     for D, spec in itertools.product(
-        (64, 128),
+        (64, 128, 256),
         (
             AttentionSpec(causal=True, window=Window(left=edge)),
             AttentionSpec(causal=False, window=Window(left=edge, right=3)),
@@ -158,7 +165,7 @@ def test_windows_end_on_either_side_of_every_boundary_of_tiles(edge: int) -> Non
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("name", SPECS)
 def test_gradients_through_the_lse_and_of_slopes_and_sinks(
@@ -203,7 +210,7 @@ def test_the_backward_pass_is_ours(monkeypatch: pytest.MonkeyPatch, dtype: torch
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("loudness", [2.0**-10, 2.0**9])
 def test_gradients_in_fp16_of_quiet_and_loud_ones(loudness: float, D: int) -> None:
     """As small and as large as a loss scale makes them: relative to themselves they err no more."""
@@ -229,7 +236,7 @@ def test_gradients_in_fp16_of_quiet_and_loud_ones(loudness: float, D: int) -> No
             assert not verdict.problem, (name, verdict.problem)
 
 
-@pytest.mark.parametrize(("G", "D"), [(16, 128), (4, 128), (16, 64)])
+@pytest.mark.parametrize(("G", "D"), [(16, 128), (4, 128), (16, 64), (4, 256)])
 def test_over_long_texts_gradients_agree_with_tritons(G: int, D: int) -> None:
     """Many tiles a program, and several groups of heads, where a mask in fp64 would not fit."""
     spec = AttentionSpec(causal=True)
@@ -257,6 +264,10 @@ def test_over_long_texts_gradients_agree_with_tritons(G: int, D: int) -> None:
         ("all at once", 128, torch.bfloat16),
         ("globals", 128, torch.bfloat16),
         ("causal globals", 64, torch.bfloat16),
+        ("causal", 256, torch.bfloat16),
+        ("two-sided window", 256, torch.float16),
+        ("documents", 256, torch.bfloat16),
+        ("all at once", 256, torch.bfloat16),
     ],
 )
 def test_200_runs_agree_in_every_bit(name: str, D: int, dtype: torch.dtype, deterministic: bool) -> None:
@@ -285,10 +296,11 @@ def test_200_runs_agree_in_every_bit(name: str, D: int, dtype: torch.dtype, dete
             assert torch.equal(dq, first[-1])
 
 
-def test_what_lies_around_the_tensors_does_not_reach_the_result() -> None:
+@pytest.mark.parametrize("D", [80, 200])
+def test_what_lies_around_the_tensors_does_not_reach_the_result(D: int) -> None:
     """Rows beyond the last query and key, columns beyond the head dim and heads between belong to somebody else."""
     spec = AttentionSpec(causal=True)
-    (q, k, v), _, _ = make(spec, (2, 130, 170, 2, 2, 80, 80), torch.bfloat16)
+    (q, k, v), _, _ = make(spec, (2, 130, 170, 2, 2, D, D), torch.bfloat16)
 
     def in_poison(x: Tensor) -> Tensor:
         B, T, H, D = x.shape
@@ -303,9 +315,10 @@ def test_what_lies_around_the_tensors_does_not_reach_the_result() -> None:
     assert torch.isfinite(alone.out).all()
 
 
-def test_rows_that_see_nothing_give_zeros() -> None:
+@pytest.mark.parametrize("D", [128, 256])
+def test_rows_that_see_nothing_give_zeros(D: int) -> None:
     spec = AttentionSpec(causal=True)
-    tensors, _, _ = make(spec, (1, 400, 50, 2, 2, 128, 128), torch.bfloat16)
+    tensors, _, _ = make(spec, (1, 400, 50, 2, 2, D, D), torch.bfloat16)
     leaves = [x.requires_grad_() for x in tensors]
     result = attend(*leaves, spec=spec, backend="hopper", return_lse=True)
     assert result.lse is not None
@@ -444,7 +457,7 @@ def test_conformance() -> None:
 
 
 def test_it_says_where_it_can_and_where_it_cannot() -> None:
-    call = AttentionCall(device="cuda", dtype=torch.bfloat16, head_dim=128, n_queries=8192, n_keys=8192, n_heads=8)
+    call = AttentionCall(device="cuda", dtype=torch.bfloat16, head_dim=256, n_queries=8192, n_keys=8192, n_heads=8)
     assert not get("hopper").unsupported(AttentionSpec(causal=True), call)
     assert "hopper     can" in explain(AttentionSpec(causal=True), call)
     assert "hopper     cannot: dropout" in explain(AttentionSpec(causal=True, dropout=0.1), call)

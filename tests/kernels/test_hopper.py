@@ -64,7 +64,9 @@ def run(
     shape: tuple[int, ...],
     *,
     consumers: int = 2,
+    columns: int = N,
     stages: int = 2,
+    slots: int = 2,
     turns: bool = False,
     halves: bool = False,
     emulated: int = 0,
@@ -90,27 +92,27 @@ def run(
     far = (None,) * 6 if keys is None else keys.tensors
     n_tiles = -(-T // (consumers * ROWS))
     programs = min(programs, n_tiles * B * H)
-    order = schedule(spec, T, S, B * H, max(1, H // 2), programs, consumers * ROWS, N, -(-most_always // N))
+    order = schedule(spec, T, S, B * H, max(1, H // 2), programs, consumers * ROWS, columns, -(-most_always // columns))
     machine = gluon.Machine(programs, seed)
     window = spec.window
     gluon.kernel(monkeypatch, machine)(
         gluon.Descriptor(q, ROWS, padded(D)),
-        gluon.Descriptor(k, N, padded(D)),
-        gluon.Descriptor(v, N, padded(E)),
+        gluon.Descriptor(k, columns, padded(D)),
+        gluon.Descriptor(v, columns, padded(E)),
         gluon.Descriptor(out, ROWS, padded(E)),
         gluon.Pointer(lse),
         gluon.Pointer(order.reshape(-1)),
         *(gluon.pointer(x, B) for x in (spans, q_doc, k_doc)),
         gluon.Pointer(slopes),
         gluon.Pointer(sinks),
-        *(None if x is None else gluon.Descriptor(x.numpy(), N, padded(x.shape[3])) for x in far[:2]),
+        *(None if x is None else gluon.Descriptor(x.numpy(), columns, padded(x.shape[3])) for x in far[:2]),
         *(gluon.pointer(x, B) for x in far[2:]),
         *map(gluon.Int, (T, S, H, H // G)),
         spec.softmax_scale(D),
         spec.softcap or 1.0,
         *map(gluon.Int, (window.left or 0, window.right or 0, n_tiles, order.shape[1])),
-        *(consumers, N, padded(D), padded(E), stages, turns, 240, spec.causal, window.left is not None),
-        window.right is not None and not spec.causal,
+        *(consumers, columns, padded(D), padded(E), slots, stages, turns, 240),
+        *(spec.causal, window.left is not None, window.right is not None and not spec.causal),
         *(spec.documents, spec.softcap is not None, spec.alibi, spec.learned_sink, halves, emulated),
     )
     true = attend(
@@ -200,6 +202,36 @@ def test_the_kernels_text_computes_attention(monkeypatch: pytest.MonkeyPatch, na
         )  # fmt: skip
 
 
+# Wider than 128, of which the larger decides about the tiles: the queries' place is single, and the output's where both
+# are as wide.
+WIDE_HEADS = {
+    "odd lengths in groups": (CAUSAL, (2, 301, 301, 4, 2, 256, 256)),
+    "padded": (FULL, (1, 200, 330, 2, 1, 136, 136)),
+    "rows that see nothing": (CAUSAL, (1, 400, 90, 2, 2, 192, 256)),
+    "narrower values": (CAUSAL, (1, 290, 350, 2, 1, 192, 128)),
+    "wider values": (AttentionSpec(causal=False, window=Window(70, 9)), (1, 400, 350, 2, 1, 64, 256)),
+    "causal window": (AttentionSpec(causal=True, window=Window(left=129)), (1, 500, 500, 2, 1, 192, 192)),
+    "documents": (AttentionSpec(causal=True, documents=True), (2, 400, 400, 2, 1, 256, 256)),
+    "globals": (
+        AttentionSpec(causal=False, window=Window.symmetric(40), global_tokens=True),
+        (1, 300, 330, 2, 1, 256, 192),
+    ),
+    "all at once": (CASES["all at once"][0], (1, 400, 400, 2, 1, 256, 256)),
+}
+
+
+@pytest.mark.parametrize("name", WIDE_HEADS)
+def test_the_tiles_that_ship_for_wide_heads_compute_attention(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    spec, shape = WIDE_HEADS[name]
+    tiles = choose(max(shape[5:]), edges=spec.documents or spec.window.left is not None)
+    assert tiles.slots == 1
+    for seed in range(2):
+        run(
+            monkeypatch, spec, shape, consumers=tiles.consumers, columns=tiles.columns, stages=tiles.stages,
+            slots=tiles.slots, turns=tiles.turns, programs=3 - seed, documents=seed == 0, seed=seed,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("was", "becomes"),
     [
@@ -211,9 +243,9 @@ def test_the_kernels_text_computes_attention(monkeypatch: pytest.MonkeyPatch, na
             "            acc, p_half = warpgroup_mma_wait(0, deps=(acc, p_half))\n",
         ),
         # the next item's queries are never waited for
-        ("            mbarrier.wait(q_full.index(slot), ((turn + 1) >> 1) & 1)\n", ""),
+        ("        mbarrier.wait(q_full.index(slot), (turn >> (SLOTS - 1)) & 1)\n", ""),
         # nobody gives the queries' slot back
-        ("        mbarrier.arrive(q_empty.index(slot), count=1)\n", ""),
+        ("            mbarrier.arrive(q_empty.index(slot), count=1)\n", "            pass\n"),
         # an item's last values are not given back
         ("        mbarrier.arrive(v_empty.index(before), count=1)\n        acc", "        acc"),
         # the sums are not rescaled
@@ -238,7 +270,8 @@ def test_the_kernels_text_computes_attention(monkeypatch: pytest.MonkeyPatch, na
         "half the weights", "halves swapped", "keys early",
     ],
 )  # fmt: skip
-def test_the_interpreter_notices(monkeypatch: pytest.MonkeyPatch, was: str, becomes: str) -> None:
+@pytest.mark.parametrize("slots", [1, 2])
+def test_the_interpreter_notices(monkeypatch: pytest.MonkeyPatch, slots: int, was: str, becomes: str) -> None:
     monkeypatch.setattr(gluon, "PATIENCE", 0.5)
     text = gluon.SOURCE.read_text(encoding="utf-8")
     assert was in text
@@ -247,7 +280,8 @@ def test_the_interpreter_notices(monkeypatch: pytest.MonkeyPatch, was: str, beco
     def several() -> None:
         for seed in range(5):
             run(
-                monkeypatch, WIDE, (1, 900, 900, 2, 1, 64, 64), halves=bool(seed % 2), stages=2 + seed % 2, seed=seed
+                monkeypatch, WIDE, (1, 900, 900, 2, 1, 64, 64), halves=bool(seed % 2), stages=2 + seed % 2, slots=slots,
+                seed=seed,
             )  # fmt: skip
 
     with pytest.raises((AssertionError, RuntimeError)):
@@ -284,6 +318,45 @@ def test_the_interpreter_notices_what_is_wrong_with_keys_from_everywhere(
         for seed in range(2):
             spec = replace(FAR, alibi=seed == 0)
             run(monkeypatch, spec, (2, 400, 400, 1, 1, 64, 64), documents=True, seed=seed)
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        several()
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "shape"),
+    [
+        # queries come before the last have been read
+        (
+            "        mbarrier.wait(q_empty.index(slot), ((turn >> (SLOTS - 1)) & 1) ^ 1)\n",
+            "",
+            (1, 900, 900, 2, 1, 64, 64),
+        ),
+        (
+            "        mbarrier.wait(q_empty.index(slot), ((turn >> (SLOTS - 1)) & 1) ^ 1)\n",
+            "",
+            (1, 900, 900, 2, 1, 64, 128),
+        ),
+        # queries come before the rows have left
+        (
+            "            tma.store_wait(0)\n            mbarrier.arrive(q_empty.index(slot), count=1)\n",
+            "            mbarrier.arrive(q_empty.index(slot), count=1)\n",
+            (1, 900, 900, 2, 1, 64, 64),
+        ),
+    ],
+    ids=["queries early", "queries early, rows elsewhere", "queries among rows"],
+)
+def test_the_interpreter_notices_about_a_single_place(
+    monkeypatch: pytest.MonkeyPatch, was: str, becomes: str, shape: tuple[int, ...]
+) -> None:
+    text = gluon.SOURCE.read_text(encoding="utf-8")
+    assert was in text
+    monkeypatch.setattr(gluon, "PATIENCE", 0.5)
+    monkeypatch.setattr(gluon, "text", lambda _: text.replace(was, becomes))
+
+    def several() -> None:
+        for seed in range(5):
+            run(monkeypatch, WIDE, shape, slots=1, seed=seed)
 
     with pytest.raises((AssertionError, RuntimeError)):
         several()
@@ -386,7 +459,7 @@ def test_heads_at_a_time_share_the_cache() -> None:
 
 
 @pytest.mark.parametrize("edges", [True, False])
-@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 128])
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 128, 136, 192, 256])
 def test_tiles_fit_a_processor(head_dim: int, edges: bool) -> None:
     tiles = choose(head_dim, edges=edges)
     threads = (tiles.consumers + 1) * 128
@@ -395,13 +468,16 @@ def test_tiles_fit_a_processor(head_dim: int, edges: bool) -> None:
     width = padded(head_dim)
     assert width in HEAD_DIMS
     assert width >= head_dim
-    shared = 2 * width * (3 * tiles.rows + 2 * tiles.stages * tiles.columns)
-    assert shared + 1024 <= 232_448
+    for other in HEAD_DIMS[: HEAD_DIMS.index(width) + 1]:
+        for D, E in ((width, other), (other, width)):
+            out = 0 if tiles.slots == 1 and D == E else tiles.rows * E
+            shared = 2 * (tiles.slots * tiles.rows * D + tiles.stages * tiles.columns * (D + E) + out)
+            assert shared + 1024 <= 232_448
 
 
 def test_a_head_dim_without_tiles_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"head_dim=136: .* up to 128"):
-        choose(136)
+    with pytest.raises(ValueError, match=r"head_dim=264: .* up to 256"):
+        choose(264)
 
 
 def test_spans_of_tiles_bound_the_spans_of_their_rows() -> None:

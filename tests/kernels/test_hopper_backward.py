@@ -40,6 +40,7 @@ def run(
     queries: int = 64,
     keys: int = 128,
     stages: int = 2,
+    owners: int = 2,
     group: int = 2,
     documents: bool = False,
     seed: int = 0,
@@ -158,7 +159,7 @@ def run(
     )  # fmt: skip
 
     if "dkdv" in kernels or "fused" in kernels:
-        n_tiles = -(-S // TALL)
+        n_tiles = -(-S // (owners * ROWS))
         dk, dv = np.full_like(k, np.nan), np.full_like(v, np.nan)
         sums = np.zeros(q.shape, np.float32) if "fused" in kernels else None
         machine = gluon.Machine(n_tiles * B * G, seed)
@@ -175,7 +176,7 @@ def run(
             *map(number, (T, S, H, G, H // G)),
             *scales,
             *map(number, (n_tiles, B * G, group, rounded, 0 if row_stats is None else row_stats.shape[3])),
-            *(queries, padded(D), padded(E), stages, 240, *masks, sums is not None),
+            *(queries, padded(D), padded(E), stages, owners, 240, *masks, sums is not None),
         )
         close(dk, 1)
         close(dv, 2)
@@ -288,6 +289,40 @@ def test_the_kernels_text_computes_gradients(monkeypatch: pytest.MonkeyPatch, na
         )  # fmt: skip
 
 
+# Wider than 128, of which the larger decides about the tiles: one consumer has dk and the other dv.
+WIDE_HEADS = {
+    "odd lengths in groups": (CAUSAL, (2, 301, 301, 4, 2, 256, 256)),
+    "padded": (FULL, (1, 200, 330, 2, 1, 136, 136)),
+    "rows that see nothing": (CAUSAL, (1, 400, 90, 2, 2, 192, 256)),
+    "narrower values": (CAUSAL, (1, 290, 350, 2, 1, 192, 128)),
+    "wider values": (AttentionSpec(causal=False, window=Window(70, 9)), (1, 400, 350, 2, 1, 64, 256)),
+    "keys that nobody sees": (CASES["keys that nobody sees"][0], (1, 40, 300, 2, 1, 256, 256)),
+    "causal window": (AttentionSpec(causal=True, window=Window(left=129)), (1, 500, 500, 2, 1, 192, 192)),
+    "documents": (AttentionSpec(causal=True, documents=True), (2, 460, 460, 2, 1, 256, 256)),
+    "alibi": (AttentionSpec(causal=True, alibi=True), (1, 300, 300, 4, 2, 192, 256)),
+    "softcap": (AttentionSpec(causal=False, softcap=2.0), (1, 150, 300, 2, 1, 256, 192)),
+    "globals": (
+        AttentionSpec(causal=False, window=Window.symmetric(40), global_tokens=True),
+        (1, 300, 330, 2, 1, 256, 192),
+    ),
+    "all at once": (CASES["all at once"][0], (1, 400, 400, 4, 2, 256, 256)),
+}
+
+
+@pytest.mark.parametrize("name", WIDE_HEADS)
+def test_the_tiles_that_ship_for_wide_heads_compute_gradients(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    spec, shape = WIDE_HEADS[name]
+    curved = spec.alibi or spec.softcap is not None
+    tiles = choose_backward(max(shape[5:]), curved=curved, documents=spec.documents)
+    assert tiles.owners == 1
+    for seed in range(2):
+        for kernel, stages in (("dkdv", tiles.query_stages), ("dq", tiles.key_stages)):
+            run(
+                monkeypatch, spec, shape, queries=tiles.queries, keys=tiles.keys, stages=stages, owners=tiles.owners,
+                kernels=(kernel,), group=2 + 3 * seed, documents=seed == 0, seed=seed, lse_used=seed == 0,
+            )  # fmt: skip
+
+
 FUSED = {
     **{
         name: case
@@ -331,10 +366,11 @@ def test_dq_is_added_on_the_way_where_queries_see_enough() -> None:
     ):
         assert not adds_dq(spec, 2**20, 2**20, 128, 128)
     assert not adds_dq(CAUSAL, 2**20, 2**20, 128, 64)
+    assert not adds_dq(CAUSAL, 2**20, 2**20, 256, 256)
 
 
 def test_dq_on_the_way_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
-    for D in HEAD_DIMS:
+    for D in (64, 128):
         shape = (1, 300, 300, 4, 2, D, D)
         run(monkeypatch, CAUSAL, shape, queries=choose_backward(D).queries, kernels=("fused",), dtype=torch.float16)
 
@@ -373,7 +409,7 @@ def test_the_interpreter_notices_what_is_wrong_with_dq(monkeypatch: pytest.Monke
 
     def several() -> None:
         for seed in range(6):
-            for D in HEAD_DIMS:
+            for D in (64, 128):
                 shape = (1, 500, 500, 2, 1, D, D)
                 run(monkeypatch, WIDE, shape, queries=choose_backward(D).queries, kernels=("fused",), seed=seed)
 
@@ -389,7 +425,10 @@ def test_the_interpreter_notices_what_is_wrong_with_dq(monkeypatch: pytest.Monke
 )
 def test_the_tiles_that_ship_compute_gradients(monkeypatch: pytest.MonkeyPatch, spec: AttentionSpec, D: int) -> None:
     tiles, shape = choose_backward(D, curved=spec.alibi, documents=spec.documents), (1, 500, 500, 2, 1, D, D)
-    run(monkeypatch, spec, shape, queries=tiles.queries, stages=tiles.query_stages, kernels=("dkdv",))
+    run(
+        monkeypatch, spec, shape, queries=tiles.queries, stages=tiles.query_stages, owners=tiles.owners,
+        kernels=("dkdv",),
+    )  # fmt: skip
     run(monkeypatch, spec, shape, keys=tiles.keys, stages=tiles.key_stages, kernels=("dq",))
 
 
@@ -404,11 +443,14 @@ def test_the_tiles_that_ship_compute_gradients(monkeypatch: pytest.MonkeyPatch, 
         ("all at once", 1.0),
     ],
 )
-def test_in_fp16_gradients_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch, name: str, loudness: float) -> None:
+@pytest.mark.parametrize("owners", [1, 2])
+def test_in_fp16_gradients_keep_to_the_budget(
+    monkeypatch: pytest.MonkeyPatch, owners: int, name: str, loudness: float
+) -> None:
     """Weights and their gradients are rounded to fp16 where the kernels do so; nothing is scaled for it, as nothing is
     in the plain softmax that sets the budget."""
     spec, shape = CASES[name]
-    run(monkeypatch, spec, shape, dtype=torch.float16, loudness=loudness, documents=True)
+    run(monkeypatch, spec, shape, owners=owners, dtype=torch.float16, loudness=loudness, documents=True)
 
 
 @pytest.mark.parametrize(
@@ -416,10 +458,10 @@ def test_in_fp16_gradients_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch, n
     [
         # a slot is given away before the product that reads it
         (
-            "        dv, p_half, dk, ds_half = warpgroup_mma_wait(0, deps=(dv, p_half, dk, ds_half))\n"
-            "        mbarrier.arrive(empty.index(stage), count=1)\n",
-            "        mbarrier.arrive(empty.index(stage), count=1)\n"
-            "        dv, p_half, dk, ds_half = warpgroup_mma_wait(0, deps=(dv, p_half, dk, ds_half))\n",
+            "            dv, p_half, dk, ds_half = warpgroup_mma_wait(0, deps=(dv, p_half, dk, ds_half))\n",
+            "            mbarrier.arrive(empty.index(stage), count=1)\n"
+            "            dv, p_half, dk, ds_half = warpgroup_mma_wait(0, deps=(dv, p_half, dk, ds_half))\n"
+            "            continue\n",
         ),
         (
             "        dq, ds_half = warpgroup_mma_wait(0, deps=(dq, ds_half))\n"
@@ -428,10 +470,10 @@ def test_in_fp16_gradients_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch, n
             "        dq, ds_half = warpgroup_mma_wait(0, deps=(dq, ds_half))\n",
         ),
         # nobody gives a slot back
-        ("dk, ds_half))\n        mbarrier.arrive(empty.index(stage), count=1)\n", "dk, ds_half))\n"),
+        ("(dv, p_half))\n        mbarrier.arrive(empty.index(stage), count=1)\n", "(dv, p_half))\n"),
         ("(dq, ds_half))\n        mbarrier.arrive(empty.index(stage), count=1)\n", "(dq, ds_half))\n"),
         # keys, values and queries are never waited for
-        ("    mbarrier.wait(kv_full.index(CID), 0)\n", ""),
+        ("    mbarrier.wait(kv_full.index(OWN), 0)\n", ""),
         ("    mbarrier.wait(q_full.index(CID), 0)\n", ""),
         # no mask
         ("s = unseen(", "unseen("),
@@ -506,6 +548,52 @@ def test_the_interpreter_notices_what_is_wrong_with_global_tokens(
         run(monkeypatch, FAR, (2, 400, 400, 2, 1, 64, 64), keys=64, documents=True)
 
 
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        # gradients take the place of keys and values that the other consumer still reads
+        ("        mbarrier.wait(read.index(0), 0)\n", ""),
+        # nobody says that they have been read
+        ("        mbarrier.arrive(read.index(0), count=1)\n", ""),
+        # a slot is given away before the product that reads it
+        (
+            "            dk, ds_half = warpgroup_mma_wait(0, deps=(dk, ds_half))\n",
+            "            mbarrier.arrive(empty.index(stage), count=1)\n"
+            "            dk, ds_half = warpgroup_mma_wait(0, deps=(dk, ds_half))\n"
+            "            continue\n",
+        ),
+        (
+            "            dv, p_half = warpgroup_mma_wait(0, deps=(dv, p_half))\n",
+            "            mbarrier.arrive(empty.index(stage), count=1)\n"
+            "            dv, p_half = warpgroup_mma_wait(0, deps=(dv, p_half))\n"
+            "            continue\n",
+        ),
+        # spans are taken for those of ROWS keys
+        ("* ((n_tiles + CONSUMERS - 1) // CONSUMERS) + tile // CONSUMERS", "* n_tiles + tile"),
+        ("* ((n_tiles + CONSUMERS - 1) // CONSUMERS) + tile", "* (n_tiles // CONSUMERS) + tile"),
+        # a tile has the keys of two
+        ("tile * OWNERS + OWN", "tile * CONSUMERS + OWN"),
+    ],
+    ids=["early", "unsaid", "queries early to dk", "queries early to dv", "spans", "spans of a batch", "keys"],
+)
+def test_the_interpreter_notices_about_shared_keys(monkeypatch: pytest.MonkeyPatch, was: str, becomes: str) -> None:
+    monkeypatch.setattr(gluon, "PATIENCE", 0.5)
+    texts = {source: gluon.text(source) for source in (gluon.SOURCE, *gluon.BACKWARD)}
+    assert any(was in text for text in texts.values())
+    broken = {source: text.replace(was, becomes) for source, text in texts.items()}
+    monkeypatch.setattr(gluon, "text", broken.__getitem__)
+
+    def several() -> None:
+        for seed in range(8):
+            spec = AttentionSpec(causal=True, documents=True)
+            run(
+                monkeypatch, spec, (2, 700, 700, 2, 1, 64, 64), owners=1, documents=True, seed=seed, kernels=("dkdv",)
+            )  # fmt: skip
+
+    with pytest.raises((AssertionError, IndexError, RuntimeError)):
+        several()
+
+
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize("curved", [True, False])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -514,10 +602,14 @@ def test_tiles_fit_a_processor(head_dim: int, curved: bool, documents: bool) -> 
     threads = 3 * 128
     assert tiles.compiled_registers * threads <= 65_536
     assert 2 * 128 * tiles.registers + 128 * 24 <= 65_536
+    assert tiles.owners == 1 or head_dim <= 128  # 2 · 256 accumulators of 64 keys are more than a consumer's registers
     assert tiles.rows % tiles.queries == 0  # the statistics of rows are rounded up to `rows`
-    for columns, stages in ((tiles.queries, tiles.query_stages), (tiles.keys, tiles.key_stages)):
+    for owned, columns, stages in (
+        (tiles.owners * ROWS, tiles.queries, tiles.query_stages),
+        (tiles.rows, tiles.keys, tiles.key_stages),
+    ):
         row = 2 * head_dim
-        assert 2 * row * (tiles.rows + stages * columns) + 8 * stages * columns + 1024 <= 232_448
+        assert 2 * row * (owned + stages * columns) + 8 * stages * columns + 1024 <= 232_448
 
 
 def test_the_operator_hands_on_what_the_kernels_found(monkeypatch: pytest.MonkeyPatch) -> None:

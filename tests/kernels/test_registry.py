@@ -172,6 +172,8 @@ def test_an_empty_choice_is_an_error() -> None:
         (LOCAL, AttentionCall(), "sdpa"),
         (CAUSAL, AttentionCall(device="cuda"), "hopper"),
         (LOCAL, AttentionCall(device="cuda"), "hopper"),
+        (CAUSAL, AttentionCall(device="cuda", head_dim=136), "triton"),
+        (CAUSAL, AttentionCall(device="cuda", value_dim=256), "triton"),
         (LOCAL, AttentionCall(device="cuda", phase=Phase.DECODE), "decode"),
         (CAUSAL, AttentionCall(device="cuda", kv_lengths=True), "hopper"),
         (CAUSAL, AttentionCall(device="cuda", positions=True), "flex"),

@@ -5,6 +5,9 @@ dq (FUSED) wants the gradients of scores by query, of all keys of the program, w
 keys: they leave them in shared memory for each other, and each computes half of the tile's dq (half of its queries, or
 of its columns), which TMA adds to what other programs have added. In which order is up to the hardware, so that dq,
 other than dk and dv, is not the same in every bit from run to run.
+
+Wide heads leave a consumer no registers for both dk and dv: there a program has 64 keys, whose dk the first consumer
+sums up and whose dv the second (OWNERS), and dq has a kernel of its own.
 """
 
 from __future__ import annotations
@@ -41,12 +44,15 @@ query_range = gluon.jit(ranges.query_range)
 def visitors(
     tile, b, SPANS, n_tiles, T, S, left, right,
     N: gl.constexpr, M: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    DOCUMENTS: gl.constexpr,
+    DOCUMENTS: gl.constexpr, OWNERS: gl.constexpr,
 ):  # fmt: skip
     """(first, n_before, first_full, end_full, n_partial, n) of the tiles of queries that see a tile of keys."""
     lo, full_lo, full_hi, hi = query_range(tile * N, N, T, S, S - T, left, right, CAUSAL, HAS_LEFT, HAS_RIGHT)
     if DOCUMENTS:
-        lo, full_lo, full_hi, hi = of_documents(SPANS + (b * n_tiles + tile) * 4, lo, full_lo, full_hi, hi)
+        span = b * n_tiles + tile
+        if OWNERS == 1:  # spans are those of CONSUMERS · ROWS keys
+            span = b * ((n_tiles + CONSUMERS - 1) // CONSUMERS) + tile // CONSUMERS
+        lo, full_lo, full_hi, hi = of_documents(SPANS + span * 4, lo, full_lo, full_hi, hi)
     first, first_full, end_full, end = tile_range(lo, full_lo, full_hi, hi, M)
     n_before = first_full - first
     n_partial = n_before + end - end_full
@@ -97,10 +103,10 @@ def produce_queries(
     desc_q, desc_k, desc_v, desc_do, desc_stats, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, full, empty,
     desc_far_q, desc_far_do, desc_far_stats, far_rounded,
     tile, b, g, H, R, rounded, first, n_before, first_full, end_full, n_partial, n_near, n,
-    M: gl.constexpr, STAGES: gl.constexpr,
+    M: gl.constexpr, STAGES: gl.constexpr, OWNERS: gl.constexpr,
 ):  # fmt: skip
-    for c in gl.static_range(CONSUMERS):
-        key = (tile * CONSUMERS + c) * ROWS
+    for c in gl.static_range(OWNERS):
+        key = (tile * OWNERS + c) * ROWS
         mbarrier.expect(kv_full.index(c), desc_k.block_type.nbytes + desc_v.block_type.nbytes)
         tma.async_copy_global_to_shared(desc_k, [b, key, g, 0], kv_full.index(c), k_s.index(c))
         tma.async_copy_global_to_shared(desc_v, [b, key, g, 0], kv_full.index(c), v_s.index(c))
@@ -149,9 +155,12 @@ def consume_queries(
     Q_DOC, K_DOC, SLOPES, FAR_ROWS, N_FAR_ROWS, SEEN_FROM, FAR_DOC, T, S, R, scale, softcap, left, right, tile, b, g,
     first, n_before, first_full, end_full, n_partial, n_near, n,
     CID: gl.constexpr, M: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr,
-    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, FUSED: gl.constexpr,
+    OWNERS: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    DOCUMENTS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, FUSED: gl.constexpr,
 ):  # fmt: skip
+    OWN: gl.constexpr = CID % OWNERS  # where its keys and values lie
+    HAS_DK: gl.constexpr = OWNERS == CONSUMERS or CID == 0
+    HAS_DV: gl.constexpr = OWNERS == CONSUMERS or CID == 1
     dtype: gl.constexpr = desc_dk.dtype
     # Queries of a tile that are multiplied at a time: with dq, no more than leave room for it in registers.
     W: gl.constexpr = ROWS if FUSED else M
@@ -165,7 +174,7 @@ def consume_queries(
     )
     cols_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
 
-    key = (tile * CONSUMERS + CID) * ROWS
+    key = (tile * OWNERS + OWN) * ROWS
     keys = key + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
     cols = gl.arange(0, W, cols_layout)
     nothing = gl.zeros([ROWS, W], gl.float32, s_layout)
@@ -190,9 +199,9 @@ def consume_queries(
 
     dk = gl.zeros([ROWS, D], gl.float32, dk_layout)
     dv = gl.zeros([ROWS, E], gl.float32, dv_layout)
-    k = k_s.index(CID).reshape([ROWS, D])
-    v = v_s.index(CID).reshape([ROWS, E])
-    mbarrier.wait(kv_full.index(CID), 0)
+    k = k_s.index(OWN).reshape([ROWS, D])
+    v = v_s.index(OWN).reshape([ROWS, E])
+    mbarrier.wait(kv_full.index(OWN), 0)
     it = 0
     r = 0
     for at in range(R * n):
@@ -203,11 +212,12 @@ def consume_queries(
             q = q_s.index(stage).reshape([M, D]).slice(part * W, W)
             d_out = do_s.index(stage).reshape([M, E]).slice(part * W, W)
             s = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            dp = warpgroup_mma(v, d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            if HAS_DK:
+                dp = warpgroup_mma(v, d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
             row = key_tile(it, first, n_before, first_full, end_full, n_partial) * M + part * W
             # What wgmma still reads stays in its registers until it is done.
             if part == 0:
-                s = warpgroup_mma_wait(1, deps=(s,))
+                s = warpgroup_mma_wait(1 if HAS_DK else 0, deps=(s,))
             else:
                 s, dv, p_half, dk, ds_half = warpgroup_mma_wait(1, deps=(s, dv, p_half, dk, ds_half))  # noqa: F821
             if FAR_ROWS is None or it < n_near:
@@ -223,15 +233,20 @@ def consume_queries(
                 s = unseen(s, row, low, high, k_doc, cols, Q_DOC, b, T, CAUSAL or HAS_RIGHT, HAS_LEFT, DOCUMENTS)
             lse_2 = lse_s.index(stage).slice(part * W, W).load(cols_layout)
             p = gl.exp2(s * unit - lse_2[None, :])
-            p_half = gl.convert_layout(p.to(dtype), p_layout)
-            dv = warpgroup_mma(p_half, d_out, dv, is_async=True)
-            dp = warpgroup_mma_wait(1, deps=(dp,))
-            delta = delta_s.index(stage).slice(part * W, W).load(cols_layout)
-            ds = p * (dp + delta[None, :])
-            if SOFTCAP:
-                ds = ds * steep
-            ds_16 = ds.to(dtype)
-            ds_half = gl.convert_layout(ds_16, ds_layout)
+            if HAS_DV:
+                p_half = gl.convert_layout(p.to(dtype), p_layout)
+                dv = warpgroup_mma(p_half, d_out, dv, is_async=True)
+            else:
+                # Long since true: a branch, across which ptxas does not move the exponentials behind the wait.
+                mbarrier.wait(full.index(stage), (at // STAGES) & 1)
+            if HAS_DK:
+                dp = warpgroup_mma_wait(1 if HAS_DV else 0, deps=(dp,))
+                delta = delta_s.index(stage).slice(part * W, W).load(cols_layout)
+                ds = p * (dp + delta[None, :])
+                if SOFTCAP:
+                    ds = ds * steep
+                ds_16 = ds.to(dtype)
+                ds_half = gl.convert_layout(ds_16, ds_layout)
             if FUSED:
                 # Two slots: who writes to one again has seen the other consumer's arrival at the second, by when that
                 # had read the first.
@@ -255,9 +270,14 @@ def consume_queries(
             dv, p_half, dq = warpgroup_mma_wait(1, deps=(dv, p_half, dq))
             add(dq, dq_s, desc_dq, b, row - (M - W), g * R + r, CID, M)
             dk, ds_half = warpgroup_mma_wait(0, deps=(dk, ds_half))
-        else:
+        elif OWNERS == CONSUMERS:
             dk = warpgroup_mma(ds_half, q, dk, is_async=True)
             dv, p_half, dk, ds_half = warpgroup_mma_wait(0, deps=(dv, p_half, dk, ds_half))
+        elif HAS_DK:
+            dk = warpgroup_mma(ds_half, q, dk, is_async=True)
+            dk, ds_half = warpgroup_mma_wait(0, deps=(dk, ds_half))
+        else:
+            dv, p_half = warpgroup_mma_wait(0, deps=(dv, p_half))
         mbarrier.arrive(empty.index(stage), count=1)
         it += 1
         if it == n:
@@ -266,15 +286,19 @@ def consume_queries(
             if ALIBI:
                 slope = gl.load(SLOPES + g * R + gl.minimum(r, R - 1)).to(gl.float32)
 
-    if FUSED:  # each has read the other's keys
+    if FUSED or OWNERS == 1:  # each has read the other's keys, or both the same
         mbarrier.arrive(read.index(0), count=1)
         mbarrier.wait(read.index(0), 0)
     # The keys and values have been read: their place takes the gradients.
-    k.store((dk * scale).to(dtype))
-    v.store(dv.to(dtype))
+    if HAS_DK:
+        k.store((dk * scale).to(dtype))
+    if HAS_DV:
+        v.store(dv.to(dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(desc_dk, [b, key, g, 0], k_s.index(CID))
-    tma.async_copy_shared_to_global(desc_dv, [b, key, g, 0], v_s.index(CID))
+    if HAS_DK:
+        tma.async_copy_shared_to_global(desc_dk, [b, key, g, 0], k_s.index(OWN))
+    if HAS_DV:
+        tma.async_copy_shared_to_global(desc_dv, [b, key, g, 0], v_s.index(OWN))
     tma.store_wait(0)
 
 
@@ -285,27 +309,29 @@ def dkdv_kernel(
     desc_q, desc_k, desc_v, desc_do, desc_stats, desc_dk, desc_dv, desc_dq, SPANS, Q_DOC, K_DOC, SLOPES, desc_far_q,
     desc_far_do, desc_far_stats, FAR_ROWS, N_FAR_ROWS, SEEN_FROM, FAR_DOC, T, S, H, G, R, scale, softcap, left, right,
     n_tiles, n_heads, group, rounded, far_rounded,
-    M: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr,
-    SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, FUSED: gl.constexpr,
+    M: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr, OWNERS: gl.constexpr,
+    REGISTERS: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    DOCUMENTS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, FUSED: gl.constexpr,
 ):  # fmt: skip
-    """A program has CONSUMERS · ROWS keys of one key/value head; `n_heads` is B · G.
+    """A program has OWNERS · ROWS keys of one key/value head; `n_heads` is B · G.
 
-    FUSED: to `desc_dq`, an fp32 tensor [B, T, H, D], dq is added, without the scale; M · D = 128 · ROWS. Otherwise it
-    is None."""
+    FUSED: to `desc_dq`, an fp32 tensor [B, T, H, D], dq is added, without the scale; M · D = 128 · ROWS, OWNERS
+    == CONSUMERS. Otherwise it is None."""
+    SPARE: gl.constexpr = 16 if OWNERS == 1 else 0  # registers that the producer has use for and dv has not
     tile, head = place(n_tiles, n_heads, group, False)
     b = head // G
     g = head % G
     first, n_before, first_full, end_full, n_partial, n = visitors(
-        tile, b, SPANS, n_tiles, T, S, left, right, CONSUMERS * ROWS, M, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS
-    )
+        tile, b, SPANS, n_tiles, T, S, left, right, OWNERS * ROWS, M, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS,
+        OWNERS,
+    )  # fmt: skip
     n_near = n
     if FAR_ROWS is not None:
         n += far_tiles(N_FAR_ROWS, b, M)
     q_s = gl.allocate_shared_memory(desc_q.dtype, [STAGES, 1, M, 1, D], desc_q.layout)
     do_s = gl.allocate_shared_memory(desc_do.dtype, [STAGES, 1, M, 1, E], desc_do.layout)
-    k_s = gl.allocate_shared_memory(desc_k.dtype, [CONSUMERS, 1, ROWS, 1, D], desc_k.layout)
-    v_s = gl.allocate_shared_memory(desc_v.dtype, [CONSUMERS, 1, ROWS, 1, E], desc_v.layout)
+    k_s = gl.allocate_shared_memory(desc_k.dtype, [OWNERS, 1, ROWS, 1, D], desc_k.layout)
+    v_s = gl.allocate_shared_memory(desc_v.dtype, [OWNERS, 1, ROWS, 1, E], desc_v.layout)
     lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, M], desc_stats.layout)
     delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, M], desc_stats.layout)
     ds_s = q_s
@@ -334,20 +360,20 @@ def dkdv_kernel(
                 q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, full, empty, ds_full, read, desc_dq, desc_dk,
                 desc_dv, Q_DOC, K_DOC, SLOPES, FAR_ROWS, N_FAR_ROWS, SEEN_FROM, FAR_DOC, T, S, R, scale, softcap, left,
                 right, tile, b, g, first, n_before, first_full, end_full, n_partial, n_near, n, 0, M, D, E, STAGES,
-                CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, FUSED,
+                OWNERS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, FUSED,
             )),
             (consume_queries, (
                 q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, full, empty, ds_full, read, desc_dq, desc_dk,
                 desc_dv, Q_DOC, K_DOC, SLOPES, FAR_ROWS, N_FAR_ROWS, SEEN_FROM, FAR_DOC, T, S, R, scale, softcap, left,
                 right, tile, b, g, first, n_before, first_full, end_full, n_partial, n_near, n, 1, M, D, E, STAGES,
-                CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, FUSED,
+                OWNERS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, FUSED,
             )),
             (produce_queries, (
                 desc_q, desc_k, desc_v, desc_do, desc_stats, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, full, empty,
                 desc_far_q, desc_far_do, desc_far_stats, far_rounded, tile, b, g, H, R, rounded, first, n_before,
-                first_full, end_full, n_partial, n_near, n, M, STAGES,
+                first_full, end_full, n_partial, n_near, n, M, STAGES, OWNERS,
             )),
         ],
         [4, 1],
-        [REGISTERS, PRODUCER_REGISTERS],
+        [REGISTERS - SPARE, PRODUCER_REGISTERS + SPARE],
     )  # fmt: skip

@@ -186,7 +186,7 @@ class Task:
         """`sums` [B, T, H, D] fp32: to be added to by unscaled gradients of q, where these are wanted. `row_stats`:
         `statistics_of_rows` where there are `far_rows`."""
         tiles, (B, T, H, D), (S, G), E = self.tiles, self.q.shape, self.k.shape[1:3], self.v.shape[3]
-        n_tiles = -(-S // tiles.rows)
+        n_tiles = -(-S // (tiles.owners * ROWS))
         group = heads_at_a_time(B * G, 1, T * (H // G), D + E, BACKWARD_L2_BYTES)
         far, rows = (None,) * 7, self.far_rows
         if rows is not None and row_stats is not None:
@@ -198,7 +198,8 @@ class Task:
             descriptor(dv, ROWS), None if sums is None else _squares(sums), self.k_spans, self.q_doc, self.k_doc,
             self.slopes, *far, T, S, H, G, H // G, *self.scalars, n_tiles, B * G, group, self.stats.shape[3],
             0 if row_stats is None else row_stats.shape[3],
-            tiles.queries, padded(D), padded(E), tiles.query_stages, tiles.registers, *self.masks, sums is not None,
+            tiles.queries, padded(D), padded(E), tiles.query_stages, tiles.owners, tiles.registers, *self.masks,
+            sums is not None,
         )  # fmt: skip
         return first(dkdv_kernel, n_tiles * B * G, given, self.options)
 

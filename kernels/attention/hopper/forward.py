@@ -8,7 +8,8 @@ beyond the tensors' own is read as zeros and not written); C consumers of 64 que
 of queries, N keys of a tile of keys; `_2` in a name: in units of log 2.
 
 The grid is persistent: a program works through items (`order`), and the producer is ahead by as much as fits in shared
-memory, also across items. An item's tiles of keys are counted `it = 0 … n - 1`: first those in which something is
+memory, also across items; only where a consumer's queries have a single place (SLOTS), the next item's come when the
+rows of the last have left. An item's tiles of keys are counted `it = 0 … n - 1`: first those in which something is
 hidden from somebody, then those that all its rows see whole, for which no mask is computed, and from `n_near` on those
 of the keys that may be seen from everywhere (global tokens, sinks), which lie gathered in tensors of their own; a row
 takes of these what lies outside of its window.
@@ -104,10 +105,23 @@ def copy_tile(desc, desc_far, b, at, far, head, full, to):
 
 
 @gluon.jit
+def load_queries(
+    desc_q, q_s, q_full, q_empty, turn, tile, b, h, C: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    for c in gl.static_range(C):
+        slot = (turn & (SLOTS - 1)) * C + c
+        mbarrier.wait(q_empty.index(slot), ((turn >> (SLOTS - 1)) & 1) ^ 1)
+        mbarrier.expect(q_full.index(slot), desc_q.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            desc_q, [b, tile * (ROWS * C) + c * ROWS, h, 0], q_full.index(slot), q_s.index(slot)
+        )
+
+
+@gluon.jit
 def produce(
     desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     ORDER, SPANS, desc_far_k, desc_far_v, N_ALWAYS, T, S, H, R, left, right, n_tiles, width,
-    C: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    C: gl.constexpr, N: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
     at = 0  # tiles of keys loaded so far
@@ -129,20 +143,16 @@ def produce(
             free = ((at // STAGES) & 1) ^ 1
             key = key_tile(it, first, n_before, first_full, end_full, n_partial) * N
             far = (it - n_near) * N
-            if it == 0:
-                for c in gl.static_range(C):
-                    slot = (turn & 1) * C + c
-                    mbarrier.wait(q_empty.index(slot), ((turn >> 1) & 1) ^ 1)
-                    mbarrier.expect(q_full.index(slot), desc_q.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        desc_q, [b, tile * (ROWS * C) + c * ROWS, h, 0], q_full.index(slot), q_s.index(slot)
-                    )
+            if SLOTS == 2 and it == 0:
+                load_queries(desc_q, q_s, q_full, q_empty, turn, tile, b, h, C, SLOTS)
             mbarrier.wait(k_empty.index(stage), free)
             mbarrier.expect(k_full.index(stage), desc_k.block_type.nbytes)
             copy_tile(desc_k, desc_far_k, b, key, far, h // R, k_full.index(stage), k_s.index(stage))
             mbarrier.wait(v_empty.index(stage), free)
             mbarrier.expect(v_full.index(stage), desc_v.block_type.nbytes)
             copy_tile(desc_v, desc_far_v, b, key, far, h // R, v_full.index(stage), v_s.index(stage))
+            if SLOTS == 1 and it == 0:  # behind keys and values, which need not wait until the queries' place is free
+                load_queries(desc_q, q_s, q_full, q_empty, turn, tile, b, h, C, SLOTS)
             at += 1
 
 
@@ -256,11 +266,29 @@ def joined(left, right, N: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def start(
+    q_s, k_s, q_full, k_full, nothing, turn, n_turns, at,
+    CID: gl.constexpr, C: gl.constexpr, N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The product of the turn's item with its first tile of keys. After the last item this multiplies what happens to
+    lie there, and nobody looks at it."""
+    stage = at % STAGES
+    slot = (turn & (SLOTS - 1)) * C + CID
+    if turn < n_turns:
+        mbarrier.wait(q_full.index(slot), (turn >> (SLOTS - 1)) & 1)
+        mbarrier.wait(k_full.index(stage), (at // STAGES) & 1)
+    return warpgroup_mma(
+        q_s.index(slot).reshape([ROWS, D]), k_s.index(stage).reshape([N, D]).permute((1, 0)), nothing, use_acc=False,
+        is_async=True,
+    )  # fmt: skip
+
+
+@gluon.jit
 def consume(
     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn, desc_o, LSE, ORDER, SPANS, Q_DOC,
     K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H, scale, softcap, left, right, n_tiles, width,
-    CID: gl.constexpr, C: gl.constexpr, N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    CID: gl.constexpr, C: gl.constexpr, N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, SLOTS: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     DOCUMENTS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINK: gl.constexpr,
     HALVES: gl.constexpr, EMULATED: gl.constexpr,
 ):  # fmt: skip
@@ -284,17 +312,12 @@ def consume(
     ORDER += gl.program_id(0) * width
     n_turns = gl.load(ORDER)
     item = gl.load(ORDER + 1)
-    mbarrier.wait(q_full.index(CID), 0)
-    mbarrier.wait(k_full.index(0), 0)
-    running = warpgroup_mma(
-        q_s.index(CID).reshape([ROWS, D]), k_s.index(0).reshape([N, D]).permute((1, 0)), nothing, use_acc=False,
-        is_async=True,
-    )  # fmt: skip
+    running = start(q_s, k_s, q_full, k_full, nothing, 0, 1, 0, CID, C, N, D, SLOTS, STAGES)
     for turn in range(n_turns):
         tile = item % n_tiles
         head = item // n_tiles
         item = gl.load(ORDER + gl.minimum(turn + 2, n_turns))  # the next, by the time that it is needed
-        slot = (turn & 1) * C + CID
+        slot = (turn & (SLOTS - 1)) * C + CID
         q = q_s.index(slot).reshape([ROWS, D])
         b = head // H
         h = head % H
@@ -380,7 +403,7 @@ def consume(
             # Long since true: a branch, across which ptxas does not move the exponentials. Without it they all come
             # after the wait, where no product runs beside them. (Triton synchronises the four warps before they wait
             # for the same array of barriers again: the queries' has not been waited for in this round.)
-            mbarrier.wait(q_full.index(slot), (turn >> 1) & 1)
+            mbarrier.wait(q_full.index(slot), (turn >> (SLOTS - 1)) & 1)
             # The weights that wgmma still reads stay in their registers until it is done.
             acc, p_half = warpgroup_mma_wait(0, deps=(acc, p_half))
             mbarrier.arrive(v_empty.index(before), count=1)
@@ -393,22 +416,15 @@ def consume(
                 p = joined(p, rest, N, s_layout)
             carried = packed(gl.convert_layout(p.to(dtype), p_layout))
 
-        mbarrier.arrive(q_empty.index(slot), count=1)
+        if SLOTS == 2:
+            mbarrier.arrive(q_empty.index(slot), count=1)
         p_half = unpacked(carried, dtype)
         at += n
         before = (at - 1) % STAGES
-        stage = at % STAGES
         mbarrier.wait(v_full.index(before), ((at - 1) // STAGES) & 1)
         acc = warpgroup_mma(p_half, v_s.index(before).reshape([N, E]), acc, is_async=True)
-        slot = ((turn + 1) & 1) * C + CID
-        if turn + 1 < n_turns:
-            mbarrier.wait(q_full.index(slot), ((turn + 1) >> 1) & 1)
-            mbarrier.wait(k_full.index(stage), (at // STAGES) & 1)
-        # After the last item this multiplies what happens to lie there, and nobody looks at it.
-        running = warpgroup_mma(
-            q_s.index(slot).reshape([ROWS, D]), k_s.index(stage).reshape([N, D]).permute((1, 0)), nothing,
-            use_acc=False, is_async=True,
-        )  # fmt: skip
+        if SLOTS == 2:
+            running = start(q_s, k_s, q_full, k_full, nothing, turn + 1, n_turns, at, CID, C, N, D, SLOTS, STAGES)
 
         total = gl.convert_layout(gl.sum(total, 1), rows_layout)
         empty = top == -float("inf")
@@ -424,13 +440,17 @@ def consume(
         factor = 1.0 / total
         if SINK:
             factor = factor * shrink
-        acc, p_half = warpgroup_mma_wait(1, deps=(acc, p_half))
+        acc, p_half = warpgroup_mma_wait(SLOTS - 1, deps=(acc, p_half))
         mbarrier.arrive(v_empty.index(before), count=1)
         acc = acc * gl.convert_layout(factor, out_rows)[:, None]
         tma.store_wait(0)  # the last item's rows have left the buffer
         o_s.index(CID).reshape([ROWS, E]).store(acc.to(dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(desc_o, [b, row, h, 0], o_s.index(CID))
+        if SLOTS == 1:  # the next queries take the place through which these rows leave
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(slot), count=1)
+            running = start(q_s, k_s, q_full, k_full, nothing, turn + 1, n_turns, at, CID, C, N, D, SLOTS, STAGES)
     warpgroup_mma_wait(0, deps=(running,))
     tma.store_wait(0)
 
@@ -443,23 +463,26 @@ def consume(
 def forward_kernel(
     desc_q, desc_k, desc_v, desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, desc_far_k, desc_far_v, ALWAYS,
     N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H, R, scale, softcap, left, right, n_tiles, width,
-    C: gl.constexpr, N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
+    C: gl.constexpr, N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
     TURNS: gl.constexpr, REGISTERS: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINK: gl.constexpr,
     HALVES: gl.constexpr, EMULATED: gl.constexpr,
 ):  # fmt: skip
-    q_s = gl.allocate_shared_memory(desc_q.dtype, [2 * C, 1, ROWS, 1, D], desc_q.layout)
+    q_s = gl.allocate_shared_memory(desc_q.dtype, [SLOTS * C, 1, ROWS, 1, D], desc_q.layout)
     k_s = gl.allocate_shared_memory(desc_k.dtype, [STAGES, 1, N, 1, D], desc_k.layout)
     v_s = gl.allocate_shared_memory(desc_v.dtype, [STAGES, 1, N, 1, E], desc_v.layout)
-    o_s = gl.allocate_shared_memory(desc_o.dtype, [C, 1, ROWS, 1, E], desc_o.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2 * C, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2 * C, 1], mbarrier.MBarrierLayout())
+    if SLOTS == 1 and D == E:
+        o_s = q_s
+    else:
+        o_s = gl.allocate_shared_memory(desc_o.dtype, [C, 1, ROWS, 1, E], desc_o.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [SLOTS * C, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [SLOTS * C, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     on_turn = gl.allocate_shared_memory(gl.int64, [C, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(2 * C):
+    for slot in gl.static_range(SLOTS * C):
         mbarrier.init(q_full.index(slot), count=1)
         mbarrier.init(q_empty.index(slot), count=1)
     for c in gl.static_range(C):
@@ -476,19 +499,19 @@ def forward_kernel(
                 (consume, (
                     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
-                    scale, softcap, left, right, n_tiles, width, 0, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT,
-                    HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
+                    scale, softcap, left, right, n_tiles, width, 0, C, N, D, E, SLOTS, STAGES, TURNS, CAUSAL,
+                    HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
                 )),
                 (consume, (
                     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
-                    scale, softcap, left, right, n_tiles, width, 1, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT,
-                    HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
+                    scale, softcap, left, right, n_tiles, width, 1, C, N, D, E, SLOTS, STAGES, TURNS, CAUSAL,
+                    HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
                 )),
                 (produce, (
                     desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, ORDER,
-                    SPANS, desc_far_k, desc_far_v, N_ALWAYS, T, S, H, R, left, right, n_tiles, width, C, N, STAGES,
-                    CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS,
+                    SPANS, desc_far_k, desc_far_v, N_ALWAYS, T, S, H, R, left, right, n_tiles, width, C, N, SLOTS,
+                    STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS,
                 )),
             ],
             [4, 1],
@@ -500,25 +523,25 @@ def forward_kernel(
                 (consume, (
                     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
-                    scale, softcap, left, right, n_tiles, width, 0, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT,
-                    HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
+                    scale, softcap, left, right, n_tiles, width, 0, C, N, D, E, SLOTS, STAGES, TURNS, CAUSAL,
+                    HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
                 )),
                 (consume, (
                     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
-                    scale, softcap, left, right, n_tiles, width, 1, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT,
-                    HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
+                    scale, softcap, left, right, n_tiles, width, 1, C, N, D, E, SLOTS, STAGES, TURNS, CAUSAL,
+                    HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
                 )),
                 (consume, (
                     q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
-                    scale, softcap, left, right, n_tiles, width, 2, C, N, D, E, STAGES, TURNS, CAUSAL, HAS_LEFT,
-                    HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
+                    scale, softcap, left, right, n_tiles, width, 2, C, N, D, E, SLOTS, STAGES, TURNS, CAUSAL,
+                    HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
                 )),
                 (produce, (
                     desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, ORDER,
-                    SPANS, desc_far_k, desc_far_v, N_ALWAYS, T, S, H, R, left, right, n_tiles, width, C, N, STAGES,
-                    CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS,
+                    SPANS, desc_far_k, desc_far_v, N_ALWAYS, T, S, H, R, left, right, n_tiles, width, C, N, SLOTS,
+                    STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS,
                 )),
             ],
             [4, 4, 1],

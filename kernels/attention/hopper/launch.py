@@ -141,9 +141,9 @@ def arguments(
     left, right = min(window.left or 0, FURTHEST), min(window.right or 0, FURTHEST)
     scalars = (T, S, H, H // G, spec.softmax_scale(D), spec.softcap or 1.0, left, right, n_tiles, order.shape[1])
     constants = (
-        tiles.consumers, tiles.columns, padded(D), padded(E), tiles.stages, tiles.turns, tiles.registers,
-        spec.causal, window.left is not None, has_right, spec.documents, spec.softcap is not None, spec.alibi,
-        spec.learned_sink, tiles.halves, tiles.emulated,
+        tiles.consumers, tiles.columns, padded(D), padded(E), tiles.slots, tiles.stages, tiles.turns,
+        tiles.registers, spec.causal, window.left is not None, has_right, spec.documents, spec.softcap is not None,
+        spec.alibi, spec.learned_sink, tiles.halves, tiles.emulated,
     )  # fmt: skip
     options = {"num_warps": 4, "maxnreg": tiles.compiled_registers}
     return programs, order, (*scalars, *constants), options

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..spec import AttentionSpec
 
 ROWS = 64  # of queries, that a consumer owns
-HEAD_DIMS = (64, 128)  # in shared memory; head dims between are read as if zeros followed
+HEAD_DIMS = (64, 128, 256)  # in shared memory; head dims between are read as if zeros followed
 LARGEST = HEAD_DIMS[-1]
 
 
@@ -21,6 +21,8 @@ class Tiles:
     halves     the exponentials of a tile's right half come after the wait for the product that runs beside those of
                its left half: what follows the wait runs beside them
     emulated   of eight exponentials how many are polynomials (`exponential`)
+    slots      places for a consumer's queries: 2, so that the next item's come while it works, or 1, through which the
+               output leaves, too (if as wide: else it has its own)
     """
 
     consumers: int
@@ -30,6 +32,7 @@ class Tiles:
     registers: int
     halves: bool = False
     emulated: int = 0
+    slots: int = 2
 
     @property
     def rows(self) -> int:
@@ -59,6 +62,7 @@ def choose(head_dim: int, *, edges: bool = False) -> Tiles:
 _TILES = {
     64: Tiles(2, 128, 4, False, 240),  # 437, 363, 446; with turns 437, 362, 445; three consumers 440, 337, 457: spills
     128: Tiles(2, 128, 2, False, 240),  # 646, 487, 644; with turns 629, 482, 613
+    256: Tiles(2, 64, 2, False, 240, slots=1),  # not timed
 }
 _EDGES = _TILES  # a taller tile has more of an edge
 
@@ -70,6 +74,8 @@ class BackwardTiles:
     queries, query_stages  of a tile that passes the keys of dk and dv; tiles that shared memory holds
     keys, key_stages       of a tile that passes the queries of dq
     registers              of a consumer's thread; the producer gives away its own
+    owners                 consumers with keys of their own, for dk and dv: 2, or 1, with whose keys the first consumer
+                           sums up dk and the second dv
     """
 
     queries: int
@@ -77,8 +83,9 @@ class BackwardTiles:
     keys: int
     key_stages: int
     registers: int = 240
+    owners: int = 2
 
-    rows = 2 * ROWS  # of keys or queries that a program owns
+    rows = 2 * ROWS  # of queries that a program owns, and of keys (with one owner half as many)
     compiled_registers = 168  # of a thread when the program starts: as in `Tiles`
 
 
@@ -98,8 +105,11 @@ _WORTH_IT = 2048  # keys that a query sees
 def adds_dq(spec: AttentionSpec, n_queries: int, n_keys: int, head_dim: int, value_dim: int) -> bool:
     """Whether dq comes from the kernel of dk and dv, added up in whatever order: five products of a tile instead of
     seven, for fp32 sums in memory. Not where softcap or ALiBi need the registers, nor between documents, of which
-    nobody knows here how long they are; half a tile's dq is a square, so both head dims must have the same width."""
+    nobody knows here how long they are; half a tile's dq is a square, so both head dims must have the same width, and a
+    consumer has it of its own keys (`owners`)."""
     if spec.softcap is not None or spec.alibi or spec.documents or padded(head_dim) != padded(value_dim):
+        return False
+    if choose_backward(head_dim).owners == 1:
         return False
     window, half = spec.window, n_queries // 2
     before = n_keys - half if window.left is None else window.left + 1
@@ -118,11 +128,17 @@ _BACKWARD = {
     # 32 × 4: 4.04, 8.26, 4.32, 1.24
     # 128 × 2: 2.36, 4.47, 2.35, 0.84; 64 × 3: 2.48, 4.71, 2.51, 0.86; 64 × 4: 2.51, 4.87, 2.52, 0.85
     128: BackwardTiles(64, 2, 128, 2),
+    # Not timed. dk and dv of ROWS keys take 128 registers of a thread each; of 64 keys dq could hold one tile.
+    256: BackwardTiles(64, 2, 32, 3, 224, owners=1),  # what the second consumer leaves of 240 is the first one's
 }
 # With documents, dq at d128 reloads 36 bytes of a thread in every round of 128 keys and none in those of 64. Not timed.
-_DOCUMENTS = {64: _BACKWARD[64], 128: BackwardTiles(64, 2, 64, 3)}
-# Small enough to spill nothing. Not timed.
-_CURVED = {64: BackwardTiles(64, 4, 64, 4), 128: BackwardTiles(32, 4, 64, 3)}
+_DOCUMENTS = {64: _BACKWARD[64], 128: BackwardTiles(64, 2, 64, 3), 256: _BACKWARD[256]}
+# Small enough to spill nothing, but for dq at d256 with softcap and ALiBi at once. Not timed.
+_CURVED = {
+    64: BackwardTiles(64, 4, 64, 4),
+    128: BackwardTiles(32, 4, 64, 3),
+    256: BackwardTiles(32, 4, 32, 3, 224, owners=1),
+}
 
 L2_BYTES = 32 * 2**20  # of the 50 MiB of an H100: the queries and the output pass through it too
 # Of the backward pass. At 16,384 tokens causal in d128, 16 heads: 469 TFLOP/s with one head at a time, 454 with four,

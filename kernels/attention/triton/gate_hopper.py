@@ -11,10 +11,11 @@ _FROM_REGISTERS = re.compile(r"^R\d+, R(\d+), gdesc")
 _READERS = ("ST", "RED", "ATOM", "BRA", "BAR", "SYNCS", "CALL", "UT")  # their first register is not written
 
 
-def problems(sass: str, columns: int = 128, *, forward: bool = True, emulated: int = 0) -> list[str]:
+def problems(sass: str, columns: int = 128, *, forward: bool = True, emulated: int = 0, beside: int = 2) -> list[str]:
     """One line each: no copies by TMA, an operand overwritten while wgmma reads it, products that ptxas serialised,
     exponentials that wait for the product that they should run beside. `columns`: of a tile that passes a consumer;
-    `emulated`: of eight exponentials, how many are polynomials."""
+    `emulated`: of eight exponentials, how many are polynomials; `beside`: consumers of the backward pass that have a
+    product to run them beside."""
     code = _INSTRUCTION.findall(sass)
     found = []
     if not any(name == "UTMALDG" for name, _, _ in code):
@@ -28,12 +29,14 @@ def problems(sass: str, columns: int = 128, *, forward: bool = True, emulated: i
         found.append(f"{waits} waits for {products} wgmma: ptxas has serialised them")
     # 128 threads share 64 × `columns` scores of a consumer's round: half of their exponentials are enough.
     least = columns // 4 * (8 - emulated) // 8
-    beside = _beside_a_product(code)
+    running = _beside_a_product(code)
     # Each consumer leaves a product running in its loop and, in the forward pass, while it writes an item's rows; in
     # the backward pass it also does between the exponentials and the end of a round.
-    expected = max(1, -(-len(beside) // 2)) if forward else 2
-    if sum(n >= least for n in beside) < expected:
-        found.append(f"exponentials beside products: {beside}, at least {least} beside {expected} of them are expected")
+    expected = max(1, -(-len(running) // 2)) if forward else beside
+    if sum(n >= least for n in running) < expected:
+        found.append(
+            f"exponentials beside products: {running}, at least {least} beside {expected} of them are expected"
+        )
     return found
 
 

@@ -141,6 +141,10 @@ HOPPER = (
     Case(name="hopper d128 sinks 4:1", spec=_WITH_SINKS, head_dim=128, group=4, kernels=("forward", "dq"), hopper=True),
     Case(name="hopper d64 softcap alibi sink", spec=_BIASED, head_dim=64, kernels=("dq", "dkdv"), hopper=True),
     Case(name="hopper d128 softcap alibi sink", spec=_BIASED, head_dim=128, hopper=True),
+    Case(name="hopper d256 causal", spec=_CAUSAL, head_dim=256, kernels=_WITH_STATS[:-1], hopper=True, quick=True),
+    Case(name="hopper d256 two-sided window", spec=_TWO_SIDED, head_dim=256, kernels=("dkdv",), hopper=True),
+    Case(name="hopper d256 documents", spec=_DOCUMENTS, head_dim=256, group=4, hopper=True),
+    Case(name="hopper d256 softcap alibi sink", spec=_BIASED, head_dim=256, kernels=("dq", "dkdv"), hopper=True),
 )
 CASES: tuple[Case | DecodeCase, ...] = SHIPPED + DECODING + EXTREMES + HOPPER
 
@@ -179,10 +183,10 @@ def full_product() -> tuple[Case, ...]:
             spec=specs[name],
             head_dim=head_dim,
             dtype=dtypes[dtype],
-            kernels=_WITH_FUSED if name in ("causal", "full") else WALKS,
+            kernels=_WITH_FUSED if name in ("causal", "full") and head_dim <= 128 else WALKS,
             hopper=True,
         )
-        for head_dim, dtype, name in product((64, 128), ("bf16", "fp16"), served)
+        for head_dim, dtype, name in product((64, 128, 256), ("bf16", "fp16"), served)
     )
 
 
@@ -219,7 +223,7 @@ class Request:
         """Programs of Hopper kernels own queries or keys in consumers of 64; their constants tell of the other side."""
         found = self.constant(name)
         if found is None and "desc_q" in self.signature:
-            consumers = self.constant("C")
+            consumers = self.constant("C") or self.constant("OWNERS")
             found = 64 * consumers if isinstance(consumers, int) else BackwardTiles.rows
         return found if isinstance(found, int) else None
 
