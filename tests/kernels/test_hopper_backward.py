@@ -323,16 +323,12 @@ def test_the_tiles_that_ship_for_wide_heads_compute_gradients(monkeypatch: pytes
             )  # fmt: skip
 
 
-FUSED = {
+FUSED = {  # in wide heads; of global tokens and sinks the kernel of dk and dv does not know all keys
     **{
-        name: case
-        for name, case in CASES.items()
-        if (adds_dq(case[0], 2**20, 2**20, *case[1][5:]) or (case[0].documents and not case[0].alibi))
-        and not (case[0].global_tokens or case[0].sink_tokens)  # of which dk and dv's kernel does not know all keys
+        name: (spec, (*shape[:5], *((96, 72) if shape[5] < 64 else (128, 128))))
+        for name, (spec, shape) in CASES.items()
+        if not (spec.alibi or spec.softcap or spec.global_tokens or spec.sink_tokens)
     },
-    "wide heads": (CAUSAL, (2, 301, 430, 2, 1, 128, 128)),
-    "padded wide heads in a window": (AttentionSpec(causal=False, window=Window(70, 9)), (1, 333, 300, 4, 2, 96, 96)),
-    "wide heads, documents": (AttentionSpec(causal=True, documents=True), (2, 300, 300, 2, 1, 128, 128)),
     "learned sinks": (AttentionSpec(causal=True, learned_sink=True), (1, 200, 200, 2, 2, 128, 128)),
 }
 
@@ -351,14 +347,14 @@ def test_dq_on_the_way_is_the_same(monkeypatch: pytest.MonkeyPatch, name: str) -
 def test_dq_is_added_on_the_way_where_queries_see_enough() -> None:
     assert adds_dq(CAUSAL, 4096, 4096, 128, 128)
     assert not adds_dq(CAUSAL, 4094, 4094, 128, 128)
-    assert adds_dq(CAUSAL, 128, 2112, 64, 40)
+    assert adds_dq(CAUSAL, 128, 2112, 72, 96)
     assert adds_dq(FULL, 2048, 2048, 128, 96)
     assert not adds_dq(FULL, 2**20, 2047, 128, 128)
     assert not adds_dq(AttentionSpec(causal=True, window=Window(left=2046)), 2**20, 2**20, 128, 128)
     assert adds_dq(AttentionSpec(causal=True, window=Window(left=2047)), 2**20, 2**20, 128, 128)
     assert not adds_dq(AttentionSpec(causal=False, window=Window.symmetric(1023)), 2**20, 2**20, 128, 128)
     assert adds_dq(AttentionSpec(causal=False, window=Window.symmetric(1024)), 2**20, 2**20, 128, 128)
-    assert adds_dq(AttentionSpec(causal=False, window=Window(right=9)), 4096, 4096, 64, 64)
+    assert adds_dq(AttentionSpec(causal=False, window=Window(right=9)), 4096, 4096, 128, 128)
     for spec in (
         AttentionSpec(causal=True, documents=True),
         AttentionSpec(causal=True, alibi=True),
@@ -366,13 +362,11 @@ def test_dq_is_added_on_the_way_where_queries_see_enough() -> None:
     ):
         assert not adds_dq(spec, 2**20, 2**20, 128, 128)
     assert not adds_dq(CAUSAL, 2**20, 2**20, 128, 64)
-    assert not adds_dq(CAUSAL, 2**20, 2**20, 256, 256)
+    assert not any(adds_dq(CAUSAL, 2**20, 2**20, D, D) for D in (64, 256))
 
 
 def test_dq_on_the_way_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
-    for D in (64, 128):
-        shape = (1, 300, 300, 4, 2, D, D)
-        run(monkeypatch, CAUSAL, shape, queries=choose_backward(D).queries, kernels=("fused",), dtype=torch.float16)
+    run(monkeypatch, CAUSAL, (1, 300, 300, 4, 2, 128, 128), kernels=("fused",), dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -381,23 +375,17 @@ def test_dq_on_the_way_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
         # nobody waits for the other's part
         ("            mbarrier.wait(ds_full.index(slot), (at // 2) & 1)\n", ""),
         # one slot
-        ("        slot = at % 2\n", "        slot = 0\n"),
+        ("            slot = at % 2\n", "            slot = 0\n"),
         # the other's keys are written over while they are read
         ("        mbarrier.wait(read.index(0), 0)\n", ""),
         # the buffer is written to while it is copied
         ("    tma.store_wait(0)  # the last one", "    # the last one"),
         # the same half twice
-        (
-            "ds_c = ds_s.index((slot * CONSUMERS + CID) * CONSUMERS + c)",
-            "ds_c = ds_s.index(slot * CONSUMERS * CONSUMERS + c)",
-        ),
-        ("            k_c = k_c.slice(CID * ROWS, ROWS, dim=1)", "            k_c = k_c.slice(0, ROWS, dim=1)"),
+        (".slice(CID * ROWS, ROWS, dim=1)", ".slice(0, ROWS, dim=1)"),
         # the heads of a group are one head
-        ("row - (M - W), g * R + r, CID", "row - (M - W), g * R, CID"),
-        # the second half's place
-        ("row - (M - W), g", "row, g"),
+        ("row, g * R + r, CID", "row, g * R, CID"),
     ],
-    ids=["unwaited", "one slot", "keys gone", "buffer", "half of queries", "half of columns", "one head", "place"],
+    ids=["unwaited", "one slot", "keys gone", "buffer", "half of columns", "one head"],
 )
 def test_the_interpreter_notices_what_is_wrong_with_dq(monkeypatch: pytest.MonkeyPatch, was: str, becomes: str) -> None:
     monkeypatch.setattr(gluon, "PATIENCE", 0.5)
@@ -409,9 +397,7 @@ def test_the_interpreter_notices_what_is_wrong_with_dq(monkeypatch: pytest.Monke
 
     def several() -> None:
         for seed in range(6):
-            for D in (64, 128):
-                shape = (1, 500, 500, 2, 1, D, D)
-                run(monkeypatch, WIDE, shape, queries=choose_backward(D).queries, kernels=("fused",), seed=seed)
+            run(monkeypatch, WIDE, (1, 500, 500, 2, 1, 128, 128), kernels=("fused",), seed=seed)
 
     with pytest.raises((AssertionError, RuntimeError)):
         several()

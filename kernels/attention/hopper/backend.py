@@ -118,7 +118,8 @@ def _masked(spec: AttentionSpec) -> bool:
 
 
 def tiles_of(spec: AttentionSpec, head_dim: int) -> Tiles:
-    return choose(head_dim, edges=spec.documents or spec.window.left is not None)
+    curved = spec.alibi or spec.softcap is not None
+    return choose(head_dim, edges=spec.documents or spec.window.left is not None or curved)
 
 
 def _missing() -> str:

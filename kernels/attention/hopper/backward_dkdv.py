@@ -2,9 +2,9 @@
 that see them, of one query head of the group after the other. `backward.py` has the legend.
 
 dq (FUSED) wants the gradients of scores by query, of all keys of the program, while each consumer has those of its own
-keys: they leave them in shared memory for each other, and each computes half of the tile's dq (half of its queries, or
-of its columns), which TMA adds to what other programs have added. In which order is up to the hardware, so that dq,
-other than dk and dv, is not the same in every bit from run to run.
+keys: they leave them in shared memory for each other, and each computes half of the columns of the tile's dq, which TMA
+adds to what other programs have added. In which order is up to the hardware, so that dq, other than dk and dv, is not
+the same in every bit from run to run.
 
 Wide heads leave a consumer no registers for both dk and dv: there a program has 64 keys, whose dk the first consumer
 sums up and whose dv the second (OWNERS), and dq has a kernel of its own.
@@ -138,15 +138,12 @@ def produce_queries(
 
 
 @gluon.jit
-def add(dq, dq_s, desc_dq, b, row, h, CID: gl.constexpr, M: gl.constexpr):
-    """A consumer's half of a tile's dq to what other programs have added: half of M queries, or of the columns."""
+def add(dq, dq_s, desc_dq, b, row, h, CID: gl.constexpr):
+    """A consumer's half of the columns of a tile's dq to what other programs have added."""
     tma.store_wait(0)  # the last one has left the buffer
     dq_s.index(CID).reshape([ROWS, ROWS]).store(dq)
     fence_async_shared()
-    if M == ROWS:
-        async_add_shared_to_global(desc_dq, [b, row, h, CID * ROWS], dq_s.index(CID))
-    else:
-        async_add_shared_to_global(desc_dq, [b, row + CID * ROWS, h, 0], dq_s.index(CID))
+    async_add_shared_to_global(desc_dq, [b, row, h, CID * ROWS], dq_s.index(CID))
 
 
 @gluon.jit
@@ -162,9 +159,7 @@ def consume_queries(
     HAS_DK: gl.constexpr = OWNERS == CONSUMERS or CID == 0
     HAS_DV: gl.constexpr = OWNERS == CONSUMERS or CID == 1
     dtype: gl.constexpr = desc_dk.dtype
-    # Queries of a tile that are multiplied at a time: with dq, no more than leave room for it in registers.
-    W: gl.constexpr = ROWS if FUSED else M
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, W, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, E, 16])
     ds_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=dk_layout, k_width=2)
@@ -176,8 +171,8 @@ def consume_queries(
 
     key = (tile * OWNERS + OWN) * ROWS
     keys = key + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-    cols = gl.arange(0, W, cols_layout)
-    nothing = gl.zeros([ROWS, W], gl.float32, s_layout)
+    cols = gl.arange(0, M, cols_layout)
+    nothing = gl.zeros([ROWS, M], gl.float32, s_layout)
     unit = scale * LOG2E
     if SOFTCAP or ALIBI:
         unit = 1.0
@@ -206,69 +201,61 @@ def consume_queries(
     r = 0
     for at in range(R * n):
         stage = at % STAGES
-        slot = at % 2
         mbarrier.wait(full.index(stage), (at // STAGES) & 1)
-        for part in gl.static_range(M // W):
-            q = q_s.index(stage).reshape([M, D]).slice(part * W, W)
-            d_out = do_s.index(stage).reshape([M, E]).slice(part * W, W)
-            s = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            if HAS_DK:
-                dp = warpgroup_mma(v, d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            row = key_tile(it, first, n_before, first_full, end_full, n_partial) * M + part * W
-            # What wgmma still reads stays in its registers until it is done.
-            if part == 0:
-                s = warpgroup_mma_wait(1 if HAS_DK else 0, deps=(s,))
-            else:
-                s, dv, p_half, dk, ds_half = warpgroup_mma_wait(1, deps=(s, dv, p_half, dk, ds_half))  # noqa: F821
-            if FAR_ROWS is None or it < n_near:
-                s, steep = scores(s, keys, row + (S - T) + cols, scale, softcap, slope, SOFTCAP, ALIBI)
-            else:
-                begin = (it - n_near) * M + part * W
-                rows = cols
-                if ALIBI:
-                    rows = far_places(FAR_ROWS, N_FAR_ROWS, b, begin, cols, T)
-                s, steep = scores(s, keys, rows + (S - T), scale, softcap, slope, SOFTCAP, ALIBI)
-                s = unpermitted(s, begin, keys, k_doc, cols, SEEN_FROM, FAR_DOC, b, T, S, CAUSAL, DOCUMENTS)
-            if it < n_partial:
-                s = unseen(s, row, low, high, k_doc, cols, Q_DOC, b, T, CAUSAL or HAS_RIGHT, HAS_LEFT, DOCUMENTS)
-            lse_2 = lse_s.index(stage).slice(part * W, W).load(cols_layout)
-            p = gl.exp2(s * unit - lse_2[None, :])
-            if HAS_DV:
-                p_half = gl.convert_layout(p.to(dtype), p_layout)
-                dv = warpgroup_mma(p_half, d_out, dv, is_async=True)
-            else:
-                # Long since true: a branch, across which ptxas does not move the exponentials behind the wait.
-                mbarrier.wait(full.index(stage), (at // STAGES) & 1)
-            if HAS_DK:
-                dp = warpgroup_mma_wait(1 if HAS_DV else 0, deps=(dp,))
-                delta = delta_s.index(stage).slice(part * W, W).load(cols_layout)
-                ds = p * (dp + delta[None, :])
-                if SOFTCAP:
-                    ds = ds * steep
-                ds_16 = ds.to(dtype)
-                ds_half = gl.convert_layout(ds_16, ds_layout)
-            if FUSED:
-                # Two slots: who writes to one again has seen the other consumer's arrival at the second, by when that
-                # had read the first.
-                ds_s.index((slot * (M // W) + part) * CONSUMERS + CID).store(ds_16)
-                fence_async_shared()
-            if part + 1 < M // W:
-                dk = warpgroup_mma(ds_half, q, dk, is_async=True)
+        q = q_s.index(stage).reshape([M, D])
+        d_out = do_s.index(stage).reshape([M, E])
+        s = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        if HAS_DK:
+            dp = warpgroup_mma(v, d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        row = key_tile(it, first, n_before, first_full, end_full, n_partial) * M
+        if FUSED:  # early: beside two products shared memory is busy, and its answers take their time
+            lse_2 = lse_s.index(stage).load(cols_layout)
+        s = warpgroup_mma_wait(1 if HAS_DK else 0, deps=(s,))
+        if FAR_ROWS is None or it < n_near:
+            s, steep = scores(s, keys, row + (S - T) + cols, scale, softcap, slope, SOFTCAP, ALIBI)
+        else:
+            begin = (it - n_near) * M
+            rows = cols
+            if ALIBI:
+                rows = far_places(FAR_ROWS, N_FAR_ROWS, b, begin, cols, T)
+            s, steep = scores(s, keys, rows + (S - T), scale, softcap, slope, SOFTCAP, ALIBI)
+            s = unpermitted(s, begin, keys, k_doc, cols, SEEN_FROM, FAR_DOC, b, T, S, CAUSAL, DOCUMENTS)
+        if it < n_partial:
+            s = unseen(s, row, low, high, k_doc, cols, Q_DOC, b, T, CAUSAL or HAS_RIGHT, HAS_LEFT, DOCUMENTS)
+        if not FUSED:
+            lse_2 = lse_s.index(stage).load(cols_layout)
+        p = gl.exp2(s * unit - lse_2[None, :])
+        if HAS_DV:
+            p_half = gl.convert_layout(p.to(dtype), p_layout)
+            dv = warpgroup_mma(p_half, d_out, dv, is_async=True)
+        else:
+            # Long since true: a branch, across which ptxas does not move the exponentials behind the wait.
+            mbarrier.wait(full.index(stage), (at // STAGES) & 1)
+        if HAS_DK:
+            dp = warpgroup_mma_wait(1 if HAS_DV else 0, deps=(dp,))
+            delta = delta_s.index(stage).load(cols_layout)
+            ds = p * (dp + delta[None, :])
+            if SOFTCAP:
+                ds = ds * steep
+            ds_16 = ds.to(dtype)
+            ds_half = gl.convert_layout(ds_16, ds_layout)
+        # What wgmma still reads stays in its registers until it is done.
         if FUSED:
+            # Two slots: who writes to one again has seen the other consumer's arrival at the second, by when that had
+            # read the first.
+            slot = at % 2
+            ds_s.index(slot * CONSUMERS + CID).store(ds_16)
+            fence_async_shared()
             mbarrier.arrive(ds_full.index(slot), count=1)
             mbarrier.wait(ds_full.index(slot), (at // 2) & 1)
-            dq = gl.zeros([ROWS, ROWS], gl.float32, dq_layout)
+            dq = gl.zeros([M, ROWS], gl.float32, dq_layout)
             for c in gl.static_range(CONSUMERS):
-                k_c = k_s.index(c).reshape([ROWS, D])
-                if M == W:  # a consumer has half of the columns
-                    ds_c = ds_s.index(slot * CONSUMERS + c)
-                    k_c = k_c.slice(CID * ROWS, ROWS, dim=1)
-                else:  # half of the queries
-                    ds_c = ds_s.index((slot * CONSUMERS + CID) * CONSUMERS + c)
-                dq = warpgroup_mma(ds_c.permute((1, 0)), k_c, dq, use_acc=c > 0, is_async=True)
+                k_c = k_s.index(c).reshape([ROWS, D]).slice(CID * ROWS, ROWS, dim=1)
+                ds_c = ds_s.index(slot * CONSUMERS + c).permute((1, 0))
+                dq = warpgroup_mma(ds_c, k_c, dq, use_acc=c > 0, is_async=True)
             dk = warpgroup_mma(ds_half, q, dk, is_async=True)
             dv, p_half, dq = warpgroup_mma_wait(1, deps=(dv, p_half, dq))
-            add(dq, dq_s, desc_dq, b, row - (M - W), g * R + r, CID, M)
+            add(dq, dq_s, desc_dq, b, row, g * R + r, CID)
             dk, ds_half = warpgroup_mma_wait(0, deps=(dk, ds_half))
         elif OWNERS == CONSUMERS:
             dk = warpgroup_mma(ds_half, q, dk, is_async=True)
@@ -315,8 +302,8 @@ def dkdv_kernel(
 ):  # fmt: skip
     """A program has OWNERS · ROWS keys of one key/value head; `n_heads` is B · G.
 
-    FUSED: to `desc_dq`, an fp32 tensor [B, T, H, D], dq is added, without the scale; M · D = 128 · ROWS, OWNERS
-    == CONSUMERS. Otherwise it is None."""
+    FUSED: to `desc_dq`, an fp32 tensor [B, T, H, D], dq is added, without the scale; M is ROWS, D CONSUMERS · ROWS, and
+    OWNERS CONSUMERS. Otherwise it is None."""
     SPARE: gl.constexpr = 16 if OWNERS == 1 else 0  # registers that the producer has use for and dv has not
     tile, head = place(n_tiles, n_heads, group, False)
     b = head // G
@@ -337,8 +324,8 @@ def dkdv_kernel(
     ds_s = q_s
     dq_s = q_s
     if FUSED:
-        ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], desc_q.dtype)
-        ds_s = gl.allocate_shared_memory(desc_q.dtype, [2 * CONSUMERS * M // ROWS, ROWS, ROWS], ds_layout)
+        ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, M], desc_q.dtype)
+        ds_s = gl.allocate_shared_memory(desc_q.dtype, [2 * CONSUMERS, ROWS, M], ds_layout)
         dq_s = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, ROWS, 1, ROWS], desc_dq.layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

@@ -54,17 +54,22 @@ def padded(head_dim: int) -> int:
 
 
 def choose(head_dim: int, *, edges: bool = False) -> Tiles:
-    """Tiles for a head dim (the larger of q's and v's). `edges`: a window's left side or documents hide keys, too."""
+    """Tiles for a head dim (the larger of q's and v's). `edges`: a window's left side or documents hide keys, too, or
+    softcap or ALiBi want registers."""
     return (_EDGES if edges else _TILES)[padded(head_dim)]
 
 
 # One H100, TFLOP/s at 16,384 tokens causal, 4,096 causal, and 16,384 full (docs/log.md).
 _TILES = {
-    64: Tiles(2, 128, 4, False, 240),  # 437, 363, 446; with turns 437, 362, 445; three consumers 440, 337, 457: spills
-    128: Tiles(2, 128, 2, False, 240),  # 646, 487, 644; with turns 629, 482, 613
+    # In one run: 527, 443, 443 (best 500); without halves 516, 414, 486 (511); two consumers 458, 414, 426 (439), with
+    # halves 470, 394, 424 (462); with one or two of eight exponentials emulated 463, 401, 470 and 454, 394, 462; with
+    # turns and one emulated 452, 418, 462.
+    64: Tiles(3, 128, 4, False, 160, halves=True),
+    128: Tiles(2, 128, 2, False, 240, halves=True),  # 691; without halves 665, again 600; one of eight emulated 556
     256: Tiles(2, 64, 2, False, 240, slots=1),  # not timed
 }
-_EDGES = _TILES  # a taller tile has more of an edge
+# A taller tile has more of an edge.
+_EDGES = {**_TILES, 64: Tiles(2, 128, 4, False, 240), 128: Tiles(2, 128, 2, False, 240)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +101,19 @@ def choose_backward(head_dim: int, *, curved: bool = False, documents: bool = Fa
     return table[padded(head_dim)]
 
 
-# One H100, causal, ms of the whole backward pass with dq on the way / in a pass of its own (docs/log.md): d128 16,384
-# tokens 5.21 / 5.65, 4,096 tokens 1.71 / 1.74; d64 6.62 / 6.90, 2.03 / 1.86. The fp32 sums are set to zero, added to
-# and rounded, which takes time by rows; what is saved is by pairs.
+# One H100, ms of the whole backward pass with dq on the way / in a pass of its own (docs/log.md), d128: 16,384 tokens
+# causal 5.30 / 5.77, full 10.3 / 11.7; 4,096 causal 1.43 / 1.49. d64: 6.61 / 6.07, 13.6 / 12.3, 1.86 / 1.71. The fp32
+# sums are set to zero, added to and rounded, which takes time by rows; what is saved is by pairs.
 _WORTH_IT = 2048  # keys that a query sees
+_WIDTH_ON_THE_WAY = 128
 
 
 def adds_dq(spec: AttentionSpec, n_queries: int, n_keys: int, head_dim: int, value_dim: int) -> bool:
     """Whether dq comes from the kernel of dk and dv, added up in whatever order: five products of a tile instead of
     seven, for fp32 sums in memory. Not where softcap or ALiBi need the registers, nor between documents, of which
-    nobody knows here how long they are; half a tile's dq is a square, so both head dims must have the same width, and a
-    consumer has it of its own keys (`owners`)."""
-    if spec.softcap is not None or spec.alibi or spec.documents or padded(head_dim) != padded(value_dim):
-        return False
-    if choose_backward(head_dim).owners == 1:
+    nobody knows here how long they are."""
+    widths = padded(head_dim), padded(value_dim)
+    if spec.softcap is not None or spec.alibi or spec.documents or widths != (_WIDTH_ON_THE_WAY, _WIDTH_ON_THE_WAY):
         return False
     window, half = spec.window, n_queries // 2
     before = n_keys - half if window.left is None else window.left + 1
