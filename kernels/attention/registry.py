@@ -136,7 +136,6 @@ def available() -> dict[str, Capabilities]:
 
 # -- choice ------------------------------------------------------------------------------------------------------------
 
-_HOPPER_HEADS = 128  # head dims up to which "auto" takes hopper: wider ones have not run on a GPU yet
 _SMALL_MASK = 2**22  # query-key pairs: a dense mask of 2,048 × 2,048
 
 
@@ -146,10 +145,10 @@ def preference(spec: AttentionSpec, call: AttentionCall) -> tuple[str, ...]:
     CPU            sdpa, decode, reference; decode first over heads that sdpa would repeat
     CUDA           decode in generation and over keys in pages or eight bits; else hopper, on the GPUs that it is for,
                    and triton, which skip what is masked and were ahead of torch's FlashAttention wherever they were
-                   measured beside it, hopper ahead of triton (docs/results.md) but for global tokens and sinks, which
-                   it has not run on a GPU yet; flex where positions are explicit, over which triton skips nothing;
-                   sdpa first, without gradients, wherever a dense mask is small: there every new kind of call would
-                   cost more in compilation than it saves
+                   measured beside it; triton first for global tokens and sinks, with which hopper's backward pass is
+                   slower (docs/results.md); flex where positions are explicit, over which triton skips nothing; sdpa
+                   first, without gradients, wherever a dense mask is small: there every new kind of call would cost
+                   more in compilation than it saves
     another device reference
     """
     if call.device == "cpu":
@@ -160,8 +159,6 @@ def preference(spec: AttentionSpec, call: AttentionCall) -> tuple[str, ...]:
             return ("decode", "sdpa", "triton", "flex", "reference")
         pairs = None if call.n_queries is None or call.n_keys is None else call.n_queries * call.n_keys
         fused = ("triton", "hopper") if spec.global_tokens or spec.sink_tokens else ("hopper", "triton")
-        if max(call.head_dim, call.value_dim or 0) > _HOPPER_HEADS:
-            fused = ("triton", "hopper")
         small = pairs is not None and pairs <= _SMALL_MASK and not call.needs_grad
         if small:
             return ("sdpa", *fused, "flex", "reference")

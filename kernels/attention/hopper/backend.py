@@ -27,7 +27,8 @@ class Hopper:
     """Fused forward and backward pass in Triton Gluon.
 
     Memory is O(T + S), weights of a tile that nobody sees are never computed, and results are bit-identical from run
-    to run, gradients included.
+    to run: all but q's gradients where these are added up in any order (`tiles.adds_dq`), and those too under
+    torch.use_deterministic_algorithms.
     """
 
     name = "hopper"

@@ -158,6 +158,9 @@ def consume_queries(
     OWN: gl.constexpr = CID % OWNERS  # where its keys and values lie
     HAS_DK: gl.constexpr = OWNERS == CONSUMERS or CID == 0
     HAS_DV: gl.constexpr = OWNERS == CONSUMERS or CID == 1
+    # The lse is read while the products run that keep shared memory busy, and its answers late; a mask leaves no
+    # registers for it.
+    EARLY: gl.constexpr = FUSED and not (CAUSAL or HAS_LEFT or HAS_RIGHT)
     dtype: gl.constexpr = desc_dk.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -208,7 +211,7 @@ def consume_queries(
         if HAS_DK:
             dp = warpgroup_mma(v, d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
         row = key_tile(it, first, n_before, first_full, end_full, n_partial) * M
-        if FUSED:  # early: beside two products shared memory is busy, and its answers take their time
+        if EARLY:
             lse_2 = lse_s.index(stage).load(cols_layout)
         s = warpgroup_mma_wait(1 if HAS_DK else 0, deps=(s,))
         if FAR_ROWS is None or it < n_near:
@@ -222,17 +225,22 @@ def consume_queries(
             s = unpermitted(s, begin, keys, k_doc, cols, SEEN_FROM, FAR_DOC, b, T, S, CAUSAL, DOCUMENTS)
         if it < n_partial:
             s = unseen(s, row, low, high, k_doc, cols, Q_DOC, b, T, CAUSAL or HAS_RIGHT, HAS_LEFT, DOCUMENTS)
-        if not FUSED:
+        if not EARLY:
             lse_2 = lse_s.index(stage).load(cols_layout)
         p = gl.exp2(s * unit - lse_2[None, :])
         if HAS_DV:
             p_half = gl.convert_layout(p.to(dtype), p_layout)
+        if FUSED:  # before the wait: tensor cores go on. Heads of 64, which are never fused, were slower so
             dv = warpgroup_mma(p_half, d_out, dv, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=(dp,))
         else:
-            # Long since true: a branch, across which ptxas does not move the exponentials behind the wait.
-            mbarrier.wait(full.index(stage), (at // STAGES) & 1)
+            if HAS_DK:
+                # Long since true: a branch, across which ptxas does not move the exponentials behind the wait.
+                mbarrier.wait(full.index(stage), (at // STAGES) & 1)
+                dp = warpgroup_mma_wait(0, deps=(dp,))
+            if HAS_DV:
+                dv = warpgroup_mma(p_half, d_out, dv, is_async=True)
         if HAS_DK:
-            dp = warpgroup_mma_wait(1 if HAS_DV else 0, deps=(dp,))
             delta = delta_s.index(stage).load(cols_layout)
             ds = p * (dp + delta[None, :])
             if SOFTCAP:
