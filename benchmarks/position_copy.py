@@ -111,6 +111,7 @@ def main(arguments: Sequence[str]) -> int:
         append("position_copy.csv", [row], output)
         print(f"seed {seed}  {arm:12s} after {step:5,d} steps, {context:6,d} tokens: loss {loss:.3f}", flush=True)
 
+    keys_of_children = [key for key in keys if not key.startswith("data.tokenizer")]  # the parent's comes with it
     for seed in [int(each) for each in own.get("seeds", "0,1").split(",")]:
         home = runs / f"seed-{seed}"
         parent = trained(home / "parent", [f"seed={seed}", *keys])
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str]) -> int:
                     found = trained(
                         home / f"{arm}-{step}",
                         [
-                            *(f"seed={seed}", *keys, f"checkpoint={converted}"),
+                            *(f"seed={seed}", *keys_of_children, f"checkpoint={converted}"),
                             *(f"data.context={length}", f"trainer.steps={step}"),
                             *(f"trainer.global_batch={rows}", f"trainer.micro_batch={rows}"),
                             *(f"trainer.val_every={step}", f"trainer.save_every={step}"),  # its last is its best

@@ -144,11 +144,11 @@ def preference(spec: AttentionSpec, call: AttentionCall) -> tuple[str, ...]:
 
     CPU            sdpa, decode, reference; decode first over heads that sdpa would repeat
     CUDA           decode in generation and over keys in pages or eight bits; else hopper, on the GPUs that it is for,
-                   and triton, which skip what is masked and were ahead of torch's FlashAttention wherever they were
-                   measured beside it; triton first for global tokens and sinks, with which hopper's backward pass is
-                   slower (docs/results.md); flex where positions are explicit, over which triton skips nothing; sdpa
-                   first, without gradients, wherever a dense mask is small: there every new kind of call would cost
-                   more in compilation than it saves
+                   and triton; both skip what is masked, hopper was ahead of triton, and triton of torch's
+                   FlashAttention, wherever they were measured; triton first for global tokens and sinks, for which
+                   hopper needs more launches (docs/results.md); flex where positions are explicit, over which triton
+                   skips nothing; sdpa first, without gradients, wherever a dense mask is small: there every new kind of
+                   call would cost more in compilation than it saves
     another device reference
     """
     if call.device == "cpu":

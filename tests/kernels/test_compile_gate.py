@@ -379,3 +379,11 @@ def test_serialised_products_and_loads_without_tma_are_told() -> None:
     serialised = [LOAD, *[SCORES, ALL] * 8, ONE_LEFT, *EXPONENTIALS, ALL]
     assert any("serialised" in line for line in problems(code(*serialised)))
     assert problems(code(*[SCORES] * 16, ONE_LEFT, *EXPONENTIALS, ALL)) == ["no UTMALDG: nothing is loaded by TMA"]
+
+
+@needs_triton
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_full_product_asks_hopper_for_kernels_that_it_has(head_dim: int) -> None:
+    for name in ("causal", "causal window", "documents"):
+        case = next(case for case in full_product() if case.name == f"hopper d{head_dim} bf16 {name}")
+        assert set(case.kernels) <= set(requests(case, 90)), case.name

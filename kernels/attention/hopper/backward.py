@@ -1,9 +1,9 @@
 """The backward kernels for Hopper (sm_90): dk and dv by tiles of keys, dq by tiles of queries. A producer warp loads by
 TMA, two consumers of four warps do everything else; both kernels recompute the weights from the lse.
 
-Nothing is added atomically, so gradients are deterministic; dk and dv of a key/value head are summed over its group of
-query heads inside the program. The price is seven products a tile instead of five. Where that is worth it (`tiles`),
-and nobody asks for determinism, the first kernel does the second's work too.
+As two kernels nothing is added atomically and gradients are deterministic, for seven products a tile instead of five.
+Where `tiles.adds_dq` says so and nobody asks for determinism, the first kernel adds up dq, too, in any order. dk and dv
+of a key/value head are summed over its group of query heads inside the program.
 
     P = exp(s - lse)      dP = dO · Vᵀ      dS = P ∘ (dP - delta)      delta = rowsum(dO ∘ O) - dlse
     dQ = scale · dS · K   dK = scale · dSᵀ · Q   dV = Pᵀ · dO
