@@ -66,44 +66,6 @@ def block(x: Any) -> Block:
     return np.asarray(x).view(Block)
 
 
-def ptx(text: str, arguments: np.ndarray, group: int) -> Block:
-    """Inline assembly that gives `group` results ($0 …) for as many arguments, which follow them, run as it stands:
-    instructions on registers of 32 bits, an array in each. Groups are neighbours of the last axis."""
-    values = np.asarray(arguments, np.float32).reshape(-1, group)
-    registers = {f"${group + i}": values[:, i].copy() for i in range(group)}
-
-    def value(name: str, dtype: type) -> Any:
-        if name.startswith("0f"):
-            return np.uint32(int(name[2:], 16)).view(np.float32)
-        return registers[name].view(dtype) if name in registers else dtype(int(name))
-
-    float32: dict[str, Callable[..., Any]] = {
-        "add": np.add,
-        "sub": np.subtract,
-        "max.NaN": np.maximum,
-        "fma": lambda x, y, z: (x.astype(np.float64) * y + z).astype(np.float32),
-        "ex2": lambda x: np.where(np.exp2(x) < np.finfo(np.float32).tiny, np.float32(0), np.exp2(x)),
-    }
-    for line in filter(None, (line.strip(" ;{}") for line in text.splitlines())):
-        if line.startswith(".reg"):
-            continue
-        opcode, operands = line.split(None, 1)
-        to, *given = (name.strip() for name in operands.split(","))
-        name = opcode.removesuffix(".f32").removesuffix(".rn").removesuffix(".approx.ftz")
-        if name in float32:
-            registers[to] = float32[name](*(value(x, np.float32) for x in given))
-        elif opcode == "mov.b32":
-            registers[to] = value(given[0], np.float32).copy()
-        elif opcode == "shl.b32":
-            registers[to] = value(given[0], np.uint32) << np.uint32(int(given[1]))
-        elif opcode == "add.s32":
-            registers[to] = value(given[0], np.uint32) + value(given[1], np.uint32)
-        else:
-            raise NotImplementedError(line)
-    results = [registers[f"${i}"].view(np.float32) for i in range(group)]
-    return block(np.stack(results, axis=1).reshape(arguments.shape))
-
-
 class Pointer:
     def __init__(self, data: np.ndarray, at: Any = 0) -> None:
         self.data, self.at = data, at
@@ -352,8 +314,6 @@ def language(machine: Machine) -> types.SimpleNamespace:
         return x if condition else y
 
     def assembly(text: str, constraints: str, given: Sequence[Block], *, dtype: str, is_pure: bool, pack: int) -> Block:
-        if dtype == "fp32":
-            return ptx(text, given[0], pack)
         # Pairs of 16 bits into a register and back: here every number has a place of its own.
         assert all(line.split()[0] == "mov.b32" for line in text.strip(";").split(";"))
         return given[0]

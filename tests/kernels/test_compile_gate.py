@@ -290,12 +290,6 @@ def test_exponentials_that_run_beside_a_product_are_what_the_gate_wants() -> Non
     assert [line.split(":")[0] for line in problems(code(*late))] == ["exponentials beside products"]
 
 
-def test_exponentials_that_are_polynomials_are_not_looked_for() -> None:
-    loop = [LOAD, *[SCORES] * 8, *[SUMS] * 8, ONE_LEFT, *EXPONENTIALS[:24], ALL]
-    assert problems(code(*loop), emulated=2) == []
-    assert "at least 28 beside" in problems(code(*loop), emulated=1)[0]
-
-
 def test_every_consumer_of_the_backward_pass_has_exponentials_beside_a_product_of_its_own() -> None:
     both = [LOAD, *[SCORES] * 16, ONE_LEFT, *EXPONENTIALS[:32], ALL, *[SUMS] * 8, ONE_LEFT, *EXPONENTIALS[:32], ALL]
     assert problems(code(*both), 64, forward=False) == []
@@ -334,13 +328,10 @@ def test_a_call_of_the_hopper_backend_compiles_its_whole_training_step() -> None
 
 
 WAYS = {
-    "three consumers, a quarter emulated": (64, Tiles(3, 128, 4, False, 160, halves=True, emulated=2)),
-    "three consumers": (64, Tiles(3, 128, 4, False, 160)),
-    "three consumers in halves": (64, Tiles(3, 128, 4, False, 160, halves=True)),
-    "three consumers in turns, an eighth emulated": (64, Tiles(3, 128, 4, True, 160, halves=True, emulated=1)),
-    "halves": (64, Tiles(2, 128, 4, False, 240, halves=True)),
-    "halves at d128": (128, Tiles(2, 128, 2, False, 240, halves=True)),
-    "an eighth emulated at d128": (128, Tiles(2, 128, 2, False, 240, halves=True, emulated=1)),
+    "three consumers": (64, Tiles(3, 128, 4, 160)),
+    "three consumers in halves": (64, Tiles(3, 128, 4, 160, halves=True)),
+    "halves": (64, Tiles(2, 128, 4, 240, halves=True)),
+    "halves at d128": (128, Tiles(2, 128, 2, 240, halves=True)),
 }
 
 

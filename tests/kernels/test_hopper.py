@@ -27,7 +27,6 @@ from longspan.kernels.attention import (
 )
 from longspan.kernels.attention.backend import Feature
 from longspan.kernels.attention.hopper import backend as hopper
-from longspan.kernels.attention.hopper.exponential import GROUP, MOST, power_ptx
 from longspan.kernels.attention.hopper.gathered import gathered, outside_of_windows
 from longspan.kernels.attention.hopper.order import schedule, visits
 from longspan.kernels.attention.hopper.tiles import (
@@ -52,7 +51,6 @@ _file.loader.exec_module(gluon)
 CAUSAL, FULL = AttentionSpec(causal=True), AttentionSpec(causal=False)
 N = 128
 WIDE = AttentionSpec(causal=True, window=Window(left=300))
-POLYNOMIAL = 1.02e-4  # at most, relative
 
 
 # -- the kernel's text -------------------------------------------------------------------------------------------------
@@ -67,9 +65,7 @@ def run(
     columns: int = N,
     stages: int = 2,
     slots: int = 2,
-    turns: bool = False,
     halves: bool = False,
-    emulated: int = 0,
     programs: int = 3,
     documents: bool = False,
     seed: int = 0,
@@ -111,9 +107,9 @@ def run(
         spec.softmax_scale(D),
         spec.softcap or 1.0,
         *map(gluon.Int, (window.left or 0, window.right or 0, n_tiles, order.shape[1])),
-        *(consumers, columns, padded(D), padded(E), slots, stages, turns, 240),
+        *(consumers, columns, padded(D), padded(E), slots, stages, 240),
         *(spec.causal, window.left is not None, window.right is not None and not spec.causal),
-        *(spec.documents, spec.softcap is not None, spec.alibi, spec.learned_sink, halves, emulated),
+        *(spec.documents, spec.softcap is not None, spec.alibi, spec.learned_sink, halves),
     )
     true = attend(
         *(torch.from_numpy(x).double() for x in (q, k, v)),
@@ -125,11 +121,9 @@ def run(
     )
     assert true.lse is not None
     ordinary = np.ones((B, T), bool) if plan.is_global is None else plan.is_global.numpy() == 0  # others are dense.py's
-    off = 5e-6 + (POLYNOMIAL if emulated else 0.0)  # of a weight, and so of their sum
-    most = off * (2 * float(np.abs(v).max()) if emulated else 1.0)
-    np.testing.assert_allclose(out[ordinary], true.out.numpy()[ordinary], atol=most)
+    np.testing.assert_allclose(out[ordinary], true.out.numpy()[ordinary], atol=5e-6)
     found, expected = (x.transpose(0, 2, 1)[ordinary] for x in (lse.reshape(B, H, T), true.lse.numpy()))
-    np.testing.assert_allclose(found, expected, atol=off)
+    np.testing.assert_allclose(found, expected, atol=5e-6)
 
 
 CASES = {
@@ -194,11 +188,10 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernels_text_computes_attention(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     spec, shape = CASES[name]
-    ways = ((2, 2, False, False, 0), (2, 2, True, True, 0), (3, 4, True, True, 3), (2, 3, False, False, 1))
-    for seed, (consumers, stages, turns, halves, emulated) in enumerate(ways):
+    for seed, (consumers, stages, halves) in enumerate(((2, 2, False), (2, 2, True), (3, 4, True), (2, 3, False))):
         run(
-            monkeypatch, spec, shape, consumers=consumers, stages=stages, turns=turns, halves=halves,
-            emulated=emulated, documents=seed == 0, seed=seed,
+            monkeypatch, spec, shape, consumers=consumers, stages=stages, halves=halves, documents=seed == 0,
+            seed=seed,
         )  # fmt: skip
 
 
@@ -228,7 +221,7 @@ def test_the_tiles_that_ship_for_wide_heads_compute_attention(monkeypatch: pytes
     for seed in range(2):
         run(
             monkeypatch, spec, shape, consumers=tiles.consumers, columns=tiles.columns, stages=tiles.stages,
-            slots=tiles.slots, turns=tiles.turns, programs=3 - seed, documents=seed == 0, seed=seed,
+            slots=tiles.slots, programs=3 - seed, documents=seed == 0, seed=seed,
         )  # fmt: skip
 
 
@@ -255,7 +248,7 @@ def test_the_tiles_that_ship_for_wide_heads_compute_attention(monkeypatch: pytes
         # the right half has no sums
         ("total += gl.convert_layout(lane_sums(rest,", "gl.convert_layout(lane_sums(rest,"),
         # weighs half as much
-        ("rest = powers(rest, EMULATED)", "rest = powers(rest - 1.0, EMULATED)"),
+        ("rest = gl.exp2(rest)", "rest = gl.exp2(rest - 1.0)"),
         # it is taken for the left one
         ("p = joined(p, rest, N, s_layout)", "p = joined(rest, p, N, s_layout)"),
         # keys are given away when their product may not have been multiplied yet
@@ -376,37 +369,6 @@ def test_whole_calls_with_global_tokens_agree_with_fp64() -> None:
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "4 calls agree" in done.stdout
-
-
-# -- powers of two -----------------------------------------------------------------------------------------------------
-
-
-def powers(x: np.ndarray, emulated: int) -> np.ndarray:
-    with np.errstate(invalid="ignore", over="ignore"):
-        return gluon.ptx(power_ptx(emulated), x.astype(np.float32), GROUP)
-
-
-@pytest.mark.parametrize("emulated", range(1, MOST + 1))
-def test_emulated_powers_are_within_their_error_and_as_many_as_asked_for(emulated: int) -> None:
-    x = np.linspace(-126.0, 0.0, 2**16, dtype=np.float32)
-    groups = np.repeat(x[:, None], GROUP, axis=1)
-    off = np.abs(powers(groups, emulated) / np.exp2(groups.astype(np.float64)) - 1)
-    assert off.max() <= POLYNOMIAL
-    assert (off.max(axis=0) > 1e-6).sum() == emulated
-    text = power_ptx(emulated)
-    assert (text.count("ex2.approx.ftz.f32"), text.count("max.NaN")) == (GROUP - emulated, emulated)
-    assert text.count(": ") == 0  # no labels: a text is pasted many times
-
-
-def test_what_is_masked_weighs_nothing_and_the_maximum_one() -> None:
-    hidden = np.array([-np.inf, -1e30, -5000.0, -127.0, -127.0, -128.5, -np.inf, -200.0])
-    assert (powers(hidden, MOST) == 0).all()
-    assert (powers(np.zeros(GROUP), MOST) == 1).all()
-    tiny = powers(np.linspace(-127.0, -126.0, 64), MOST)  # between the smallest normal number and 0
-    assert ((tiny >= 0) & (tiny <= 2.0**-126)).all()
-    assert (powers(np.full(GROUP, 1e-5), MOST) > 1).all()  # rounding may leave the maximum a little above 0
-    lost = powers(np.full(GROUP, np.nan), MOST)
-    assert (~(np.abs(lost) < 1e38)).all()  # too large for any weight, or NaN: never taken for a small one
 
 
 # -- who works on what -------------------------------------------------------------------------------------------------

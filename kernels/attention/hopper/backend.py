@@ -88,7 +88,7 @@ class Hopper:
     ) -> AttentionOutput:
         from .operator import hopper_attention
 
-        masks = _NONE
+        masks = NO_MASKS
         if _masked(spec):
             rows = tiles_of(spec, max(q_BTHD.shape[3], v_BSGE.shape[3])).rows
             masks = _masks(context, spec, q_BTHD.shape[1], k_BSGD.shape[1], q_BTHD.device, rows)
@@ -111,7 +111,7 @@ class Hopper:
 
 
 _Masks = tuple[*tuple[Tensor | None, ...], int, int]
-_NONE: _Masks = (*(None,) * 14, 0, 0)
+NO_MASKS: _Masks = (*(None,) * 14, 0, 0)  # `masks_of` a plan that says nothing
 
 
 def _masked(spec: AttentionSpec) -> bool:

@@ -18,7 +18,7 @@ from ..triton.launch import dense_of, parse_spec
 from .backward import STATS_ROWS, stats_kernel
 from .backward_dkdv import dkdv_kernel
 from .backward_dq import dq_kernel
-from .gathered import Gathered, gathered, statistics_of_rows
+from .gathered import NOTHING, Gathered, gathered, statistics_of_rows
 from .launch import FURTHEST, descriptor, loadable, per_batch, strides_of
 from .plan import Launch, Plans, alike, first
 from .tiles import BACKWARD_L2_BYTES, ROWS, BackwardTiles, adds_dq, choose_backward, heads_at_a_time, padded
@@ -74,8 +74,8 @@ def backward(
     ordinary = lse if is_global is None else lse.masked_fill(is_global[:, None] != 0, -torch.inf)
     far_keys = gathered(k, v, always, n_always, most_always, outside, always_doc)
     far_rows = gathered(q, d_out, rows, n_rows, most_rows, seen_from, row_doc)
-    beside_keys = (None,) * 6 if far_keys is None else far_keys.tensors
-    beside_rows = (None,) * 6 if far_rows is None else far_rows.tensors
+    beside_keys = NOTHING if far_keys is None else far_keys.tensors
+    beside_rows = NOTHING if far_rows is None else far_rows.tensors
 
     parsed = parse_spec(spec)
     fused = far_keys is None and far_rows is None and adds_dq(parsed, T, S, D, E)
@@ -188,7 +188,7 @@ class Task:
         tiles, (B, T, H, D), (S, G), E = self.tiles, self.q.shape, self.k.shape[1:3], self.v.shape[3]
         n_tiles = -(-S // (tiles.owners * ROWS))
         group = heads_at_a_time(B * G, 1, T * (H // G), D + E, BACKWARD_L2_BYTES)
-        far, rows = (None,) * 7, self.far_rows
+        far, rows = (*NOTHING, None), self.far_rows
         if rows is not None and row_stats is not None:
             tensors = (*(descriptor(x, tiles.queries) for x in (rows.x, rows.y)), _numbers(row_stats, tiles.queries))
             far = (*tensors, rows.index, rows.count, *rows.more)
@@ -208,7 +208,7 @@ class Task:
         tiles, (B, T, H, D), (S, G), E = self.tiles, self.q.shape, self.k.shape[1:3], self.v.shape[3]
         n_tiles = -(-T // tiles.rows)
         group = heads_at_a_time(B * H, H // G, S, D + E, BACKWARD_L2_BYTES)
-        far, keys = (None,) * 6, self.far_keys
+        far, keys = NOTHING, self.far_keys
         if keys is not None:
             far = (*(descriptor(x, tiles.keys) for x in (keys.x, keys.y)), keys.index, keys.count, *keys.more)
         given = (

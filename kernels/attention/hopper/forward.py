@@ -28,13 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .. import ranges
-from .exponential import CONSTRAINTS, GROUP, MOST, power_ptx
 
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
-GROUP_OF_POWERS: gl.constexpr = gl.constexpr(GROUP)
-POWERS: gl.constexpr = gl.constexpr(tuple(power_ptx(n) for n in range(MOST + 1)))
-REGISTERS_OF_POWERS: gl.constexpr = gl.constexpr(CONSTRAINTS)
 ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer: what one wgmma of four warps multiplies
 PRODUCER_REGISTERS: gl.constexpr = gl.constexpr(24)
 LANES: gl.constexpr = gl.constexpr(6)  # bits of a score's column that tell its lane apart; the others its register
@@ -232,16 +228,6 @@ def unpacked(x, dtype: gl.constexpr):
 
 
 @gluon.jit
-def powers(x, EMULATED: gl.constexpr):
-    """2 to the power of x <= 0, of which `exponential` computes EMULATED in a group."""
-    if EMULATED == 0:
-        return gl.exp2(x)
-    return gl.inline_asm_elementwise(
-        POWERS[EMULATED], REGISTERS_OF_POWERS, [x], dtype=gl.float32, is_pure=True, pack=GROUP_OF_POWERS
-    )
-
-
-@gluon.jit
 def row_max(s, N: gl.constexpr, layout: gl.constexpr):
     """Neighbours first: no chain of 32 maxima, each of which waits for the last."""
     pairs = gl.max(s.reshape([ROWS, N // 8, 4, 2]), 3)
@@ -285,12 +271,12 @@ def start(
 
 @gluon.jit
 def consume(
-    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn, desc_o, LSE, ORDER, SPANS, Q_DOC,
+    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, desc_o, LSE, ORDER, SPANS, Q_DOC,
     K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H, scale, softcap, left, right, n_tiles, width,
     CID: gl.constexpr, C: gl.constexpr, N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, SLOTS: gl.constexpr,
-    STAGES: gl.constexpr, TURNS: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     DOCUMENTS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINK: gl.constexpr,
-    HALVES: gl.constexpr, EMULATED: gl.constexpr,
+    HALVES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = desc_o.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
@@ -353,7 +339,7 @@ def consume(
         s = shaped(s, key, q_pos, cols, scale, softcap, slope, SOFTCAP, ALIBI)
         s = hidden(s, key, low, high, q_doc, cols, K_DOC, b, S, HAS_LEFT, DOCUMENTS)
         top = row_max(s, N, rows_layout) * unit
-        p = powers(s * unit - finite(top)[:, None], EMULATED)
+        p = gl.exp2(s * unit - finite(top)[:, None])
         total = lane_sums(p, N)
         lanes_layout: gl.constexpr = total.type.layout
         carried = packed(gl.convert_layout(p.to(dtype), p_layout))
@@ -366,15 +352,11 @@ def consume(
             stage = (at + it) % STAGES
             before = (at + it - 1) % STAGES
             mbarrier.wait(k_full.index(stage), ((at + it) // STAGES) & 1)
-            if TURNS:
-                mbarrier.wait(on_turn.index(CID), ((at - turn + it - 1) & 1) ^ (CID == 0))
             s = warpgroup_mma(
                 q, k_s.index(stage).reshape([N, D]).permute((1, 0)), nothing, use_acc=False, is_async=True
             )
             mbarrier.wait(v_full.index(before), ((at + it - 1) // STAGES) & 1)
             acc = warpgroup_mma(p_half, v_s.index(before).reshape([N, E]), acc, is_async=True)
-            if TURNS:
-                mbarrier.arrive(on_turn.index((CID + 1) % C), count=1)
             s = warpgroup_mma_wait(1, deps=(s,))
             if EARLY:
                 mbarrier.arrive(k_empty.index(stage), count=1)
@@ -398,7 +380,7 @@ def consume(
             x = s * unit - shift[:, None]
             if HALVES:
                 x, rest = halves(x, N)
-            p = powers(x, EMULATED)
+            p = gl.exp2(x)
             total += gl.convert_layout(lane_sums(p, N // 2 if HALVES else N), lanes_layout)
             # Long since true: a branch, across which ptxas does not move the exponentials. Without it they all come
             # after the wait, where no product runs beside them. (Triton synchronises the four warps before they wait
@@ -411,7 +393,7 @@ def consume(
             if not EARLY:
                 mbarrier.arrive(k_empty.index(stage), count=1)
             if HALVES:
-                rest = powers(rest, EMULATED)
+                rest = gl.exp2(rest)
                 total += gl.convert_layout(lane_sums(rest, N // 2), lanes_layout)
                 p = joined(p, rest, N, s_layout)
             carried = packed(gl.convert_layout(p.to(dtype), p_layout))
@@ -464,9 +446,9 @@ def forward_kernel(
     desc_q, desc_k, desc_v, desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, desc_far_k, desc_far_v, ALWAYS,
     N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H, R, scale, softcap, left, right, n_tiles, width,
     C: gl.constexpr, N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr, REGISTERS: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr,
+    REGISTERS: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, SINK: gl.constexpr,
-    HALVES: gl.constexpr, EMULATED: gl.constexpr,
+    HALVES: gl.constexpr,
 ):  # fmt: skip
     q_s = gl.allocate_shared_memory(desc_q.dtype, [SLOTS * C, 1, ROWS, 1, D], desc_q.layout)
     k_s = gl.allocate_shared_memory(desc_k.dtype, [STAGES, 1, N, 1, D], desc_k.layout)
@@ -481,12 +463,9 @@ def forward_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    on_turn = gl.allocate_shared_memory(gl.int64, [C, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS * C):
         mbarrier.init(q_full.index(slot), count=1)
         mbarrier.init(q_empty.index(slot), count=1)
-    for c in gl.static_range(C):
-        mbarrier.init(on_turn.index(c), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
@@ -497,16 +476,16 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consume, (
-                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
+                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
-                    scale, softcap, left, right, n_tiles, width, 0, C, N, D, E, SLOTS, STAGES, TURNS, CAUSAL,
-                    HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
+                    scale, softcap, left, right, n_tiles, width, 0, C, N, D, E, SLOTS, STAGES, CAUSAL,
+                    HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES,
                 )),
                 (consume, (
-                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
+                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
-                    scale, softcap, left, right, n_tiles, width, 1, C, N, D, E, SLOTS, STAGES, TURNS, CAUSAL,
-                    HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
+                    scale, softcap, left, right, n_tiles, width, 1, C, N, D, E, SLOTS, STAGES, CAUSAL,
+                    HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES,
                 )),
                 (produce, (
                     desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, ORDER,
@@ -521,22 +500,22 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consume, (
-                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
+                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
-                    scale, softcap, left, right, n_tiles, width, 0, C, N, D, E, SLOTS, STAGES, TURNS, CAUSAL,
-                    HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
+                    scale, softcap, left, right, n_tiles, width, 0, C, N, D, E, SLOTS, STAGES, CAUSAL,
+                    HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES,
                 )),
                 (consume, (
-                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
+                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
-                    scale, softcap, left, right, n_tiles, width, 1, C, N, D, E, SLOTS, STAGES, TURNS, CAUSAL,
-                    HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
+                    scale, softcap, left, right, n_tiles, width, 1, C, N, D, E, SLOTS, STAGES, CAUSAL,
+                    HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES,
                 )),
                 (consume, (
-                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, on_turn,
+                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
-                    scale, softcap, left, right, n_tiles, width, 2, C, N, D, E, SLOTS, STAGES, TURNS, CAUSAL,
-                    HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES, EMULATED,
+                    scale, softcap, left, right, n_tiles, width, 2, C, N, D, E, SLOTS, STAGES, CAUSAL,
+                    HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES,
                 )),
                 (produce, (
                     desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, ORDER,

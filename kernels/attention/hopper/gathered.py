@@ -35,6 +35,9 @@ class Gathered:
         return self.x, self.y, self.index, self.count, *self.more
 
 
+NOTHING: tuple[None, ...] = (None,) * 6  # `tensors` where nothing is gathered
+
+
 def gathered(
     x: Tensor, y: Tensor, index: Tensor | None, count: Tensor | None, most: int, *more: Tensor | None
 ) -> Gathered | None:

@@ -17,9 +17,9 @@ from triton.runtime import driver
 from ..spec import AttentionSpec
 from ..tiles import Pass
 from ..triton.launch import dense_of, parse_spec
-from .backend import tiles_of
+from .backend import NO_MASKS, tiles_of
 from .forward import forward_kernel
-from .gathered import gathered
+from .gathered import NOTHING, gathered
 from .order import schedule
 from .plan import Launch, Plans, alike, first
 from .tiles import ROWS, Tiles, heads_at_a_time, padded
@@ -81,7 +81,7 @@ def forward(
         sinks = sinks.contiguous()
     if spans is not None:
         q_doc, k_doc, spans = (per_batch(x, B) for x in (q_doc, k_doc, spans))
-    far = (None,) * 6
+    far = NOTHING
     if always is not None or rows is not None:
         q, k, v = loadable(q), loadable(k), loadable(v)
         keys = gathered(k, v, always, n_always, most_always, outside, always_doc)
@@ -95,8 +95,8 @@ def forward(
     else:
         read = [loadable(x) for x in (q, k, v)]
         if any(x is not y for x, y in zip(read, (q, k, v))):
-            nobody = (*(None,) * 9, 0, 0)
-            return forward(*read, slopes, sinks, q_doc, k_doc, spans, q_spans, k_spans, *nobody, spec)
+            documents = (q_doc, k_doc, spans, q_spans, k_spans)
+            return forward(*read, slopes, sinks, *documents, *NO_MASKS[len(documents) :], spec)
         parsed = parse_spec(spec)
         tiles = tiles_of(parsed, max(q.shape[3], v.shape[3]))
         programs, order, rest, options = arguments(parsed, tiles, q, k, v, 0 if far[0] is None else far[0].shape[1])
@@ -141,9 +141,9 @@ def arguments(
     left, right = min(window.left or 0, FURTHEST), min(window.right or 0, FURTHEST)
     scalars = (T, S, H, H // G, spec.softmax_scale(D), spec.softcap or 1.0, left, right, n_tiles, order.shape[1])
     constants = (
-        tiles.consumers, tiles.columns, padded(D), padded(E), tiles.slots, tiles.stages, tiles.turns,
-        tiles.registers, spec.causal, window.left is not None, has_right, spec.documents, spec.softcap is not None,
-        spec.alibi, spec.learned_sink, tiles.halves, tiles.emulated,
+        tiles.consumers, tiles.columns, padded(D), padded(E), tiles.slots, tiles.stages, tiles.registers,
+        spec.causal, window.left is not None, has_right, spec.documents, spec.softcap is not None,
+        spec.alibi, spec.learned_sink, tiles.halves,
     )  # fmt: skip
     options = {"num_warps": 4, "maxnreg": tiles.compiled_registers}
     return programs, order, (*scalars, *constants), options

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..spec import AttentionSpec
 from ..triton.launch import cached_spec_text, spec_text
+from .backend import NO_MASKS
 from .backward_launch import backward
 from .launch import forward
 
@@ -50,7 +51,7 @@ def _gradients(run, saved, rest, d_out, d_lse):
 
 
 def _traced_gradients(ctx, d_out, d_lse):
-    return *_gradients(_backward_op, ctx.saved_tensors, ctx.rest, d_out, d_lse), *(None for _ in range(17))
+    return *_gradients(_backward_op, ctx.saved_tensors, ctx.rest, d_out, d_lse), *(None for _ in (*NO_MASKS, "spec"))
 
 
 _forward_op.register_autograd(_traced_gradients, setup_context=_save)

@@ -16,11 +16,9 @@ class Tiles:
     """consumers  of four warps and ROWS queries each
     columns    keys of a tile
     stages     tiles of keys, and as many of values, that shared memory holds
-    turns      consumers take turns on the tensor cores: one multiplies while another exponentiates
     registers  of a consumer's thread; the producer gives away its own
     halves     the exponentials of a tile's right half come after the wait for the product that runs beside those of
                its left half: what follows the wait runs beside them
-    emulated   of eight exponentials how many are polynomials (`exponential`)
     slots      places for a consumer's queries: 2, so that the next item's come while it works, or 1, through which the
                output leaves, too (if as wide: else it has its own)
     """
@@ -28,10 +26,8 @@ class Tiles:
     consumers: int
     columns: int
     stages: int
-    turns: bool
     registers: int
     halves: bool = False
-    emulated: int = 0
     slots: int = 2
 
     @property
@@ -62,14 +58,14 @@ def choose(head_dim: int, *, edges: bool = False) -> Tiles:
 # One H100, TFLOP/s at 16,384 tokens causal, 4,096 causal, and 16,384 full (docs/log.md).
 _TILES = {
     # In one run: 527, 443, 443 (best 500); without halves 516, 414, 486 (511); two consumers 458, 414, 426 (439), with
-    # halves 470, 394, 424 (462); with one or two of eight exponentials emulated 463, 401, 470 and 454, 394, 462; with
-    # turns and one emulated 452, 418, 462. Full attention was faster without halves; one tile serves both.
-    64: Tiles(3, 128, 4, False, 160, halves=True),
-    128: Tiles(2, 128, 2, False, 240, halves=True),  # 691; without halves 665, again 600; one of eight emulated 556
-    256: Tiles(2, 64, 2, False, 240, slots=1),  # 772, 635 causal; no other tiles were timed
+    # halves 470, 394, 424 (462); with one or two of eight exponentials by polynomials 463, 401, 470 and 454, 394,
+    # 462 (log.md). Full attention was faster without halves; one tile serves both.
+    64: Tiles(3, 128, 4, 160, halves=True),
+    128: Tiles(2, 128, 2, 240, halves=True),  # 691; without halves 665, again 600
+    256: Tiles(2, 64, 2, 240, slots=1),  # 772, 635 causal; no other tiles were timed
 }
 # A taller tile has more of an edge.
-_EDGES = {**_TILES, 64: Tiles(2, 128, 4, False, 240), 128: Tiles(2, 128, 2, False, 240)}
+_EDGES = {**_TILES, 64: Tiles(2, 128, 4, 240), 128: Tiles(2, 128, 2, 240)}
 
 
 @dataclass(frozen=True, slots=True)

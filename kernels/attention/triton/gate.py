@@ -228,13 +228,11 @@ def run(job: Job) -> Result:
     failures = over_budget(row, tensor_cores=tensor_cores(job.case, job.kernel, job.arch), spills=spills)
     if isinstance(job.case, Case) and job.case.hopper and job.kernel not in JOINS:
         columns = request.queries if job.kernel in ("dkdv", FUSED) else request.keys
-        emulated = request.constant("EMULATED")
         # With one owner of keys the consumer that sums up dv has no other product while it exponentiates.
         found = problems(
             sass,
             columns,
             forward=job.kernel == "forward",
-            emulated=emulated if isinstance(emulated, int) else 0,
             beside=1 if request.constant("OWNERS") == 1 else 2,
         )
         failures += [f"{variant} on sm_{job.arch} ({request.tile}): {problem}" for problem in found]

@@ -11,11 +11,10 @@ _FROM_REGISTERS = re.compile(r"^R\d+, R(\d+), gdesc")
 _READERS = ("ST", "RED", "ATOM", "BRA", "BAR", "SYNCS", "CALL", "UT")  # their first register is not written
 
 
-def problems(sass: str, columns: int = 128, *, forward: bool = True, emulated: int = 0, beside: int = 2) -> list[str]:
+def problems(sass: str, columns: int = 128, *, forward: bool = True, beside: int = 2) -> list[str]:
     """One line each: no copies by TMA, an operand overwritten while wgmma reads it, products that ptxas serialised,
     exponentials that wait for the product that they should run beside. `columns`: of a tile that passes a consumer;
-    `emulated`: of eight exponentials, how many are polynomials; `beside`: consumers of the backward pass that have a
-    product to run them beside."""
+    `beside`: consumers of the backward pass that have a product to run them beside."""
     code = _INSTRUCTION.findall(sass)
     found = []
     if not any(name == "UTMALDG" for name, _, _ in code):
@@ -28,7 +27,7 @@ def problems(sass: str, columns: int = 128, *, forward: bool = True, emulated: i
     if waits * 4 > products:
         found.append(f"{waits} waits for {products} wgmma: ptxas has serialised them")
     # 128 threads share 64 × `columns` scores of a consumer's round: half of their exponentials are enough.
-    least = columns // 4 * (8 - emulated) // 8
+    least = columns // 4
     running = _beside_a_product(code)
     # Each consumer leaves a product running in its loop and, in the forward pass, while it writes an item's rows; in
     # the backward pass it also does between the exponentials and the end of a round.
