@@ -24,7 +24,9 @@ import torch
 from longspan.kernels.attention import AttentionContext, AttentionSpec, hopper
 
 SOURCE = Path(hopper.__file__).with_name("forward.py")
-BACKWARD = tuple(SOURCE.with_name(name) for name in ("backward.py", "backward_dkdv.py", "backward_dq.py"))
+BACKWARD = tuple(
+    SOURCE.with_name(name) for name in ("backward.py", "backward_squares.py", "backward_dkdv.py", "backward_dq.py")
+)
 PATIENCE = 20.0  # seconds without anybody's progress: a deadlock
 
 
@@ -60,6 +62,9 @@ class Block(np.ndarray):
             return self
         with np.errstate(over="ignore"):  # what is too large becomes infinite, as on a GPU
             return block(self.astype(np.float16).astype(np.float32))
+
+    def broadcast_to(self, shape: Sequence[int]) -> Block:
+        return block(np.broadcast_to(self, shape))
 
 
 def block(x: Any) -> Block:
@@ -119,6 +124,20 @@ class Descriptor:
         """What of the block lies in the tensor, at most [rows, width]."""
         (rows, width), (b, t, h, e) = self.block, coordinates
         return self.data[b, t : t + rows, h, e : e + width]
+
+
+class Lines:
+    """Of a tensor [lines, numbers], in blocks of whole lines."""
+
+    dtype, layout = "fp32", None
+
+    def __init__(self, data: np.ndarray, lines: int) -> None:
+        self.data, self.block = data, (lines, data.shape[1])
+
+    def part(self, coordinates: Sequence[int]) -> np.ndarray:
+        line, column = coordinates
+        assert column == 0
+        return self.data[line : line + self.block[0]]
 
 
 class Vector:
@@ -220,7 +239,7 @@ class Machine:
 
         self.mine.stores.append(copy)
 
-    def add(self, descriptor: Descriptor, coordinates: Sequence[int], source: Shared) -> None:
+    def add(self, descriptor: Lines, coordinates: Sequence[int], source: Shared) -> None:
         coordinates = [int(x) for x in coordinates]
 
         def copy() -> None:

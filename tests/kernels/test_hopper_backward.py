@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longspan.kernels.attention import AttentionParams, AttentionSpec, Window, attend
 from longspan.kernels.attention.hopper import backend as hopper
+from longspan.kernels.attention.hopper.backward_launch import squares_for
 from longspan.kernels.attention.hopper.gathered import gathered, statistics_of_rows
 from longspan.kernels.attention.hopper.tiles import HEAD_DIMS, ROWS, adds_dq, choose_backward, padded
 from longspan.kernels.attention.plan import make_plan
@@ -30,6 +31,7 @@ CAUSAL, FULL = AttentionSpec(causal=True), AttentionSpec(causal=False)
 WIDE = AttentionSpec(causal=True, window=Window(left=300))
 TALL = 2 * ROWS  # keys or queries of a program
 STATS_ROWS = 32
+LINES = 128  # of a square of dq
 
 
 def run(
@@ -161,7 +163,7 @@ def run(
     if "dkdv" in kernels or "fused" in kernels:
         n_tiles = -(-S // (owners * ROWS))
         dk, dv = np.full_like(k, np.nan), np.full_like(v, np.nan)
-        sums = np.zeros(q.shape, np.float32) if "fused" in kernels else None
+        sums = squares_for(torch.from_numpy(q)).numpy() if "fused" in kernels else None
         machine = gluon.Machine(n_tiles * B * G, seed)
         gluon.kernel(monkeypatch, machine, "dkdv_kernel")(
             gluon.Descriptor(q, queries, padded(D)),
@@ -171,7 +173,7 @@ def run(
             gluon.Vector(stats, queries),
             gluon.Descriptor(dk, ROWS, padded(D)),
             gluon.Descriptor(dv, ROWS, padded(E)),
-            None if sums is None else gluon.Descriptor(sums, ROWS, ROWS),
+            None if sums is None else gluon.Lines(sums, LINES),
             *(k_spans, q_doc, k_doc, pointer(slopes), *far_q),
             *map(number, (T, S, H, G, H // G)),
             *scales,
@@ -181,7 +183,15 @@ def run(
         close(dk, 1)
         close(dv, 2)
         if sums is not None:
-            close((sums * spec.softmax_scale(D)).astype(q.dtype), 0)
+            dq = np.full_like(q, np.nan)
+            machine = gluon.Machine(sums.shape[0] // LINES, seed)
+            gluon.kernel(monkeypatch, machine, "round_kernel")(
+                *(pointer(x.reshape(-1)) for x in (sums, dq)),
+                spec.softmax_scale(D),
+                *map(number, (T * H * D, H * D, D, T, H, D, -(-T // queries))),
+                queries == ROWS,
+            )
+            close(dq, 0)
     if "dq" in kernels:
         n_tiles = -(-T // TALL)
         dq, d_slopes = np.full_like(q, np.nan), np.full(B * H * T, np.nan, np.float32)
@@ -323,11 +333,12 @@ def test_the_tiles_that_ship_for_wide_heads_compute_gradients(monkeypatch: pytes
             )  # fmt: skip
 
 
-FUSED = {  # in wide heads; of global tokens and sinks the kernel of dk and dv does not know all keys
+FUSED = {  # of global tokens and sinks the kernel of dk and dv does not know all keys
     **{
-        name: (spec, (*shape[:5], *((96, 72) if shape[5] < 64 else (128, 128))))
+        f"{name}, {'padded to ' if padding else ''}{width}": (spec, (*shape[:5], width - padding, width))
         for name, (spec, shape) in CASES.items()
         if not (spec.alibi or spec.softcap or spec.global_tokens or spec.sink_tokens)
+        for width, padding in ((64, 24 if shape[5] < 64 else 0), (128, 32 if shape[5] < 64 else 0))
     },
     "learned sinks": (AttentionSpec(causal=True, learned_sink=True), (1, 200, 200, 2, 2, 128, 128)),
 }
@@ -345,6 +356,9 @@ def test_dq_on_the_way_is_the_same(monkeypatch: pytest.MonkeyPatch, name: str) -
 
 
 def test_dq_is_added_on_the_way_where_queries_see_enough() -> None:
+    for width, enough in ((64, 1024), (40, 1024), (128, 2048), (72, 2048)):
+        assert adds_dq(CAUSAL, 2 * enough, 2 * enough, width, width)
+        assert not adds_dq(CAUSAL, 2 * enough - 2, 2 * enough - 2, width, width)
     assert adds_dq(CAUSAL, 4096, 4096, 128, 128)
     assert not adds_dq(CAUSAL, 4094, 4094, 128, 128)
     assert adds_dq(CAUSAL, 128, 2112, 72, 96)
@@ -362,7 +376,7 @@ def test_dq_is_added_on_the_way_where_queries_see_enough() -> None:
     ):
         assert not adds_dq(spec, 2**20, 2**20, 128, 128)
     assert not adds_dq(CAUSAL, 2**20, 2**20, 128, 64)
-    assert not any(adds_dq(CAUSAL, 2**20, 2**20, D, D) for D in (64, 256))
+    assert not adds_dq(CAUSAL, 2**20, 2**20, 256, 256)
 
 
 def test_dq_on_the_way_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,29 +384,37 @@ def test_dq_on_the_way_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("was", "becomes"),
+    "changes",
     [
         # nobody waits for the other's part
-        ("            mbarrier.wait(ds_full.index(slot), (at // 2) & 1)\n", ""),
+        {"            mbarrier.wait(ds_full.index((at + 1) % 2), (at // 2) & 1)\n": ""},
         # one slot
-        ("            slot = at % 2\n", "            slot = 0\n"),
+        {"slot * CONSUMERS": "0 * CONSUMERS", "at % 2 * CONSUMERS": "0 * CONSUMERS", "(CONSUMERS + CID)": "(CID)"},
+        # what lies there is added before anything was put there
+        {"        ds_s.index(CONSUMERS + CID).store(gl.zeros([ROWS, M], dtype, s_layout))\n": ""},
+        # the last tile's part stays behind
+        {"    if FUSED and n_rounds > 0:": "    if FUSED and n_rounds > 10**9:"},
         # the other's keys are written over while they are read
-        ("        mbarrier.wait(read.index(0), 0)\n", ""),
+        {"        mbarrier.wait(read.index(0), 0)\n": ""},
         # the buffer is written to while it is copied
-        ("    tma.store_wait(0)  # the last one", "    # the last one"),
+        {"    tma.store_wait(0)  # the last one": "    # the last one"},
         # the same half twice
-        (".slice(CID * ROWS, ROWS, dim=1)", ".slice(0, ROWS, dim=1)"),
+        {"k.slice(CID * ROWS, ROWS, dim=1)": "k.slice(0, ROWS, dim=1)"},
         # the heads of a group are one head
-        ("row, g * R + r, CID", "row, g * R, CID"),
+        {"square = ((b * H + g * R + r) * tiles": "square = ((b * H + g * R) * tiles"},
     ],
-    ids=["unwaited", "one slot", "keys gone", "buffer", "half of columns", "one head"],
+    ids=["unwaited", "one slot", "not zero", "last", "keys gone", "buffer", "half of columns", "one head"],
 )
-def test_the_interpreter_notices_what_is_wrong_with_dq(monkeypatch: pytest.MonkeyPatch, was: str, becomes: str) -> None:
+def test_the_interpreter_notices_what_is_wrong_with_dq(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str]
+) -> None:
     monkeypatch.setattr(gluon, "PATIENCE", 0.5)
     source = gluon.SOURCE.with_name("backward_dkdv.py")
     found = gluon.text(source)
-    assert was in found
-    texts = {x: gluon.text(x) for x in (gluon.SOURCE, *gluon.BACKWARD)} | {source: found.replace(was, becomes)}
+    for was, becomes in changes.items():
+        assert was in found
+        found = found.replace(was, becomes)
+    texts = {x: gluon.text(x) for x in (gluon.SOURCE, *gluon.BACKWARD)} | {source: found}
     monkeypatch.setattr(gluon, "text", texts.__getitem__)
 
     def several() -> None:

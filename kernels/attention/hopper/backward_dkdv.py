@@ -1,10 +1,14 @@
 """dk and dv, and dq on the way: programs of 128 keys of a key/value head, whose consumers pass the tiles of queries
 that see them, of one query head of the group after the other. `backward.py` has the legend.
 
+The products for scores and for dP start from the tile's -lse and -delta instead of zero: statistics are read while the
+last round's product still runs, and nobody waits for them, nor subtracts them, between products.
+
 dq (FUSED) wants the gradients of scores by query, of all keys of the program, while each consumer has those of its own
-keys: they leave them in shared memory for each other, and each computes half of the columns of the tile's dq, which TMA
-adds to what other programs have added. In which order is up to the hardware, so that dq, other than dk and dv, is not
-the same in every bit from run to run.
+keys: they leave them in shared memory for each other, and each computes half of a tile's dq, which TMA adds to what
+other programs have added. It does so a round later, at the beginning of the next: neither waits for the other in the
+middle of a round, and one may exponentiate while the other multiplies. In which order programs add is up to the
+hardware, so that dq, other than dk and dv, is not the same in every bit from run to run.
 
 Wide heads leave a consumer no registers for both dk and dv: there a program has 64 keys, whose dk the first consumer
 sums up and whose dv the second (OWNERS), and dq has a kernel of its own.
@@ -24,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .. import ranges
 from .backward import CONSUMERS, place, scores
+from .backward_squares import LINES, by_thread
 from .forward import (
     LOG2E,
     PRODUCER_REGISTERS,
@@ -138,19 +143,42 @@ def produce_queries(
 
 
 @gluon.jit
-def add(dq, dq_s, desc_dq, b, row, h, CID: gl.constexpr):
-    """A consumer's half of the columns of a tile's dq to what other programs have added."""
+def spread(x, M: gl.constexpr):
+    """x [M] in every row, for a product to start from. The copies are hidden from LLVM: it would put them between two
+    products, and ptxas then lets none run beside another."""
+    rows = x[None, :].broadcast_to([ROWS, M])
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [rows], dtype=gl.float32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def begin_dq(ds_s, k_s, slot, layout: gl.constexpr, CID: gl.constexpr, D: gl.constexpr):
+    """A consumer's half of a tile's dq, begun: of the columns, or of the queries where there are ROWS columns."""
+    dq = gl.zeros([ROWS, ROWS], gl.float32, layout)
+    for c in gl.static_range(CONSUMERS):
+        k = k_s.index(c).reshape([ROWS, D])
+        ds = ds_s.index(slot * CONSUMERS + c)
+        if D > ROWS:
+            k = k.slice(CID * ROWS, ROWS, dim=1)
+        else:
+            ds = ds.slice(CID * ROWS, ROWS, dim=1)
+        dq = warpgroup_mma(ds.permute((1, 0)), k, dq, use_acc=c > 0, is_async=True)
+    return dq
+
+
+@gluon.jit
+def add(dq, dq_s, desc_sums, square, CID: gl.constexpr):
+    """A square of dq to what other programs have added."""
     tma.store_wait(0)  # the last one has left the buffer
-    dq_s.index(CID).reshape([ROWS, ROWS]).store(dq)
+    dq_s.index(CID).store(by_thread(dq))
     fence_async_shared()
-    async_add_shared_to_global(desc_dq, [b, row, h, CID * ROWS], dq_s.index(CID))
+    async_add_shared_to_global(desc_sums, [square * LINES, 0], dq_s.index(CID))
 
 
 @gluon.jit
 def consume_queries(
-    q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, full, empty, ds_full, read, desc_dq, desc_dk, desc_dv,
-    Q_DOC, K_DOC, SLOPES, FAR_ROWS, N_FAR_ROWS, SEEN_FROM, FAR_DOC, T, S, R, scale, softcap, left, right, tile, b, g,
-    first, n_before, first_full, end_full, n_partial, n_near, n,
+    q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, full, empty, ds_full, read, desc_sums, desc_dk,
+    desc_dv, Q_DOC, K_DOC, SLOPES, FAR_ROWS, N_FAR_ROWS, SEEN_FROM, FAR_DOC, T, S, H, R, scale, softcap, left, right,
+    tile, b, g, first, n_before, first_full, end_full, n_partial, n_near, n,
     CID: gl.constexpr, M: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     OWNERS: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     DOCUMENTS: gl.constexpr, SOFTCAP: gl.constexpr, ALIBI: gl.constexpr, FUSED: gl.constexpr,
@@ -158,9 +186,7 @@ def consume_queries(
     OWN: gl.constexpr = CID % OWNERS  # where its keys and values lie
     HAS_DK: gl.constexpr = OWNERS == CONSUMERS or CID == 0
     HAS_DV: gl.constexpr = OWNERS == CONSUMERS or CID == 1
-    # The lse is read while the products run that keep shared memory busy, and its answers late; a mask leaves no
-    # registers for it.
-    EARLY: gl.constexpr = FUSED and not (CAUSAL or HAS_LEFT or HAS_RIGHT)
+    STARTED: gl.constexpr = not (SOFTCAP or ALIBI)  # scores from -lse: not where more is done to them than to scale
     dtype: gl.constexpr = desc_dk.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -200,19 +226,43 @@ def consume_queries(
     k = k_s.index(OWN).reshape([ROWS, D])
     v = v_s.index(OWN).reshape([ROWS, E])
     mbarrier.wait(kv_full.index(OWN), 0)
+    n_rounds = R * n
+    if n_rounds > 0:
+        mbarrier.wait(full.index(0), 0)
+    lse_2 = lse_s.index(0).load(cols_layout)
+    delta = delta_s.index(0).load(cols_layout)
+    tiles = (T + M - 1) // M  # of queries
+    square = 0  # which is to be added to next
+    if FUSED:  # the first round adds zeros
+        square = ((b * H + g * R) * tiles + key_tile(0, first, n_before, first_full, end_full, n_partial)) * CONSUMERS
+        ds_s.index(CONSUMERS + CID).store(gl.zeros([ROWS, M], dtype, s_layout))
+        fence_async_shared()
+        mbarrier.arrive(ds_full.index(1), count=1)
     it = 0
     r = 0
-    for at in range(R * n):
+    for at in range(n_rounds):
         stage = at % STAGES
-        mbarrier.wait(full.index(stage), (at // STAGES) & 1)
         q = q_s.index(stage).reshape([M, D])
         d_out = do_s.index(stage).reshape([M, E])
-        s = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        s_start = nothing
+        if STARTED:
+            s_start = spread(lse_2 * (-1.0 / unit), M)
         if HAS_DK:
-            dp = warpgroup_mma(v, d_out.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            dp_start = spread(delta, M)
+        # Two slots: who writes to one again has seen the other consumer's arrival at the second, by when that had read
+        # the first.
+        if FUSED:
+            mbarrier.wait(ds_full.index((at + 1) % 2), (at // 2) & 1)
+            dq = begin_dq(ds_s, k_s, (at + 1) % 2, dq_layout, CID, D)
+        s = warpgroup_mma(k, q.permute((1, 0)), s_start, use_acc=STARTED, is_async=True)
+        if FUSED:  # out while scores are multiplied; with dP in flight as well ptxas would serialise all products
+            dq = warpgroup_mma_wait(1, deps=(dq,))
+            add(dq, dq_s, desc_sums, square + CID, CID)
+        if HAS_DK:
+            dp = warpgroup_mma(v, d_out.permute((1, 0)), dp_start, is_async=True)
         row = key_tile(it, first, n_before, first_full, end_full, n_partial) * M
-        if EARLY:
-            lse_2 = lse_s.index(stage).load(cols_layout)
+        if FUSED:
+            square = ((b * H + g * R + r) * tiles + row // M) * CONSUMERS
         s = warpgroup_mma_wait(1 if HAS_DK else 0, deps=(s,))
         if FAR_ROWS is None or it < n_near:
             s, steep = scores(s, keys, row + (S - T) + cols, scale, softcap, slope, SOFTCAP, ALIBI)
@@ -225,12 +275,13 @@ def consume_queries(
             s = unpermitted(s, begin, keys, k_doc, cols, SEEN_FROM, FAR_DOC, b, T, S, CAUSAL, DOCUMENTS)
         if it < n_partial:
             s = unseen(s, row, low, high, k_doc, cols, Q_DOC, b, T, CAUSAL or HAS_RIGHT, HAS_LEFT, DOCUMENTS)
-        if not EARLY:
-            lse_2 = lse_s.index(stage).load(cols_layout)
-        p = gl.exp2(s * unit - lse_2[None, :])
+        if STARTED:
+            p = gl.exp2(s * unit)
+        else:
+            p = gl.exp2(s * unit - lse_2[None, :])
         if HAS_DV:
             p_half = gl.convert_layout(p.to(dtype), p_layout)
-        if FUSED:  # before the wait: tensor cores go on. Heads of 64, which are never fused, were slower so
+        if FUSED:  # before the wait: tensor cores go on. In two passes heads of 64 were slower so
             dv = warpgroup_mma(p_half, d_out, dv, is_async=True)
             dp = warpgroup_mma_wait(1, deps=(dp,))
         else:
@@ -241,35 +292,26 @@ def consume_queries(
             if HAS_DV:
                 dv = warpgroup_mma(p_half, d_out, dv, is_async=True)
         if HAS_DK:
-            delta = delta_s.index(stage).load(cols_layout)
-            ds = p * (dp + delta[None, :])
+            ds = p * dp
             if SOFTCAP:
                 ds = ds * steep
             ds_16 = ds.to(dtype)
             ds_half = gl.convert_layout(ds_16, ds_layout)
-        # What wgmma still reads stays in its registers until it is done.
+            dk = warpgroup_mma(ds_half, q, dk, is_async=True)
         if FUSED:
-            # Two slots: who writes to one again has seen the other consumer's arrival at the second, by when that had
-            # read the first.
-            slot = at % 2
-            ds_s.index(slot * CONSUMERS + CID).store(ds_16)
+            ds_s.index(at % 2 * CONSUMERS + CID).store(ds_16)
             fence_async_shared()
-            mbarrier.arrive(ds_full.index(slot), count=1)
-            mbarrier.wait(ds_full.index(slot), (at // 2) & 1)
-            dq = gl.zeros([M, ROWS], gl.float32, dq_layout)
-            for c in gl.static_range(CONSUMERS):
-                k_c = k_s.index(c).reshape([ROWS, D]).slice(CID * ROWS, ROWS, dim=1)
-                ds_c = ds_s.index(slot * CONSUMERS + c).permute((1, 0))
-                dq = warpgroup_mma(ds_c, k_c, dq, use_acc=c > 0, is_async=True)
-            dk = warpgroup_mma(ds_half, q, dk, is_async=True)
-            dv, p_half, dq = warpgroup_mma_wait(1, deps=(dv, p_half, dq))
-            add(dq, dq_s, desc_dq, b, row, g * R + r, CID)
-            dk, ds_half = warpgroup_mma_wait(0, deps=(dk, ds_half))
-        elif OWNERS == CONSUMERS:
-            dk = warpgroup_mma(ds_half, q, dk, is_async=True)
+            mbarrier.arrive(ds_full.index(at % 2), count=1)
+        # The next round's statistics; after the last one these again.
+        after = gl.minimum(at + 1, n_rounds - 1)
+        mbarrier.wait(full.index(after % STAGES), (after // STAGES) & 1)
+        lse_2 = lse_s.index(after % STAGES).load(cols_layout)
+        if HAS_DK:
+            delta = delta_s.index(after % STAGES).load(cols_layout)
+        # What wgmma still reads stays in its registers until it is done.
+        if OWNERS == CONSUMERS:
             dv, p_half, dk, ds_half = warpgroup_mma_wait(0, deps=(dv, p_half, dk, ds_half))
         elif HAS_DK:
-            dk = warpgroup_mma(ds_half, q, dk, is_async=True)
             dk, ds_half = warpgroup_mma_wait(0, deps=(dk, ds_half))
         else:
             dv, p_half = warpgroup_mma_wait(0, deps=(dv, p_half))
@@ -281,6 +323,11 @@ def consume_queries(
             if ALIBI:
                 slope = gl.load(SLOPES + g * R + gl.minimum(r, R - 1)).to(gl.float32)
 
+    if FUSED and n_rounds > 0:
+        mbarrier.wait(ds_full.index((n_rounds + 1) % 2), (n_rounds // 2) & 1)
+        dq = begin_dq(ds_s, k_s, (n_rounds + 1) % 2, dq_layout, CID, D)
+        dq = warpgroup_mma_wait(0, deps=(dq,))
+        add(dq, dq_s, desc_sums, square + CID, CID)
     if FUSED or OWNERS == 1:  # each has read the other's keys, or both the same
         mbarrier.arrive(read.index(0), count=1)
         mbarrier.wait(read.index(0), 0)
@@ -301,7 +348,7 @@ def consume_queries(
 @gluon.jit(do_not_specialize=["T", "S", "H", "G", "R", "left", "right", "n_tiles", "n_heads", "group", "rounded",
                                "far_rounded"])  # fmt: skip
 def dkdv_kernel(
-    desc_q, desc_k, desc_v, desc_do, desc_stats, desc_dk, desc_dv, desc_dq, SPANS, Q_DOC, K_DOC, SLOPES, desc_far_q,
+    desc_q, desc_k, desc_v, desc_do, desc_stats, desc_dk, desc_dv, desc_sums, SPANS, Q_DOC, K_DOC, SLOPES, desc_far_q,
     desc_far_do, desc_far_stats, FAR_ROWS, N_FAR_ROWS, SEEN_FROM, FAR_DOC, T, S, H, G, R, scale, softcap, left, right,
     n_tiles, n_heads, group, rounded, far_rounded,
     M: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr, OWNERS: gl.constexpr,
@@ -310,8 +357,8 @@ def dkdv_kernel(
 ):  # fmt: skip
     """A program has OWNERS · ROWS keys of one key/value head; `n_heads` is B · G.
 
-    FUSED: to `desc_dq`, an fp32 tensor [B, T, H, D], dq is added, without the scale; M is ROWS, D CONSUMERS · ROWS, and
-    OWNERS CONSUMERS. Otherwise it is None."""
+    FUSED: dq is added to `desc_sums`, without the scale, in squares (`backward_squares.py`); of M and D one is ROWS and
+    the other CONSUMERS · ROWS, and OWNERS is CONSUMERS. Otherwise it is None."""
     SPARE: gl.constexpr = 16 if OWNERS == 1 else 0  # registers that the producer has use for and dv has not
     tile, head = place(n_tiles, n_heads, group, False)
     b = head // G
@@ -334,7 +381,7 @@ def dkdv_kernel(
     if FUSED:
         ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, M], desc_q.dtype)
         ds_s = gl.allocate_shared_memory(desc_q.dtype, [2 * CONSUMERS, ROWS, M], ds_layout)
-        dq_s = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 1, ROWS, 1, ROWS], desc_dq.layout)
+        dq_s = gl.allocate_shared_memory(gl.float32, [CONSUMERS, LINES, ROWS * ROWS // LINES], desc_sums.layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     read = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -352,16 +399,16 @@ def dkdv_kernel(
     gl.warp_specialize(
         [
             (consume_queries, (
-                q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, full, empty, ds_full, read, desc_dq, desc_dk,
-                desc_dv, Q_DOC, K_DOC, SLOPES, FAR_ROWS, N_FAR_ROWS, SEEN_FROM, FAR_DOC, T, S, R, scale, softcap, left,
-                right, tile, b, g, first, n_before, first_full, end_full, n_partial, n_near, n, 0, M, D, E, STAGES,
-                OWNERS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, FUSED,
+                q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, full, empty, ds_full, read, desc_sums,
+                desc_dk, desc_dv, Q_DOC, K_DOC, SLOPES, FAR_ROWS, N_FAR_ROWS, SEEN_FROM, FAR_DOC, T, S, H, R, scale,
+                softcap, left, right, tile, b, g, first, n_before, first_full, end_full, n_partial, n_near, n, 0, M, D,
+                E, STAGES, OWNERS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, FUSED,
             )),
             (consume_queries, (
-                q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, full, empty, ds_full, read, desc_dq, desc_dk,
-                desc_dv, Q_DOC, K_DOC, SLOPES, FAR_ROWS, N_FAR_ROWS, SEEN_FROM, FAR_DOC, T, S, R, scale, softcap, left,
-                right, tile, b, g, first, n_before, first_full, end_full, n_partial, n_near, n, 1, M, D, E, STAGES,
-                OWNERS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, FUSED,
+                q_s, do_s, k_s, v_s, lse_s, delta_s, ds_s, dq_s, kv_full, full, empty, ds_full, read, desc_sums,
+                desc_dk, desc_dv, Q_DOC, K_DOC, SLOPES, FAR_ROWS, N_FAR_ROWS, SEEN_FROM, FAR_DOC, T, S, H, R, scale,
+                softcap, left, right, tile, b, g, first, n_before, first_full, end_full, n_partial, n_near, n, 1, M, D,
+                E, STAGES, OWNERS, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, FUSED,
             )),
             (produce_queries, (
                 desc_q, desc_k, desc_v, desc_do, desc_stats, q_s, do_s, k_s, v_s, lse_s, delta_s, kv_full, full, empty,

@@ -18,8 +18,9 @@ from ..triton.launch import dense_of, parse_spec
 from .backward import STATS_ROWS, stats_kernel
 from .backward_dkdv import dkdv_kernel
 from .backward_dq import dq_kernel
+from .backward_squares import LINES, round_kernel
 from .gathered import NOTHING, Gathered, gathered, statistics_of_rows
-from .launch import FURTHEST, descriptor, loadable, per_batch, strides_of
+from .launch import FURTHEST, descriptor, loadable, per_batch
 from .plan import Launch, Plans, alike, first
 from .tiles import BACKWARD_L2_BYTES, ROWS, BackwardTiles, adds_dq, choose_backward, heads_at_a_time, padded
 
@@ -80,7 +81,7 @@ def backward(
     parsed = parse_spec(spec)
     fused = far_keys is None and far_rows is None and adds_dq(parsed, T, S, D, E)
     fused = fused and not torch.are_deterministic_algorithms_enabled()
-    sums = q.new_zeros(B, T, H, D, dtype=torch.float32) if fused else None
+    sums = squares_for(q) if fused else None
     masks = (q_doc, k_doc, q_spans, k_spans, *beside_keys, *beside_rows)
     key = spec, alike(q, k, v, d_out, out, lse, d_lse, sums, slopes, *masks)
     plan = _plans.get(key)
@@ -89,7 +90,9 @@ def backward(
         far_q, far_do, *far_index = beside_rows
         far = (far_q, far_do, _row_stats(stats, lse, far_rows), *far_index)
         plan.dkdv(q, k, v, d_out, stats, dk, dv, sums, k_spans, q_doc, k_doc, slopes, *far)
-        if plan.dq is not None:
+        if sums is not None:
+            plan.dq(sums, dq)
+        else:
             plan.dq(q, k, v, d_out, dq, stats, row_slopes, q_spans, q_doc, k_doc, slopes, *beside_keys)
     else:
         curved = parsed.alibi or parsed.softcap is not None
@@ -97,11 +100,9 @@ def backward(
         task = Task(parsed, tiles, q, k, v, d_out, stats, slopes, q_doc, k_doc, q_spans, k_spans, far_keys, far_rows)
         statistics = task.statistics(out, ordinary, d_lse)
         dkdv = task.dkdv(dk, dv, sums, _row_stats(stats, lse, far_rows))
-        dq_launch = task.dq(dq, row_slopes) if sums is None else None
-        if statistics is not None and dkdv is not None and (sums is not None or dq_launch is not None):
+        dq_launch = task.dq(dq, row_slopes) if sums is None else task.round(sums, dq)
+        if statistics is not None and dkdv is not None and dq_launch is not None:
             _plans.put(key, _Plan(statistics, dkdv, dq_launch))
-    if sums is not None:
-        torch.mul(sums, parsed.softmax_scale(D), out=dq)
     if row_slopes is not None:
         d_slopes = row_slopes.sum(dim=(0, 2))
     if far_keys is not None or far_rows is not None:
@@ -126,11 +127,11 @@ def _row_stats(stats: Tensor, lse: Tensor, rows: Gathered | None) -> Tensor | No
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """dq: None where the kernel of dk and dv adds it up."""
+    """dq: of `dq_kernel` or, where the kernel of dk and dv has added it up, of `round_kernel`."""
 
     statistics: Launch
     dkdv: Launch
-    dq: Launch | None
+    dq: Launch
 
 
 _plans: Plans[_Plan] = Plans()
@@ -183,8 +184,8 @@ class Task:
         return first(stats_kernel, B * H * (rounded // STATS_ROWS.value), given, {"num_warps": 4})
 
     def dkdv(self, dk: Tensor, dv: Tensor, sums: Tensor | None, row_stats: Tensor | None = None) -> Launch | None:
-        """`sums` [B, T, H, D] fp32: to be added to by unscaled gradients of q, where these are wanted. `row_stats`:
-        `statistics_of_rows` where there are `far_rows`."""
+        """`sums`: `squares_for` q, where unscaled gradients of q are to be added up. `row_stats`: `statistics_of_rows`
+        where there are `far_rows`."""
         tiles, (B, T, H, D), (S, G), E = self.tiles, self.q.shape, self.k.shape[1:3], self.v.shape[3]
         n_tiles = -(-S // (tiles.owners * ROWS))
         group = heads_at_a_time(B * G, 1, T * (H // G), D + E, BACKWARD_L2_BYTES)
@@ -195,13 +196,19 @@ class Task:
         given = (
             descriptor(self.q, tiles.queries), descriptor(self.k, ROWS), descriptor(self.v, ROWS),
             descriptor(self.d_out, tiles.queries), _numbers(self.stats, tiles.queries), descriptor(dk, ROWS),
-            descriptor(dv, ROWS), None if sums is None else _squares(sums), self.k_spans, self.q_doc, self.k_doc,
+            descriptor(dv, ROWS), None if sums is None else _lines(sums), self.k_spans, self.q_doc, self.k_doc,
             self.slopes, *far, T, S, H, G, H // G, *self.scalars, n_tiles, B * G, group, self.stats.shape[3],
             0 if row_stats is None else row_stats.shape[3],
             tiles.queries, padded(D), padded(E), tiles.query_stages, tiles.owners, tiles.registers, *self.masks,
             sums is not None,
         )  # fmt: skip
         return first(dkdv_kernel, n_tiles * B * G, given, self.options)
+
+    def round(self, sums: Tensor, dq: Tensor) -> Launch | None:
+        """dq of the sums that `dkdv` has added up."""
+        (T, H, D), rows = dq.shape[1:], self.tiles.queries
+        given = sums, dq, self.spec.softmax_scale(D), *dq.stride()[:3], T, H, D, -(-T // rows), rows == ROWS
+        return first(round_kernel, sums.shape[0] // LINES.value, given, {"num_warps": 4})
 
     def dq(self, dq: Tensor, row_slopes: Tensor | None) -> Launch | None:
         """With ALiBi also each row's share of the slope's gradient [B, H, T]."""
@@ -220,11 +227,19 @@ class Task:
         return first(dq_kernel, n_tiles * B * H, given, self.options)
 
 
-def _squares(x: Tensor) -> TensorDescriptor:
-    """x in fp32, in blocks of ROWS rows and as many columns."""
-    block = [1, ROWS, 1, ROWS]
+def squares_for(q: Tensor) -> Tensor:
+    """Zeros for the sums of q's gradients: `backward_squares.py` says how they lie."""
+    B, T, H, D = q.shape
+    rows = choose_backward(D).queries
+    squares = B * H * -(-T // rows) * (rows * padded(D) // ROWS**2)
+    return q.new_zeros(squares * LINES.value, ROWS**2 // LINES.value, dtype=torch.float32)
+
+
+def _lines(x: Tensor) -> TensorDescriptor:
+    """The lines of a square at a time."""
+    block = [LINES.value, x.shape[1]]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.float32)
-    return TensorDescriptor(x, list(x.shape), strides_of(x), block, layout)
+    return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], block, layout)
 
 
 def _numbers(x: Tensor, length: int) -> TensorDescriptor:

@@ -97,11 +97,12 @@ def choose_backward(head_dim: int, *, curved: bool = False, documents: bool = Fa
     return table[padded(head_dim)]
 
 
-# One H100, ms of the whole backward pass with dq on the way / in a pass of its own (docs/log.md), d128: 16,384 tokens
-# causal 5.30 / 5.77, full 10.3 / 11.7; 4,096 causal 1.43 / 1.49. d64: 6.61 / 6.07, 13.6 / 12.3, 1.86 / 1.71. The fp32
-# sums are set to zero, added to and rounded, which takes time by rows; what is saved is by pairs.
-_WORTH_IT = 2048  # keys that a query sees
-_WIDTH_ON_THE_WAY = 128
+# Keys that a query sees on average, from which on dq comes on the way. The fp32 sums are set to zero, added to and
+# rounded, which takes time by rows; what is saved is by pairs. One H100, ms of the whole backward pass with dq on the
+# way / in a pass of its own (docs/log.md). d64, causal: 16,384 tokens 5.28 / 6.76, 4,096 1.66 / 1.99, 2,048
+# 1.04 / 1.13, 1,024 0.81 / 0.80; windows of 1,024 keys 3.70 / 4.36. d128: windows of 4,096 keys 9.79 / 11.16, of 1,024
+# 0.90 / 0.94; 2,048 tokens causal 0.99 / 0.97, 1,024 0.67 / 0.66.
+_WORTH_IT = {64: 1024, 128: 2048}
 
 
 def adds_dq(spec: AttentionSpec, n_queries: int, n_keys: int, head_dim: int, value_dim: int) -> bool:
@@ -109,12 +110,12 @@ def adds_dq(spec: AttentionSpec, n_queries: int, n_keys: int, head_dim: int, val
     seven, for fp32 sums in memory. Not where softcap or ALiBi need the registers, nor between documents, of which
     nobody knows here how long they are."""
     widths = padded(head_dim), padded(value_dim)
-    if spec.softcap is not None or spec.alibi or spec.documents or widths != (_WIDTH_ON_THE_WAY, _WIDTH_ON_THE_WAY):
+    if spec.softcap is not None or spec.alibi or spec.documents or widths[0] != widths[1] or widths[0] not in _WORTH_IT:
         return False
     window, half = spec.window, n_queries // 2
     before = n_keys - half if window.left is None else window.left + 1
     behind = 0 if spec.causal else half if window.right is None else window.right
-    return min(before + behind, n_keys) >= _WORTH_IT
+    return min(before + behind, n_keys) >= _WORTH_IT[widths[0]]
 
 
 # One H100 (docs/results.md), ms for dk and dv, then for dq: 16,384 tokens causal, full, and causal in groups of four;

@@ -29,7 +29,7 @@ ARCHS = (80, 90)  # compute capabilities without the dot
 WALKS = ("forward", "dq", "dkdv")  # the kernels of ordinary rows
 FUSED = "fused"  # dk and dv with dq on the way: `dkdv` of the hopper backend where it is worth it
 DENSE = ("global_rows", "global_rows_dq", "always_keys_dkdv")  # tiles of global rows and always-visible keys
-JOINS = ("merge_rows", "sum_rows", "join_splits", "stats")  # rows by themselves, no products
+JOINS = ("merge_rows", "sum_rows", "join_splits", "stats", "round")  # rows by themselves, no products
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,16 +127,16 @@ EXTREMES = (
 _WITH_STATS = ("forward", "stats", "dq", "dkdv")
 _WITH_FUSED = (*WALKS, FUSED)
 HOPPER = (
-    Case(name="hopper d64 causal", spec=_CAUSAL, head_dim=64, kernels=_WITH_STATS, hopper=True, quick=True),
+    Case(name="hopper d64 causal", spec=_CAUSAL, head_dim=64, kernels=(*_WITH_STATS, FUSED), hopper=True, quick=True),
     Case(
         name="hopper d128 causal",
         spec=_CAUSAL,
         head_dim=128,
-        kernels=(*_WITH_STATS, FUSED),
+        kernels=(*_WITH_STATS, FUSED, "round"),
         hopper=True,
         quick=True,
     ),
-    Case(name="hopper d64 full", spec=_FULL, head_dim=64, hopper=True),
+    Case(name="hopper d64 full", spec=_FULL, head_dim=64, kernels=_WITH_FUSED, hopper=True),
     Case(name="hopper d128 full", spec=_FULL, head_dim=128, kernels=_WITH_FUSED, hopper=True),
     Case(name="hopper d128 fp16", spec=_CAUSAL, head_dim=128, kernels=_WITH_FUSED, dtype=torch.float16, hopper=True),
     Case(name="hopper d64 two-sided window", spec=_TWO_SIDED, head_dim=64, hopper=True),
@@ -190,7 +190,7 @@ def full_product() -> tuple[Case, ...]:
             spec=specs[name],
             head_dim=head_dim,
             dtype=dtypes[dtype],
-            kernels=_WITH_FUSED if name in ("causal", "full") and head_dim == 128 else WALKS,
+            kernels=_WITH_FUSED if name in ("causal", "full") and head_dim <= 128 else WALKS,
             hopper=True,
         )
         for head_dim, dtype, name in product((64, 128, 256), ("bf16", "fp16"), served)
