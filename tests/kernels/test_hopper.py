@@ -394,6 +394,22 @@ def test_every_item_is_done_once_and_nobody_waits_long(
             assert costs == sorted(costs, reverse=True)
 
 
+@pytest.mark.parametrize(("length", "most"), [(1024, 1.25), (2048, 1.25), (8192, 1.25), (65536, 1.15)])
+def test_documents_are_shared_out_evenly_without_being_known(length: int, most: float) -> None:
+    T, heads, programs = 65_536, 16, 132
+    spec = AttentionSpec(causal=True, documents=True)
+    order = schedule(spec, T, T, heads, 1, programs, 128, N)
+    items = [row[1 : 1 + row[0]] for row in order]
+    n_tiles = T // 128
+    assert sorted(np.concatenate(items)) == list(range(heads * n_tiles))
+    drawn = np.random.default_rng(0).integers(length // 2, 3 * length // 2 + 1, 2 * T // length)
+    starts = np.concatenate([[0], np.cumsum(drawn)])
+    first = starts[np.searchsorted(starts, np.arange(0, T, 128), side="right") - 1] // N if length < T else 0
+    costs = np.arange(n_tiles) - first + 1
+    loads = np.array([costs[mine % n_tiles].sum() for mine in items])
+    assert loads.max() <= most * loads.mean()
+
+
 @pytest.mark.parametrize(("T", "S"), [(500, 500), (100, 700), (700, 100)])
 def test_visits_are_the_tiles_in_which_somebody_sees_something(T: int, S: int) -> None:
     for spec in (
