@@ -34,7 +34,7 @@ STATS_ROWS: gl.constexpr = gl.constexpr(32)
 # -- what both kernels read of a row -----------------------------------------------------------------------------------
 
 
-@gluon.jit(do_not_specialize=["T", "H", "E", "rounded"])
+@gluon.jit(do_not_specialize=["T", "H", "rounded"])  # an E that 16 divides is read 16 bytes at a time
 def stats_kernel(
     OUT, D_OUT, LSE, D_LSE, STATS, o_b, o_t, o_h, do_b, do_t, do_h, T, H, E, rounded, WIDTH: gl.constexpr,
 ):  # fmt: skip

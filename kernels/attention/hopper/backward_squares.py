@@ -25,14 +25,13 @@ def by_thread(square):
     return x.reshape([LINES, ROWS * ROWS // LINES])
 
 
-@gluon.jit(do_not_specialize=["T", "H", "D", "tiles"])
+@gluon.jit(do_not_specialize=["T", "H", "tiles"])  # a D that 16 divides is written four bytes at a time
 def round_kernel(
     SUMS, DQ, scale, q_b, q_t, q_h, T, H, D, tiles, WIDE: gl.constexpr,
 ):  # fmt: skip
     """DQ [B, T, H, D] from SUMS, times the scale. A program has one square. WIDE: a tile is ROWS queries, whose columns
     the consumers share; otherwise CONSUMERS · ROWS queries of ROWS columns."""
     flat: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    square: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     at = gl.program_id(0)
     head = at // (tiles * CONSUMERS)
     half = at % CONSUMERS
@@ -45,9 +44,10 @@ def round_kernel(
     place = gl.arange(0, ROWS * ROWS // LINES, gl.SliceLayout(0, flat))
     begin = SUMS + at.to(gl.int64) * (ROWS * ROWS)
     x = gl.load(begin + (line * (ROWS * ROWS // LINES))[:, None] + place[None, :])
-    # (warp, lane // 4, lane % 4, piece, half, pair) back to rows and columns
-    x = gl.permute(x.reshape([4, 8, 4, 8, 2, 2]), (0, 4, 1, 3, 2, 5)).reshape([ROWS, ROWS])
-    x = gl.convert_layout(x, square) * scale
+    # (warp, lane // 4, lane % 4, piece, half, pair) back to rows and columns. Four lines are two rows: as they were
+    # read, a warp writes 128 bytes of a row at a time.
+    x = gl.permute(x.reshape([4, 8, 4, 8, 2, 2]), (0, 4, 1, 3, 2, 5)).reshape([ROWS, ROWS]) * scale
+    square: gl.constexpr = x.type.layout
     rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, square))
     cols = col + gl.arange(0, ROWS, gl.SliceLayout(0, square))
     dq = DQ + (head // H).to(gl.int64) * q_b + (head % H).to(gl.int64) * q_h

@@ -288,9 +288,6 @@ def consume(
     lanes = gl.arange(0, ROWS, rows_layout)
     cols = gl.arange(0, N, gl.SliceLayout(0, s_layout))
     nothing = gl.zeros([ROWS, N], gl.float32, s_layout)
-    # An arrival waits for the consumer's four warps: beside exponentials that costs less. Not with two stages: there
-    # the producer waits for the keys' slot.
-    EARLY: gl.constexpr = not HALVES or STAGES == 2
     unit = scale * LOG2E
     if SOFTCAP or ALIBI:
         unit = 1.0
@@ -358,8 +355,6 @@ def consume(
             mbarrier.wait(v_full.index(before), ((at + it - 1) // STAGES) & 1)
             acc = warpgroup_mma(p_half, v_s.index(before).reshape([N, E]), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s,))
-            if EARLY:
-                mbarrier.arrive(k_empty.index(stage), count=1)
             key = key_tile(it, first, n_before, first_full, end_full, n_partial) * N
             if ALWAYS is None or it < n_near:
                 s = shaped(s, key, q_pos, cols, scale, softcap, slope, SOFTCAP, ALIBI)
@@ -388,15 +383,15 @@ def consume(
             mbarrier.wait(q_full.index(slot), (turn >> (SLOTS - 1)) & 1)
             # The weights that wgmma still reads stay in their registers until it is done.
             acc, p_half = warpgroup_mma_wait(0, deps=(acc, p_half))
-            mbarrier.arrive(v_empty.index(before), count=1)
             acc = acc * gl.convert_layout(shrink, out_rows)[:, None]
-            if not EARLY:
-                mbarrier.arrive(k_empty.index(stage), count=1)
             if HALVES:
                 rest = gl.exp2(rest)
                 total += gl.convert_layout(lane_sums(rest, N // 2), lanes_layout)
                 p = joined(p, rest, N, s_layout)
             carried = packed(gl.convert_layout(p.to(dtype), p_layout))
+            # An arrival waits for the consumer's four warps: one after the other they wait once.
+            mbarrier.arrive(v_empty.index(before), count=1)
+            mbarrier.arrive(k_empty.index(stage), count=1)
 
         if SLOTS == 2:
             mbarrier.arrive(q_empty.index(slot), count=1)
