@@ -228,19 +228,21 @@ def test_the_tiles_that_ship_for_wide_heads_compute_attention(monkeypatch: pytes
 @pytest.mark.parametrize(
     "changes",
     [
-        # a slot of values is given away before the product that reads it
+        # a slot is given away before the values in it are multiplied
         {
-            "            mbarrier.arrive(v_empty.index(before), count=1)\n            mb": "            mb",
+            "            mbarrier.arrive(empty.index(stage), count=1)\n": "",
             "            acc, p_half = warpgroup_mma_wait(0, deps=(acc, p_half))\n":
-            "            mbarrier.arrive(v_empty.index(before), count=1)\n"
+            "            mbarrier.arrive(empty.index(stage), count=1)\n"
             "            acc, p_half = warpgroup_mma_wait(0, deps=(acc, p_half))\n",
         },
         # the next item's queries are never waited for
         {"        mbarrier.wait(q_full.index(slot), (turn >> (SLOTS - 1)) & 1)\n": ""},
         # nobody gives the queries' slot back
         {"            mbarrier.arrive(q_empty.index(slot), count=1)\n": "            pass\n"},
-        # an item's last values are not given back
-        {"        mbarrier.arrive(v_empty.index(before), count=1)\n        acc": "        acc"},
+        # nor that of an item's first keys, and of the last one's last values
+        {"        mbarrier.arrive(empty.index(at % STAGES), count=1)\n": ""},
+        # the last item's last values never come
+        {"\n    copy_tile(desc_v, desc_far_v, last_b, last_key,": "\n    copy_tile(desc_v, desc_far_v, last_b, 0,"},
         # the sums are not rescaled
         {"            acc = acc * gl.convert_layout(shrink, out_rows)[:, None]\n": ""},
         # no mask
@@ -251,19 +253,10 @@ def test_the_tiles_that_ship_for_wide_heads_compute_attention(monkeypatch: pytes
         {"rest = gl.exp2(rest)": "rest = gl.exp2(rest - 1.0)"},
         # it is taken for the left one
         {"p = joined(p, rest, N, s_layout)": "p = joined(rest, p, N, s_layout)"},
-        # keys are given away when their product may not have been multiplied yet, and values before theirs
-        {
-            "            mbarrier.arrive(v_empty.index(before), count=1)\n"
-            "            mbarrier.arrive(k_empty.index(stage), count=1)\n": "",
-            "            s = warpgroup_mma_wait(1, deps=(s,))\n":
-            "            mbarrier.arrive(v_empty.index(before), count=1)\n"
-            "            mbarrier.arrive(k_empty.index(stage), count=1)\n"
-            "            s = warpgroup_mma_wait(1, deps=(s,))\n",
-        },
     ],
     ids=[
-        "values early", "queries unwaited", "queries kept", "values kept", "no rescaling", "no mask", "half the sums",
-        "half the weights", "halves swapped", "keys early",
+        "values early", "queries unwaited", "queries kept", "keys kept", "last values", "no rescaling", "no mask",
+        "half the sums", "half the weights", "halves swapped",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("slots", [1, 2])

@@ -9,10 +9,13 @@ of queries, N keys of a tile of keys; `_2` in a name: in units of log 2.
 
 The grid is persistent: a program works through items (`order`), and the producer is ahead by as much as fits in shared
 memory, also across items; only where a consumer's queries have a single place (SLOTS), the next item's come when the
-rows of the last have left. An item's tiles of keys are counted `it = 0 … n - 1`: first those in which something is
-hidden from somebody, then those that all its rows see whole, for which no mask is computed, and from `n_near` on those
-of the keys that may be seen from everywhere (global tokens, sinks), which lie gathered in tensors of their own; a row
-takes of these what lies outside of its window.
+rows of the last have left. A slot of shared memory holds what one round multiplies: a tile's keys, and the values of
+the tile before it, which may be another item's last.
+
+An item's tiles of keys are counted `it = 0 … n - 1`: first those in which something is hidden from somebody, then those
+that all its rows see whole, for which no mask is computed, and from `n_near` on those of the keys that may be seen from
+everywhere (global tokens, sinks), which lie gathered in tensors of their own; a row takes of these what lies outside of
+its window.
 """
 
 from __future__ import annotations
@@ -115,12 +118,17 @@ def load_queries(
 
 @gluon.jit
 def produce(
-    desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, full, empty,
     ORDER, SPANS, desc_far_k, desc_far_v, N_ALWAYS, T, S, H, R, left, right, n_tiles, width,
     C: gl.constexpr, N: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
     at = 0  # tiles of keys loaded so far
+    # What the last of them was: its values come in the next slot.
+    last_b = 0
+    last_key = 0
+    last_far = -1
+    last_g = 0
     ORDER += gl.program_id(0) * width
     for turn in range(gl.load(ORDER)):
         item = gl.load(ORDER + 1 + turn)
@@ -141,15 +149,25 @@ def produce(
             far = (it - n_near) * N
             if SLOTS == 2 and it == 0:
                 load_queries(desc_q, q_s, q_full, q_empty, turn, tile, b, h, C, SLOTS)
-            mbarrier.wait(k_empty.index(stage), free)
-            mbarrier.expect(k_full.index(stage), desc_k.block_type.nbytes)
-            copy_tile(desc_k, desc_far_k, b, key, far, h // R, k_full.index(stage), k_s.index(stage))
-            mbarrier.wait(v_empty.index(stage), free)
-            mbarrier.expect(v_full.index(stage), desc_v.block_type.nbytes)
-            copy_tile(desc_v, desc_far_v, b, key, far, h // R, v_full.index(stage), v_s.index(stage))
+            mbarrier.wait(empty.index(stage), free)
+            if at == 0:
+                mbarrier.expect(full.index(stage), desc_k.block_type.nbytes)
+            else:
+                mbarrier.expect(full.index(stage), desc_k.block_type.nbytes + desc_v.block_type.nbytes)
+            copy_tile(desc_k, desc_far_k, b, key, far, h // R, full.index(stage), k_s.index(stage))
+            if at > 0:
+                copy_tile(desc_v, desc_far_v, last_b, last_key, last_far, last_g, full.index(stage), v_s.index(stage))
+            last_b = b
+            last_key = key
+            last_far = far
+            last_g = h // R
             if SLOTS == 1 and it == 0:  # behind keys and values, which need not wait until the queries' place is free
                 load_queries(desc_q, q_s, q_full, q_empty, turn, tile, b, h, C, SLOTS)
             at += 1
+    stage = at % STAGES
+    mbarrier.wait(empty.index(stage), ((at // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(stage), desc_v.block_type.nbytes)
+    copy_tile(desc_v, desc_far_v, last_b, last_key, last_far, last_g, full.index(stage), v_s.index(stage))
 
 
 # -- the consumers -----------------------------------------------------------------------------------------------------
@@ -253,7 +271,7 @@ def joined(left, right, N: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def start(
-    q_s, k_s, q_full, k_full, nothing, turn, n_turns, at,
+    q_s, k_s, q_full, full, nothing, turn, n_turns, at,
     CID: gl.constexpr, C: gl.constexpr, N: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The product of the turn's item with its first tile of keys. After the last item this multiplies what happens to
@@ -262,7 +280,7 @@ def start(
     slot = (turn & (SLOTS - 1)) * C + CID
     if turn < n_turns:
         mbarrier.wait(q_full.index(slot), (turn >> (SLOTS - 1)) & 1)
-        mbarrier.wait(k_full.index(stage), (at // STAGES) & 1)
+        mbarrier.wait(full.index(stage), (at // STAGES) & 1)
     return warpgroup_mma(
         q_s.index(slot).reshape([ROWS, D]), k_s.index(stage).reshape([N, D]).permute((1, 0)), nothing, use_acc=False,
         is_async=True,
@@ -271,7 +289,7 @@ def start(
 
 @gluon.jit
 def consume(
-    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, desc_o, LSE, ORDER, SPANS, Q_DOC,
+    q_s, k_s, v_s, o_s, q_full, q_empty, full, empty, desc_o, LSE, ORDER, SPANS, Q_DOC,
     K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H, scale, softcap, left, right, n_tiles, width,
     CID: gl.constexpr, C: gl.constexpr, N: gl.constexpr, D: gl.constexpr, E: gl.constexpr, SLOTS: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
@@ -295,7 +313,7 @@ def consume(
     ORDER += gl.program_id(0) * width
     n_turns = gl.load(ORDER)
     item = gl.load(ORDER + 1)
-    running = start(q_s, k_s, q_full, k_full, nothing, 0, 1, 0, CID, C, N, D, SLOTS, STAGES)
+    running = start(q_s, k_s, q_full, full, nothing, 0, 1, 0, CID, C, N, D, SLOTS, STAGES)
     for turn in range(n_turns):
         tile = item % n_tiles
         head = item // n_tiles
@@ -331,7 +349,7 @@ def consume(
 
         # The first tile: its product was begun before the last item's rows were written.
         s = warpgroup_mma_wait(0, deps=(running,))
-        mbarrier.arrive(k_empty.index(at % STAGES), count=1)
+        mbarrier.arrive(empty.index(at % STAGES), count=1)
         key = key_tile(0, first, n_before, first_full, end_full, n_partial) * N
         s = shaped(s, key, q_pos, cols, scale, softcap, slope, SOFTCAP, ALIBI)
         s = hidden(s, key, low, high, q_doc, cols, K_DOC, b, S, HAS_LEFT, DOCUMENTS)
@@ -347,13 +365,11 @@ def consume(
         for it in range(1, n):
             p_half = unpacked(carried, dtype)
             stage = (at + it) % STAGES
-            before = (at + it - 1) % STAGES
-            mbarrier.wait(k_full.index(stage), ((at + it) // STAGES) & 1)
+            mbarrier.wait(full.index(stage), ((at + it) // STAGES) & 1)
             s = warpgroup_mma(
                 q, k_s.index(stage).reshape([N, D]).permute((1, 0)), nothing, use_acc=False, is_async=True
             )
-            mbarrier.wait(v_full.index(before), ((at + it - 1) // STAGES) & 1)
-            acc = warpgroup_mma(p_half, v_s.index(before).reshape([N, E]), acc, is_async=True)
+            acc = warpgroup_mma(p_half, v_s.index(stage).reshape([N, E]), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=(s,))
             key = key_tile(it, first, n_before, first_full, end_full, n_partial) * N
             if ALWAYS is None or it < n_near:
@@ -389,36 +405,33 @@ def consume(
                 total += gl.convert_layout(lane_sums(rest, N // 2), lanes_layout)
                 p = joined(p, rest, N, s_layout)
             carried = packed(gl.convert_layout(p.to(dtype), p_layout))
-            # An arrival waits for the consumer's four warps: one after the other they wait once.
-            mbarrier.arrive(v_empty.index(before), count=1)
-            mbarrier.arrive(k_empty.index(stage), count=1)
+            mbarrier.arrive(empty.index(stage), count=1)
 
         if SLOTS == 2:
             mbarrier.arrive(q_empty.index(slot), count=1)
         p_half = unpacked(carried, dtype)
         at += n
-        before = (at - 1) % STAGES
-        mbarrier.wait(v_full.index(before), ((at - 1) // STAGES) & 1)
-        acc = warpgroup_mma(p_half, v_s.index(before).reshape([N, E]), acc, is_async=True)
+        stage = at % STAGES
+        mbarrier.wait(full.index(stage), (at // STAGES) & 1)
+        acc = warpgroup_mma(p_half, v_s.index(stage).reshape([N, E]), acc, is_async=True)
         if SLOTS == 2:
-            running = start(q_s, k_s, q_full, k_full, nothing, turn + 1, n_turns, at, CID, C, N, D, SLOTS, STAGES)
+            running = start(q_s, k_s, q_full, full, nothing, turn + 1, n_turns, at, CID, C, N, D, SLOTS, STAGES)
 
         total = gl.convert_layout(gl.sum(total, 1), rows_layout)
-        empty = top == -float("inf")
+        blind = top == -float("inf")
         if SINK:  # a logit without a value: it enlarges the denominator of rows that see a key
             sink_2 = gl.load(SINKS + h).to(gl.float32) * LOG2E
-            with_sink = gl.where(empty, 0.0, gl.maximum(top, sink_2))
+            with_sink = gl.where(blind, 0.0, gl.maximum(top, sink_2))
             shrink = gl.exp2(top - with_sink)
             total = total * shrink + gl.exp2(sink_2 - with_sink)
             top = with_sink
-        total = gl.where(empty, 1.0, total)
-        lse = gl.where(empty, -float("inf"), top * LN2 + gl.log(total))
+        total = gl.where(blind, 1.0, total)
+        lse = gl.where(blind, -float("inf"), top * LN2 + gl.log(total))
         gl.store(LSE + (b * H + h).to(gl.int64) * T + rows, lse, mask=rows < T)
         factor = 1.0 / total
         if SINK:
             factor = factor * shrink
         acc, p_half = warpgroup_mma_wait(SLOTS - 1, deps=(acc, p_half))
-        mbarrier.arrive(v_empty.index(before), count=1)
         acc = acc * gl.convert_layout(factor, out_rows)[:, None]
         tma.store_wait(0)  # the last item's rows have left the buffer
         o_s.index(CID).reshape([ROWS, E]).store(acc.to(dtype))
@@ -427,7 +440,7 @@ def consume(
         if SLOTS == 1:  # the next queries take the place through which these rows leave
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(slot), count=1)
-            running = start(q_s, k_s, q_full, k_full, nothing, turn + 1, n_turns, at, CID, C, N, D, SLOTS, STAGES)
+            running = start(q_s, k_s, q_full, full, nothing, turn + 1, n_turns, at, CID, C, N, D, SLOTS, STAGES)
     warpgroup_mma_wait(0, deps=(running,))
     tma.store_wait(0)
 
@@ -454,36 +467,32 @@ def forward_kernel(
         o_s = gl.allocate_shared_memory(desc_o.dtype, [C, 1, ROWS, 1, E], desc_o.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [SLOTS * C, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [SLOTS * C, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS * C):
         mbarrier.init(q_full.index(slot), count=1)
         mbarrier.init(q_empty.index(slot), count=1)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=C)
-        mbarrier.init(v_empty.index(stage), count=C)
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=C)
     # warp_specialize takes constants only where they stand in its tuples.
     if C == 2:
         gl.warp_specialize(
             [
                 (consume, (
-                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
                     scale, softcap, left, right, n_tiles, width, 0, C, N, D, E, SLOTS, STAGES, CAUSAL,
                     HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES,
                 )),
                 (consume, (
-                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
                     scale, softcap, left, right, n_tiles, width, 1, C, N, D, E, SLOTS, STAGES, CAUSAL,
                     HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES,
                 )),
                 (produce, (
-                    desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, ORDER,
+                    desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, full, empty, ORDER,
                     SPANS, desc_far_k, desc_far_v, N_ALWAYS, T, S, H, R, left, right, n_tiles, width, C, N, SLOTS,
                     STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS,
                 )),
@@ -495,25 +504,25 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consume, (
-                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
                     scale, softcap, left, right, n_tiles, width, 0, C, N, D, E, SLOTS, STAGES, CAUSAL,
                     HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES,
                 )),
                 (consume, (
-                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
                     scale, softcap, left, right, n_tiles, width, 1, C, N, D, E, SLOTS, STAGES, CAUSAL,
                     HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES,
                 )),
                 (consume, (
-                    q_s, k_s, v_s, o_s, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_s, k_s, v_s, o_s, q_full, q_empty, full, empty,
                     desc_o, LSE, ORDER, SPANS, Q_DOC, K_DOC, SLOPES, SINKS, ALWAYS, N_ALWAYS, OUTSIDE, FAR_DOC, T, S, H,
                     scale, softcap, left, right, n_tiles, width, 2, C, N, D, E, SLOTS, STAGES, CAUSAL,
                     HAS_LEFT, HAS_RIGHT, DOCUMENTS, SOFTCAP, ALIBI, SINK, HALVES,
                 )),
                 (produce, (
-                    desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, k_full, k_empty, v_full, v_empty, ORDER,
+                    desc_q, desc_k, desc_v, q_s, k_s, v_s, q_full, q_empty, full, empty, ORDER,
                     SPANS, desc_far_k, desc_far_v, N_ALWAYS, T, S, H, R, left, right, n_tiles, width, C, N, SLOTS,
                     STAGES, CAUSAL, HAS_LEFT, HAS_RIGHT, DOCUMENTS,
                 )),
