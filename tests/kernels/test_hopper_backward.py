@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longspan.kernels.attention import AttentionParams, AttentionSpec, Window, attend
 from longspan.kernels.attention.hopper import backend as hopper
-from longspan.kernels.attention.hopper.backward_launch import squares_for
+from longspan.kernels.attention.hopper.backward_launch import lse_factor, squares_for
 from longspan.kernels.attention.hopper.gathered import gathered, statistics_of_rows
 from longspan.kernels.attention.hopper.tiles import HEAD_DIMS, ROWS, adds_dq, choose_backward, padded
 from longspan.kernels.attention.plan import make_plan
@@ -140,6 +140,7 @@ def run(
         *(pointer(_numpy(x).reshape(-1)) for x in (true.out.to(dtype), torch.from_numpy(d_out), ordinary_lse)),
         pointer(d_lse.reshape(-1)) if lse_used else None,
         pointer(stats),
+        lse_factor(spec, D),
         *map(number, (T * H * E, H * E, E) * 2),
         *map(number, (T, H, E, rounded)),
         padded(E),
@@ -147,7 +148,7 @@ def run(
     row_stats, far_q, far_k = None, (None,) * 7, (None,) * 6
     if far_rows is not None:
         shaped = torch.from_numpy(stats).view(B, H, 2, rounded)
-        row_stats = statistics_of_rows(shaped, true.lse.detach().float(), far_rows, TALL)
+        row_stats = statistics_of_rows(shaped, true.lse.detach().float(), far_rows, lse_factor(spec, D), TALL)
         tiles = (gluon.Descriptor(x.numpy(), queries, padded(x.shape[3])) for x in (far_rows.x, far_rows.y))
         far_q = (*tiles, gluon.Vector(row_stats.reshape(-1).numpy(), queries), *_pointers(far_rows.tensors[2:], B))
     if far_keys is not None:

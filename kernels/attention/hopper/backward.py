@@ -17,7 +17,8 @@ a tile of queries, N keys of a tile of keys; `_2` in a name: in units of log 2.
 
 A program's tiles of the other side are counted `it = 0 … n - 1`: first those in which something is hidden from
 somebody, then those that are seen whole, for which no mask is computed. Queries that are not there, and those that see
-nothing, have an lse of +inf here, so their weights are 0.
+nothing, have an lse of +inf here, so their weights are 0. The lse comes as what is added to scores before they are
+exponentiated: negative and in the unit of the products (in log 2 where softcap or ALiBi change them).
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ STATS_ROWS: gl.constexpr = gl.constexpr(32)
 
 @gluon.jit(do_not_specialize=["T", "H", "rounded"])  # an E that 16 divides is read 16 bytes at a time
 def stats_kernel(
-    OUT, D_OUT, LSE, D_LSE, STATS, o_b, o_t, o_h, do_b, do_t, do_h, T, H, E, rounded, WIDTH: gl.constexpr,
+    OUT, D_OUT, LSE, D_LSE, STATS, factor, o_b, o_t, o_h, do_b, do_t, do_h, T, H, E, rounded, WIDTH: gl.constexpr,
 ):  # fmt: skip
-    """STATS [B · H, 2, rounded] fp32, `rounded` a multiple of all tiles: the lse in units of log 2, and -delta. Of rows
-    that are not there +inf and 0, and an lse of +inf of those that see nothing. A program has STATS_ROWS rows of a
-    head."""
+    """STATS [B · H, 2, rounded] fp32, `rounded` a multiple of all tiles: the lse times `factor`, which is negative, and
+    -delta. Of rows that are not there -inf and 0, and -inf instead of the lse of those that see nothing. A program has
+    STATS_ROWS rows of a head."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     n_tiles = rounded // STATS_ROWS
     head = gl.program_id(0) // n_tiles
@@ -59,7 +60,7 @@ def stats_kernel(
     if D_LSE is not None:
         delta = gl.load(D_LSE + row, mask=there, other=0.0) + delta
     stats = STATS + head.to(gl.int64) * 2 * rounded + rows_64
-    gl.store(stats, gl.where(lse == -float("inf"), float("inf"), lse * LOG2E))
+    gl.store(stats, gl.where(lse == -float("inf"), lse, lse * factor))
     gl.store(stats + rounded, delta)
 
 

@@ -229,7 +229,7 @@ def consume_queries(
     n_rounds = R * n
     if n_rounds > 0:
         mbarrier.wait(full.index(0), 0)
-    lse_2 = lse_s.index(0).load(cols_layout)
+    start = lse_s.index(0).load(cols_layout)
     delta = delta_s.index(0).load(cols_layout)
     tiles = (T + M - 1) // M  # of queries
     square = 0  # which is to be added to next
@@ -246,7 +246,7 @@ def consume_queries(
         d_out = do_s.index(stage).reshape([M, E])
         s_start = nothing
         if STARTED:
-            s_start = spread(lse_2 * (-1.0 / unit), M)
+            s_start = spread(start, M)
         if HAS_DK:
             dp_start = spread(delta, M)
         # Two slots: who writes to one again has seen the other consumer's arrival at the second, by when that had read
@@ -278,7 +278,7 @@ def consume_queries(
         if STARTED:
             p = gl.exp2(s * unit)
         else:
-            p = gl.exp2(s * unit - lse_2[None, :])
+            p = gl.exp2(s + start[None, :])
         if HAS_DV:
             p_half = gl.convert_layout(p.to(dtype), p_layout)
         if FUSED:  # before the wait: tensor cores go on. In two passes heads of 64 were slower so
@@ -305,7 +305,7 @@ def consume_queries(
         # The next round's statistics; after the last one these again.
         after = gl.minimum(at + 1, n_rounds - 1)
         mbarrier.wait(full.index(after % STAGES), (after // STAGES) & 1)
-        lse_2 = lse_s.index(after % STAGES).load(cols_layout)
+        start = lse_s.index(after % STAGES).load(cols_layout)
         if HAS_DK:
             delta = delta_s.index(after % STAGES).load(cols_layout)
         # What wgmma still reads stays in its registers until it is done.

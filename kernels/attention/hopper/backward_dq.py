@@ -88,7 +88,7 @@ def consume_keys(
     if ALIBI:
         slope = gl.load(SLOPES + h).to(gl.float32)
     head = (b * H + h).to(gl.int64)
-    lse_2 = gl.load(STATS + head * 2 * rounded + rows)
+    start = gl.load(STATS + head * 2 * rounded + rows) * unit
     delta = gl.load(STATS + (head * 2 + 1) * rounded + rows)
     d_slope = gl.zeros_like(delta)
 
@@ -117,7 +117,7 @@ def consume_keys(
             s = beyond(s, begin, rows, q_doc, cols, OUTSIDE, N_ALWAYS, FAR_DOC, b, T, S, HAS_RIGHT, DOCUMENTS)
         if it < n_partial:
             s = hidden(s, key, low, high, q_doc, cols, K_DOC, b, S, HAS_LEFT, DOCUMENTS)
-        p = gl.exp2(s * unit - lse_2[:, None])
+        p = gl.exp2(s * unit + start[:, None])
         # Long since true: a branch, across which ptxas does not move the exponentials behind the wait that follows.
         mbarrier.wait(full.index(stage), phase)
         dp = warpgroup_mma_wait(0, deps=(dp,))

@@ -5,6 +5,7 @@ Legend: B batch, T queries, S keys, H query heads, G key/value heads, D head dim
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,7 @@ def backward(
     beside_rows = NOTHING if far_rows is None else far_rows.tensors
 
     parsed = parse_spec(spec)
+    factor = lse_factor(parsed, D)
     fused = far_keys is None and far_rows is None and adds_dq(parsed, T, S, D, E)
     fused = fused and not torch.are_deterministic_algorithms_enabled()
     sums = squares_for(q) if fused else None
@@ -88,7 +90,7 @@ def backward(
     if plan is not None:
         plan.statistics(out, d_out, ordinary, d_lse, stats)
         far_q, far_do, *far_index = beside_rows
-        far = (far_q, far_do, _row_stats(stats, lse, far_rows), *far_index)
+        far = (far_q, far_do, _row_stats(stats, lse, far_rows, factor), *far_index)
         plan.dkdv(q, k, v, d_out, stats, dk, dv, sums, k_spans, q_doc, k_doc, slopes, *far)
         if sums is not None:
             plan.dq(sums, dq)
@@ -99,7 +101,7 @@ def backward(
         tiles = choose_backward(max(D, E), curved=curved, documents=parsed.documents or far_keys is not None)
         task = Task(parsed, tiles, q, k, v, d_out, stats, slopes, q_doc, k_doc, q_spans, k_spans, far_keys, far_rows)
         statistics = task.statistics(out, ordinary, d_lse)
-        dkdv = task.dkdv(dk, dv, sums, _row_stats(stats, lse, far_rows))
+        dkdv = task.dkdv(dk, dv, sums, _row_stats(stats, lse, far_rows, factor))
         dq_launch = task.dq(dq, row_slopes) if sums is None else task.round(sums, dq)
         if statistics is not None and dkdv is not None and dq_launch is not None:
             _plans.put(key, _Plan(statistics, dkdv, dq_launch))
@@ -121,8 +123,16 @@ def backward(
     return dq, dk, dv, d_slopes, d_sinks
 
 
-def _row_stats(stats: Tensor, lse: Tensor, rows: Gathered | None) -> Tensor | None:
-    return None if rows is None else statistics_of_rows(stats, lse, rows, BackwardTiles.rows)
+def lse_factor(spec: AttentionSpec, head_dim: int) -> float:
+    """From the lse to what the kernels add to scores instead of subtracting it from them: in the unit of the products
+    or, where softcap or ALiBi change them, of log 2."""
+    if spec.alibi or spec.softcap is not None:
+        return -1.0 / math.log(2)
+    return -1.0 / spec.softmax_scale(head_dim)
+
+
+def _row_stats(stats: Tensor, lse: Tensor, rows: Gathered | None, factor: float) -> Tensor | None:
+    return None if rows is None else statistics_of_rows(stats, lse, rows, factor, BackwardTiles.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +187,10 @@ class Task:
 
     def statistics(self, out: Tensor, lse: Tensor, d_lse: Tensor | None) -> Launch | None:
         (B, T, H, E), rounded = out.shape, self.stats.shape[3]
+        factor = lse_factor(self.spec, self.q.shape[3])
         given = (
-            out, self.d_out, lse, d_lse, self.stats, *out.stride()[:3], *self.d_out.stride()[:3], T, H, E, rounded,
-            padded(E),
+            out, self.d_out, lse, d_lse, self.stats, factor, *out.stride()[:3], *self.d_out.stride()[:3], T, H, E,
+            rounded, padded(E),
         )  # fmt: skip
         return first(stats_kernel, B * H * (rounded // STATS_ROWS.value), given, {"num_warps": 4})
 

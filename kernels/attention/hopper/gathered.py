@@ -79,19 +79,16 @@ def seen_from(plan: Plan, spec: AttentionSpec, n_queries: int, n_keys: int) -> T
     return torch.searchsorted(places, row.repeat(len(places), 1)).int()
 
 
-def statistics_of_rows(stats: Tensor, lse: Tensor, rows: Gathered, multiple: int) -> Tensor:
+def statistics_of_rows(stats: Tensor, lse: Tensor, rows: Gathered, factor: float, multiple: int) -> Tensor:
     """[B, H, 2, A rounded up to a multiple] fp32: of gathered rows what `stats` [B, H, 2, …] holds of all others (the
-    lse in units of log 2, and -delta), with the lse [B, H, n] that `stats` lacks. Of rows that are not there, and those
-    that see nothing, +inf and whatever."""
+    lse times a negative factor, and -delta), with the lse [B, H, n] that `stats` lacks. Of rows that are not there, and
+    those that see nothing, -inf and whatever."""
     (B, H), most = lse.shape[:2], rows.x.shape[1]
     at = rows.index[:, None, :most].long().expand(-1, H, -1)
     there = torch.arange(most, device=lse.device) < rows.count[:, None, None]
-    lse_2 = lse.gather(2, at) * _LOG2E
+    of_rows = lse.gather(2, at)
     found = stats.new_zeros(B, H, 2, -(-most // multiple) * multiple)
-    found[:, :, 0].fill_(torch.inf)
-    found[:, :, 0, :most] = lse_2.masked_fill(~there | (lse_2 == -torch.inf), torch.inf)
+    found[:, :, 0].fill_(-torch.inf)
+    found[:, :, 0, :most] = (of_rows * factor).masked_fill(~there | (of_rows == -torch.inf), -torch.inf)
     found[:, :, 1, :most] = stats[:, :, 1].gather(2, at)
     return found
-
-
-_LOG2E = 1.4426950408889634
