@@ -9,6 +9,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -97,14 +98,16 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def append(file: str, rows: Sequence[Mapping[str, object]], directory: Path = RESULTS) -> Path:
-    """Append rows to `results/<file>`; a file whose columns differ is refused rather than mixed."""
-    path = directory / file
+    """Append rows to `results/<file>` or, where it has other columns, to the first of `<file>-2`, `<file>-3`, … that is
+    new or has these, and say so: what was measured is not lost for it. Returns where they are."""
+    wanted = path = directory / file
     columns = list(rows[0])
-    if path.exists():
-        with path.open(newline="") as handle:
-            present = next(csv.reader(handle))
-        if present != columns:
-            raise ValueError(f"{path} has the columns {present}, these rows have {columns}: start a new file")
+    number = 1
+    while path.exists() and _header(path) != columns:
+        number += 1
+        path = wanted.with_stem(f"{wanted.stem}-{number}")
+    if path != wanted:
+        print(f"{wanted} has other columns than these rows, which go to {path}", file=sys.stderr)
     fresh = not path.exists()
     directory.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as handle:
@@ -113,6 +116,11 @@ def append(file: str, rows: Sequence[Mapping[str, object]], directory: Path = RE
             writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def _header(path: Path) -> list[str]:
+    with path.open(newline="") as handle:
+        return next(csv.reader(handle), [])
 
 
 def _output(*command: str) -> str | None:

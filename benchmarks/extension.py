@@ -38,7 +38,7 @@ from longspan.model.config import AttentionPlan, DecoderConfig, RopeScaling
 from longspan.model.decoder import Decoder, from_config
 from longspan.model.positions import rotate
 
-from .arguments import read_arguments
+from .arguments import read_arguments, whole, wholes
 from .environment import append, facts_of_run, output_directory
 
 SINKS = 4  # first tokens that stay visible (Xiao et al. 2024, arXiv 2309.17453)
@@ -192,8 +192,8 @@ def row(reading: Reading, *, command: str, checkpoint: str, trained: int, window
 def main(arguments: Sequence[str]) -> int:
     known = ("checkpoint", "data", "lengths", "methods", "window", "texts", "scored", "device", "output")
     given = read_arguments(arguments, known, required=("checkpoint", "data", "lengths"))
-    lengths = [int(each) for each in given["lengths"].split(",")]
-    scored = int(given.get("scored", "256"))
+    lengths, scored = wholes(given, "lengths", (), least=1), whole(given, "scored", 256, least=1)
+    count = whole(given, "texts", 4, least=1)
     device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
     directory = resolve_checkpoint(given["checkpoint"])
     model = load_decoder(directory, device=device, dtype=torch.float32)
@@ -203,10 +203,9 @@ def main(arguments: Sequence[str]) -> int:
         allowed = ", ".join(applicable(model.config))
         print(f"methods={','.join(unknown)}: this model has {allowed}", file=sys.stderr)
         return 2
-    window = int(given.get("window", model.config.max_positions // 2))
+    window = whole(given, "window", model.config.max_positions // 2, least=1)
     tokenizer = Tokenizer.load(directory)
     start = next(iter(reversed(tokenizer.start_ids)), tokenizer.eos_id)
-    count = int(given.get("texts", "4"))
     tokens_BT = texts_of(given["data"], tokenizer, length=max(lengths) + 1, count=count, start=start)
     output = output_directory(given.get("output"), smoke=False)
     label = Path(given["checkpoint"]).name

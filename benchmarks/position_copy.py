@@ -30,7 +30,7 @@ from longspan.model.surgery import ExtendPositions, Longformer, convert_model
 from longspan.training.held_out import training_store
 from longspan.training.objectives import MaskedTokenLoss
 
-from .arguments import split_arguments
+from .arguments import split_arguments, whole, wholes
 from .environment import append, facts_of_run, output_directory
 from .runs import told, train_once
 
@@ -87,8 +87,9 @@ def children(parent: Path, directory: Path, *, length: int, window: int) -> dict
 
 def main(arguments: Sequence[str]) -> int:
     own, keys = split_arguments(arguments, OWN)
-    length, window = int(own.get("length", "4096")), int(own.get("window", "512"))
-    batches, steps = int(own.get("batches", "16")), [int(each) for each in own.get("steps", "0,100,300").split(",")]
+    length, window = whole(own, "length", 4096, least=1), whole(own, "window", 512, least=1)
+    batches, steps = whole(own, "batches", 16, least=1), wholes(own, "steps", (0, 100, 300), least=0)
+    seeds = wholes(own, "seeds", (0, 1), least=0)
     runs, output = Path(own.get("runs", "runs/position_copy")), output_directory(own.get("output"), smoke=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     command = told("position_copy", arguments)
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"seed {seed}  {arm:12s} after {step:5,d} steps, {context:6,d} tokens: loss {loss:.3f}", flush=True)
 
     keys_of_children = [key for key in keys if not key.startswith("data.tokenizer")]  # the parent's comes with it
-    for seed in [int(each) for each in own.get("seeds", "0,1").split(",")]:
+    for seed in seeds:
         home = runs / f"seed-{seed}"
         parent = trained(home / "parent", [f"seed={seed}", *keys])
         config = load_config(parent)

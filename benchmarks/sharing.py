@@ -44,7 +44,7 @@ from longspan.model.surgery import (
 from longspan.model.surgery.gqa import Grouping
 from longspan.model.surgery.heads import Init
 
-from .arguments import read_arguments
+from .arguments import read_arguments, whole, wholes
 from .environment import append, facts_of_run, output_directory
 
 KEYS = ("checkpoint", "data", "kv_heads", "inits", "groupings", "statistics", "texts", "length", "output")
@@ -113,14 +113,14 @@ def surgeries_of(
 
 def main(arguments: Sequence[str]) -> int:
     given = read_arguments(arguments, KEYS, required=("checkpoint", "data", "kv_heads"))
+    length, texts = whole(given, "length", 512, least=1), whole(given, "texts", 8, least=1)
+    kv_heads = wholes(given, "kv_heads", (), least=1)
     directory = resolve_checkpoint(given["checkpoint"])
     model = load_model(directory, dtype=torch.float32)
     if not isinstance(model, Decoder | Encoder):
         print(f"checkpoint={given['checkpoint']}: this measures decoders and encoders alone", file=sys.stderr)
         return 2
     tokenizer, framed = Tokenizer.load(directory), isinstance(model, Encoder)
-    length = int(given.get("length", "512"))
-    texts = int(given.get("texts", "8"))
     tokens_BT = text_windows(given["data"], tokenizer, length=length, count=texts, framed=framed)
     output = output_directory(given.get("output"), smoke=False)
     command = "python -m longspan.benchmarks.sharing " + " ".join(
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str]) -> int:
         if "statistics" in given:
             moments = str(save_moments(input_moments(model, tokenizer, given["statistics"]), f"{scratch}/moments"))
         surgeries = surgeries_of(
-            [int(each) for each in given["kv_heads"].split(",")],
+            kv_heads,
             given.get("inits", ",".join(get_args(Init))).split(","),
             given.get("groupings", ",".join(get_args(Grouping))).split(","),
             moments,

@@ -29,7 +29,7 @@ from longspan.model.prompts import fitting
 from longspan.model.sampling import Sampling
 from longspan.model.seq2seq import Seq2Seq
 
-from .arguments import read_arguments
+from .arguments import read_arguments, whole
 from .environment import append, facts_of_run, output_directory
 from .runs import told
 
@@ -78,12 +78,12 @@ def scores(guesses: Sequence[str], references: Sequence[str]) -> dict[str, tuple
 
 def main(arguments: Sequence[str]) -> int:
     given = read_arguments(arguments, KEYS, required=("checkpoint",))
+    samples, batch = whole(given, "samples", 100, least=1), whole(given, "batch", 8, least=1)
     checkpoint = resolve_checkpoint(given["checkpoint"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(checkpoint, device=device, dtype=torch.float32), Tokenizer.load(checkpoint)
     if not isinstance(model, Seq2Seq):
         raise ValueError(f"checkpoint={given['checkpoint']}: holds no encoder–decoder")
-    samples, batch = int(given.get("samples", "100")), int(given.get("batch", "8"))
     reports = [main_points("validation", index) for index in range(samples)]
     references = [report.target for report in reports]
     output = output_directory(given.get("output"), smoke=False)
