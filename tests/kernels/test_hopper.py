@@ -241,7 +241,7 @@ def test_the_tiles_that_ship_for_wide_heads_compute_attention(monkeypatch: pytes
         {"            mbarrier.arrive(q_empty.index(slot), count=1)\n": "            pass\n"},
         # nor that of an item's first keys, and of the last one's last values
         {"        mbarrier.arrive(empty.index(at % STAGES), count=1)\n": ""},
-        # the last item's last values never come
+        # the last item's last values are others
         {"\n    copy_tile(desc_v, desc_far_v, last_b, last_key,": "\n    copy_tile(desc_v, desc_far_v, last_b, 0,"},
         # the sums are not rescaled
         {"            acc = acc * gl.convert_layout(shrink, out_rows)[:, None]\n": ""},
@@ -366,7 +366,7 @@ def test_whole_calls_with_global_tokens_agree_with_fp64() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "4 calls agree" in done.stdout
+    assert "6 calls agree" in done.stdout
 
 
 # -- who works on what -------------------------------------------------------------------------------------------------
@@ -392,20 +392,38 @@ def test_every_item_is_done_once_and_nobody_waits_long(
             assert costs == sorted(costs, reverse=True)
 
 
-@pytest.mark.parametrize(("length", "most"), [(1024, 1.25), (2048, 1.25), (8192, 1.25), (65536, 1.15)])
-def test_documents_are_shared_out_evenly_without_being_known(length: int, most: float) -> None:
-    T, heads, programs = 65_536, 16, 132
-    spec = AttentionSpec(causal=True, documents=True)
-    order = schedule(spec, T, T, heads, 1, programs, 128, N)
-    items = [row[1 : 1 + row[0]] for row in order]
-    n_tiles = T // 128
-    assert sorted(np.concatenate(items)) == list(range(heads * n_tiles))
-    drawn = np.random.default_rng(0).integers(length // 2, 3 * length // 2 + 1, 2 * T // length)
-    starts = np.concatenate([[0], np.cumsum(drawn)])
-    first = starts[np.searchsorted(starts, np.arange(0, T, 128), side="right") - 1] // N if length < T else 0
-    costs = np.arange(n_tiles) - first + 1
-    loads = np.array([costs[mine % n_tiles].sum() for mine in items])
-    assert loads.max() <= most * loads.mean()
+@pytest.mark.parametrize(
+    ("T", "length", "group", "better"),
+    [(65_536, 2048, 1, 0.85), (16_384, 4096, 4, 0.85), (16_384, 512, 4, 0.85), (16_384, 16_384, 4, None)],
+)
+def test_documents_are_shared_out_evenly_without_being_known(
+    T: int, length: int, group: int, better: float | None
+) -> None:
+    """What the busiest program has beyond its share: over eight draws less than if all were one document."""
+    heads, programs, n_tiles = 16, 132, T // 128
+
+    def beyond(documents: bool, first_tile: np.ndarray) -> float:
+        spec = AttentionSpec(causal=True, documents=documents)
+        items = [row[1 : 1 + row[0]] for row in schedule(spec, T, T, heads, group, programs, 128, N)]
+        assert sorted(np.concatenate(items)) == list(range(heads * n_tiles))
+        costs = np.arange(n_tiles) - first_tile + 2
+        loads = np.array([costs[mine % n_tiles].sum() for mine in items])
+        return float(loads.max() / loads.mean() - 1)
+
+    if better is None:
+        assert beyond(True, np.zeros(n_tiles, int)) < 0.12
+        return
+    found = []
+    for seed, spread in itertools.product(range(4), ("even", "exponential")):
+        random, n = np.random.default_rng(seed), 8 * T // length
+        even = spread == "even"
+        drawn = random.integers(length // 2, 3 * length // 2 + 1, n) if even else random.exponential(length, n) + 16
+        starts = np.concatenate([[0], np.cumsum(drawn.astype(int))])
+        first_tile = starts[np.searchsorted(starts, np.arange(0, T, 128), side="right") - 1] // N
+        found.append((beyond(True, first_tile), beyond(False, first_tile)))
+    ours, theirs = np.mean(found, axis=0)
+    assert ours < better * theirs
+    assert ours < 0.25
 
 
 @pytest.mark.parametrize(("T", "S"), [(500, 500), (100, 700), (700, 100)])

@@ -164,7 +164,7 @@ def run(
     if "dkdv" in kernels or "fused" in kernels:
         n_tiles = -(-S // (owners * ROWS))
         dk, dv = np.full_like(k, np.nan), np.full_like(v, np.nan)
-        sums = squares_for(torch.from_numpy(q)).numpy() if "fused" in kernels else None
+        sums = squares_for(torch.from_numpy(q), choose_backward(D)).numpy() if "fused" in kernels else None
         machine = gluon.Machine(n_tiles * B * G, seed)
         gluon.kernel(monkeypatch, machine, "dkdv_kernel")(
             gluon.Descriptor(q, queries, padded(D)),
@@ -378,6 +378,11 @@ def test_dq_is_added_on_the_way_where_queries_see_enough() -> None:
         assert not adds_dq(spec, 2**20, 2**20, 128, 128)
     assert not adds_dq(CAUSAL, 2**20, 2**20, 128, 64)
     assert not adds_dq(CAUSAL, 2**20, 2**20, 256, 256)
+    # Of keys that are not there only causality keeps the weights, which may be infinite, from dq.
+    assert adds_dq(CAUSAL, 5000, 5000, 64, 64)
+    for spec in (FULL, AttentionSpec(causal=False, window=Window.symmetric(2000))):
+        assert adds_dq(spec, 5000, 5120, 64, 64)
+        assert not adds_dq(spec, 5120, 5000, 64, 64)
 
 
 def test_dq_on_the_way_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,8 +474,7 @@ def test_in_fp16_gradients_keep_to_the_budget(
         (
             "            dv, p_half, dk, ds_half = warpgroup_mma_wait(0, deps=(dv, p_half, dk, ds_half))\n",
             "            mbarrier.arrive(empty.index(stage), count=1)\n"
-            "            dv, p_half, dk, ds_half = warpgroup_mma_wait(0, deps=(dv, p_half, dk, ds_half))\n"
-            "            continue\n",
+            "            dv, p_half, dk, ds_half = warpgroup_mma_wait(0, deps=(dv, p_half, dk, ds_half))\n",
         ),
         (
             "        dq, ds_half = warpgroup_mma_wait(0, deps=(dq, ds_half))\n"
@@ -568,14 +572,12 @@ def test_the_interpreter_notices_what_is_wrong_with_global_tokens(
         (
             "            dk, ds_half = warpgroup_mma_wait(0, deps=(dk, ds_half))\n",
             "            mbarrier.arrive(empty.index(stage), count=1)\n"
-            "            dk, ds_half = warpgroup_mma_wait(0, deps=(dk, ds_half))\n"
-            "            continue\n",
+            "            dk, ds_half = warpgroup_mma_wait(0, deps=(dk, ds_half))\n",
         ),
         (
             "            dv, p_half = warpgroup_mma_wait(0, deps=(dv, p_half))\n",
             "            mbarrier.arrive(empty.index(stage), count=1)\n"
-            "            dv, p_half = warpgroup_mma_wait(0, deps=(dv, p_half))\n"
-            "            continue\n",
+            "            dv, p_half = warpgroup_mma_wait(0, deps=(dv, p_half))\n",
         ),
         # spans are taken for those of ROWS keys
         ("* ((n_tiles + CONSUMERS - 1) // CONSUMERS) + tile // CONSUMERS", "* n_tiles + tile"),
@@ -612,6 +614,7 @@ def test_tiles_fit_a_processor(head_dim: int, curved: bool, documents: bool) -> 
     assert tiles.compiled_registers * threads <= 65_536
     assert 2 * 128 * tiles.registers + 128 * 24 <= 65_536
     assert tiles.owners == 1 or head_dim <= 128  # 2 · 256 accumulators of 64 keys are more than a consumer's registers
+    assert tiles.query_stages >= 2  # with one a consumer would wait for a tile that it leaves no room for
     assert tiles.rows % tiles.queries == 0  # the statistics of rows are rounded up to `rows`
     for owned, columns, stages in (
         (tiles.owners * ROWS, tiles.queries, tiles.query_stages),

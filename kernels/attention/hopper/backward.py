@@ -13,12 +13,12 @@ from registers, and specialised warps from FlashAttention-3 (Shah et al. 2024, a
 
 Legend: B batch, T queries, S keys, H query heads, G key/value heads, R = H // G, D and E head dims (padded: what lies
 beyond the tensors' own is read as zeros and not written); a consumer owns ROWS keys (dk, dv) or queries (dq); M rows of
-a tile of queries, N keys of a tile of keys; `_2` in a name: in units of log 2.
+a tile of queries, N keys of a tile of keys.
 
 A program's tiles of the other side are counted `it = 0 … n - 1`: first those in which something is hidden from
-somebody, then those that are seen whole, for which no mask is computed. Queries that are not there, and those that see
-nothing, have an lse of +inf here, so their weights are 0. The lse comes as what is added to scores before they are
-exponentiated: negative and in the unit of the products (in log 2 where softcap or ALiBi change them).
+somebody, then those that are seen whole, for which no mask is computed. Statistics of rows come as what is added:
+-delta, and -lse in the unit of the products (in log 2 where softcap or ALiBi change them); in its place -inf for
+queries that are not there and those that see nothing: their weights are 0.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def unpermitted(
     s, begin, keys, k_doc, cols, SEEN_FROM, FAR_DOC, b, T, S, CAUSAL: gl.constexpr, DOCUMENTS: gl.constexpr
 ):  # fmt: skip
     """-inf where a key is not seen by one of the rows that may see everything, numbers `begin + cols`. They are in
-    order: by causality those from SEEN_FROM[b, key] on see it. (Those that are not there have an lse of +inf.)"""
+    order: by causality those from SEEN_FROM[b, key] on see it. (Those that are not there have no weight.)"""
     if CAUSAL:
         seen_from = gl.load(SEEN_FROM + b * S + keys, mask=keys < S, other=0) - begin
         s = gl.where(cols[None, :] >= seen_from[:, None], s, -float("inf"))

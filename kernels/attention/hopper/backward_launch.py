@@ -83,7 +83,9 @@ def backward(
     factor = lse_factor(parsed, D)
     fused = far_keys is None and far_rows is None and adds_dq(parsed, T, S, D, E)
     fused = fused and not torch.are_deterministic_algorithms_enabled()
-    sums = squares_for(q) if fused else None
+    curved = parsed.alibi or parsed.softcap is not None
+    tiles = choose_backward(max(D, E), curved=curved, documents=parsed.documents or far_keys is not None)
+    sums = squares_for(q, tiles) if fused else None
     masks = (q_doc, k_doc, q_spans, k_spans, *beside_keys, *beside_rows)
     key = spec, alike(q, k, v, d_out, out, lse, d_lse, sums, slopes, *masks)
     plan = _plans.get(key)
@@ -97,8 +99,6 @@ def backward(
         else:
             plan.dq(q, k, v, d_out, dq, stats, row_slopes, q_spans, q_doc, k_doc, slopes, *beside_keys)
     else:
-        curved = parsed.alibi or parsed.softcap is not None
-        tiles = choose_backward(max(D, E), curved=curved, documents=parsed.documents or far_keys is not None)
         task = Task(parsed, tiles, q, k, v, d_out, stats, slopes, q_doc, k_doc, q_spans, k_spans, far_keys, far_rows)
         statistics = task.statistics(out, ordinary, d_lse)
         dkdv = task.dkdv(dk, dv, sums, _row_stats(stats, lse, far_rows, factor))
@@ -238,11 +238,10 @@ class Task:
         return first(dq_kernel, n_tiles * B * H, given, self.options)
 
 
-def squares_for(q: Tensor) -> Tensor:
+def squares_for(q: Tensor, tiles: BackwardTiles) -> Tensor:
     """Zeros for the sums of q's gradients: `backward_squares.py` says how they lie."""
     B, T, H, D = q.shape
-    rows = choose_backward(D).queries
-    squares = B * H * -(-T // rows) * (rows * padded(D) // ROWS**2)
+    squares = B * H * -(-T // tiles.queries) * (tiles.queries * padded(D) // ROWS**2)
     return q.new_zeros(squares * LINES.value, ROWS**2 // LINES.value, dtype=torch.float32)
 
 

@@ -73,7 +73,8 @@ _EDGES = {**_TILES, 64: Tiles(2, 128, 4, 240, halves=True)}
 class BackwardTiles:
     """Of the two kernels of the backward pass, each of two consumers that own ROWS keys or queries.
 
-    queries, query_stages  of a tile that passes the keys of dk and dv; tiles that shared memory holds
+    queries, query_stages  of a tile that passes the keys of dk and dv; tiles that shared memory holds, at least two: a
+                           consumer waits for the next before it gives one back
     keys, key_stages       of a tile that passes the queries of dq
     registers              of a consumer's thread; the producer gives away its own
     owners                 consumers with keys of their own, for dk and dv: 2, or 1, with whose keys the first consumer
@@ -109,8 +110,11 @@ _WORTH_IT = {64: 1024, 128: 2048}
 def adds_dq(spec: AttentionSpec, n_queries: int, n_keys: int, head_dim: int, value_dim: int) -> bool:
     """Whether dq comes from the kernel of dk and dv, added up in whatever order: five products of a tile instead of
     seven, for fp32 sums in memory. Not where softcap or ALiBi need the registers, nor between documents, of which
-    nobody knows here how long they are."""
+    nobody knows here how long they are; nor where a tile has keys that are not there and causality does not hide: their
+    weights, exp(-lse), may be infinite, and infinity times a key of zeros is no number."""
     widths = padded(head_dim), padded(value_dim)
+    if not spec.causal and n_keys % BackwardTiles.rows:
+        return False
     if spec.softcap is not None or spec.alibi or spec.documents or widths[0] != widths[1] or widths[0] not in _WORTH_IT:
         return False
     window, half = spec.window, n_queries // 2

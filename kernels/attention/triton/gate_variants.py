@@ -64,6 +64,7 @@ class Case:
 
 _CAUSAL, _FULL = AttentionSpec(causal=True), AttentionSpec(causal=False)
 _CAUSAL_WINDOW = AttentionSpec(causal=True, window=Window.causal_keys(1024))
+_WIDE_WINDOW = AttentionSpec(causal=True, window=Window.causal_keys(2048))  # wide enough for dq on the way
 _TWO_SIDED = AttentionSpec(causal=False, window=Window.symmetric(256))
 _DOCUMENTS = AttentionSpec(causal=True, documents=True)
 _FULL_DOCUMENTS = AttentionSpec(causal=False, documents=True)
@@ -136,6 +137,8 @@ HOPPER = (
         hopper=True,
         quick=True,
     ),
+    Case(name="hopper d64 causal window", spec=_CAUSAL_WINDOW, head_dim=64, kernels=(FUSED, "round"), hopper=True),
+    Case(name="hopper d128 wide window", spec=_WIDE_WINDOW, head_dim=128, kernels=(FUSED,), hopper=True),
     Case(name="hopper d64 full", spec=_FULL, head_dim=64, kernels=_WITH_FUSED, hopper=True),
     Case(name="hopper d128 full", spec=_FULL, head_dim=128, kernels=_WITH_FUSED, hopper=True),
     Case(name="hopper d128 fp16", spec=_CAUSAL, head_dim=128, kernels=_WITH_FUSED, dtype=torch.float16, hopper=True),
@@ -271,7 +274,7 @@ def _refusing(arch: int, requests: dict[str, Request]) -> Iterator[None]:
             compile["num_stages"],
             json.loads(compile["specialization_data"])["options"]["maxnreg"],
         )
-        requests.setdefault("fused" if request.constant("FUSED") else name, request)
+        requests.setdefault(FUSED if request.constant("FUSED") else name, request)
         return True
 
     before = knobs.runtime.jit_cache_hook, driver._active  # not `active`, which looks for a GPU
