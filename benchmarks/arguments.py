@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NoReturn
 
 
@@ -55,6 +56,17 @@ def part(given: Mapping[str, str], key: str, default: float) -> float:
 def refuse(line: str) -> NoReturn:
     print(line, file=sys.stderr)
     raise SystemExit(2)
+
+
+def started(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Ends the program that a module is. What a checkpoint, data or a surgery has against its arguments is told in a
+    line, with exit code 2, as `longspan` does; LONGSPAN_TRACEBACK=1 shows where."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        if os.environ.get("LONGSPAN_TRACEBACK") == "1":
+            raise
+        refuse(f"{error} (LONGSPAN_TRACEBACK=1 shows where)")
 
 
 def _wholes(text: str) -> tuple[int, ...]:

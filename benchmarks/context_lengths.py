@@ -19,7 +19,6 @@ by `longspan evaluate checkpoints=[…]`, whose questions are drawn from other s
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from pathlib import Path
 from longspan.data.synthetic import recall_text
 from longspan.evaluation.files import write_atomically
 
-from .arguments import part, refuse, split_arguments, whole, wholes
+from .arguments import part, refuse, split_arguments, started, whole, wholes
 from .runs import check_keys, is_finished, train_once
 
 OWN = ("contexts", "documents", "share", "words", "again", "tokens", "seed", "runs", "data.path")
@@ -147,4 +146,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    started(main)

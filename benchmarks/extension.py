@@ -38,7 +38,7 @@ from longspan.model.config import AttentionPlan, DecoderConfig, RopeScaling
 from longspan.model.decoder import Decoder, from_config
 from longspan.model.positions import rotate
 
-from .arguments import read_arguments, whole, wholes
+from .arguments import read_arguments, started, whole, wholes
 from .environment import append, facts_of_run, output_directory
 
 SINKS = 4  # first tokens that stay visible (Xiao et al. 2024, arXiv 2309.17453)
@@ -226,4 +226,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    started(main)

@@ -11,7 +11,6 @@ under every scaling, and each model through a causal window of its training leng
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.model.checkpoint import load_decoder, resolve_checkpoint
 from longspan.training.held_out import training_store
 
-from .arguments import split_arguments
+from .arguments import split_arguments, started
 from .environment import append, output_directory
 from .extension import applicable, measure, row
 from .runs import told, train_once
@@ -71,4 +70,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    started(main)

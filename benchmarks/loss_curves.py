@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from .environment import append, facts_of_run, output_directory
+from .runs import told
 
 TARGET = 5e-3
 _WINDOW = 10
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str]) -> int:
         rows.append(
             {
                 "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                "command": f"python -m longspan.benchmarks.loss_curves {' '.join(arguments)}",
+                "command": told("loss_curves", arguments),
                 "backend": name,
                 "against": reference.backend,
                 "steps": len(curve.loss),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from longspan.model.surgery import ExtendPositions, Longformer, convert_model
 from longspan.training.held_out import training_store
 from longspan.training.objectives import MaskedTokenLoss
 
-from .arguments import split_arguments, whole, wholes
+from .arguments import split_arguments, started, whole, wholes
 from .environment import append, facts_of_run, output_directory
 from .runs import told, train_once
 
@@ -140,4 +139,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    started(main)

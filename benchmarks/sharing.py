@@ -44,7 +44,7 @@ from longspan.model.surgery import (
 from longspan.model.surgery.gqa import Grouping
 from longspan.model.surgery.heads import Init
 
-from .arguments import read_arguments, whole, wholes
+from .arguments import read_arguments, refuse, started, whole, wholes
 from .environment import append, facts_of_run, output_directory
 
 KEYS = ("checkpoint", "data", "kv_heads", "inits", "groupings", "statistics", "texts", "length", "output")
@@ -115,6 +115,9 @@ def main(arguments: Sequence[str]) -> int:
     given = read_arguments(arguments, KEYS, required=("checkpoint", "data", "kv_heads"))
     length, texts = whole(given, "length", 512, least=1), whole(given, "texts", 8, least=1)
     kv_heads = wholes(given, "kv_heads", (), least=1)
+    for key, known in (("inits", get_args(Init)), ("groupings", get_args(Grouping))):
+        if key in given and not set(given[key].split(",")) <= set(known):
+            refuse(f"{key}={given[key]}: expected some of {','.join(known)}")
     directory = resolve_checkpoint(given["checkpoint"])
     model = load_model(directory, dtype=torch.float32)
     if not isinstance(model, Decoder | Encoder):
@@ -163,4 +166,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    started(main)

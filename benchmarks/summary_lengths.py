@@ -12,7 +12,6 @@ they hold and nothing else.
 from __future__ import annotations
 
 import datetime
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,7 +28,7 @@ from longspan.model.prompts import fitting
 from longspan.model.sampling import Sampling
 from longspan.model.seq2seq import Seq2Seq
 
-from .arguments import read_arguments, whole
+from .arguments import read_arguments, started, whole
 from .environment import append, facts_of_run, output_directory
 from .runs import told
 
@@ -112,4 +111,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    started(main)

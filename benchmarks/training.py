@@ -32,6 +32,7 @@ from longspan.training.module import checkpoint_activations, compile_blocks
 
 from .arguments import read_arguments, refuse, whole
 from .environment import append, describe, output_directory, quantiles
+from .runs import told
 from .timing import DeviceClock
 
 WARMUP, ROUNDS = 5, 3
@@ -197,7 +198,7 @@ def main(arguments: Sequence[str]) -> None:
         rows.append(
             {
                 "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                "command": " ".join(("python -m longspan.benchmarks.training", *arguments)),
+                "command": told("training", arguments),
                 "provider": one.name,
                 "model": name,
                 "length": length,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from longspan.benchmarks import extension, position_copy, sharing, summary_lengths
+from longspan.benchmarks.arguments import started
 from longspan.benchmarks.environment import append
 
 
@@ -37,6 +38,8 @@ def test_rows_with_other_columns_go_to_a_file_of_their_own(tmp_path: Path, capsy
         (extension.main, ["checkpoint=x", "data=y", "lengths="], "lengths=: expected whole numbers"),
         (extension.main, ["checkpoint=x", "data=y", "lengths=8", "texts=0"], "texts=0: expected a whole number"),
         (sharing.main, ["checkpoint=x", "data=y", "kv_heads=two"], "kv_heads=two: expected whole numbers"),
+        (sharing.main, ["checkpoint=x", "data=y", "kv_heads=2", "texts=0"], "texts=0: expected a whole number"),
+        (sharing.main, ["checkpoint=x", "data=y", "kv_heads=2", "inits=meen"], "inits=meen: expected some of "),
         (summary_lengths.main, ["checkpoint=x", "samples=1.5"], "samples=1.5: expected a whole number"),
     ],
 )
@@ -46,3 +49,14 @@ def test_numbers_are_looked_at_before_anything_is_read(
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert capsys.readouterr().err.startswith(line)
+
+
+def test_what_is_not_there_costs_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["sharing", "checkpoint=/nowhere", "data=y", "kv_heads=2"])
+    monkeypatch.delenv("LONGSPAN_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        started(sharing.main)
+    assert capsys.readouterr().err == "/nowhere: no such directory (LONGSPAN_TRACEBACK=1 shows where)\n"
+    monkeypatch.setenv("LONGSPAN_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no such directory"):
+        started(sharing.main)

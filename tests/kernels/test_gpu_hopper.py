@@ -112,12 +112,12 @@ def determined(wanted: bool) -> Iterator[None]:
     """torch's switch, by which dq has a pass of its own, and what is allocated holds NaN; without it dq is added up on
     the way to dk and dv wherever the kernel can, however short the call."""
     torch.use_deterministic_algorithms(wanted)
-    worth_it = dict(tiles._WORTH_IT)
-    tiles._WORTH_IT.update(dict.fromkeys(worth_it, 0))
+    worth_it = tiles._WORTH_IT
+    tiles._WORTH_IT = dict.fromkeys(worth_it, 0)
     try:
         yield
     finally:
-        tiles._WORTH_IT.update(worth_it)
+        tiles._WORTH_IT = worth_it
         torch.use_deterministic_algorithms(False)
 
 
@@ -289,8 +289,8 @@ def test_200_runs_agree_in_every_bit(name: str, D: int, dtype: torch.dtype, dete
         return [result.out, result.lse, *others, dq]
 
     first = step()
-    on_its_own = (spec.alibi, spec.softcap, spec.documents, spec.global_tokens, spec.sink_tokens, D > 128)
-    added = not deterministic and not any(on_its_own) and (spec.causal or shape[2] % 128 == 0)
+    with determined(deterministic):
+        added = not deterministic and tiles.adds_dq(spec, *shape[1:3], D, D)
     for _ in range(199):
         *others, dq = step()
         for x, y in zip(others, first):

@@ -374,6 +374,8 @@ def test_dq_is_added_on_the_way_where_queries_see_enough() -> None:
         AttentionSpec(causal=True, documents=True),
         AttentionSpec(causal=True, alibi=True),
         AttentionSpec(causal=True, softcap=5.0),
+        AttentionSpec(causal=True, global_tokens=True),
+        AttentionSpec(causal=True, window=Window(left=4095), sink_tokens=4),
     ):
         assert not adds_dq(spec, 2**20, 2**20, 128, 128)
     assert not adds_dq(CAUSAL, 2**20, 2**20, 128, 64)

@@ -81,8 +81,7 @@ def backward(
 
     parsed = parse_spec(spec)
     factor = lse_factor(parsed, D)
-    fused = far_keys is None and far_rows is None and adds_dq(parsed, T, S, D, E)
-    fused = fused and not torch.are_deterministic_algorithms_enabled()
+    fused = adds_dq(parsed, T, S, D, E) and not torch.are_deterministic_algorithms_enabled()
     curved = parsed.alibi or parsed.softcap is not None
     tiles = choose_backward(max(D, E), curved=curved, documents=parsed.documents or far_keys is not None)
     sums = squares_for(q, tiles) if fused else None

@@ -110,12 +110,13 @@ _WORTH_IT = {64: 1024, 128: 2048}
 def adds_dq(spec: AttentionSpec, n_queries: int, n_keys: int, head_dim: int, value_dim: int) -> bool:
     """Whether dq comes from the kernel of dk and dv, added up in whatever order: five products of a tile instead of
     seven, for fp32 sums in memory. Not where softcap or ALiBi need the registers, nor between documents, of which
-    nobody knows here how long they are; nor where a tile has keys that are not there and causality does not hide: their
-    weights, exp(-lse), may be infinite, and infinity times a key of zeros is no number."""
+    nobody knows here how long they are, nor with global or sink tokens, whose keys that kernel does not see all; nor
+    where a tile has keys that are not there and causality does not hide: their weights, exp(-lse), may be infinite, and
+    infinity times a key of zeros is no number."""
     widths = padded(head_dim), padded(value_dim)
-    if not spec.causal and n_keys % BackwardTiles.rows:
+    if spec.softcap is not None or spec.alibi or spec.documents or spec.global_tokens or spec.sink_tokens:
         return False
-    if spec.softcap is not None or spec.alibi or spec.documents or widths[0] != widths[1] or widths[0] not in _WORTH_IT:
+    if widths[0] != widths[1] or widths[0] not in _WORTH_IT or (not spec.causal and n_keys % BackwardTiles.rows):
         return False
     window, half = spec.window, n_queries // 2
     before = n_keys - half if window.left is None else window.left + 1

@@ -133,7 +133,7 @@ def tensor_cores(case: Case | DecodeCase, kernel: str, arch: int) -> str | None:
     if case.dtype == torch.float32 or kernel in JOINS:
         return None
     request = requests(case, arch)[kernel]
-    owned = request.keys if kernel.endswith("dkdv") else request.queries
+    owned = request.keys if kernel.endswith(("dkdv", FUSED)) else request.queries
     return "wgmma" if arch >= 90 and owned is not None and owned >= OWNED_BY_WGMMA else "mma"
 
 
